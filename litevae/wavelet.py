@@ -1,0 +1,187 @@
+"""Wavelet transforms on tensors: Haar as a butterfly, other wavelets by boundary-wavelet matrices.
+
+Bands are stacked as the outer part of the channel axis, colour as the inner one. All transforms halve each
+transformed axis exactly and are exactly invertible; Haar is orthonormal.
+"""
+
+import warnings
+from functools import cache
+
+import pywt
+import torch
+from torch import Tensor
+
+HAAR = "haar"
+_SQRT_HALF = 0.5**0.5
+
+
+@cache
+def _float64_matrices(wavelet: str, length: int) -> tuple[Tensor, Tensor]:
+    """Analysis matrix of ptwt's boundary wavelets and its inverse, both `(length, length)` float64."""
+    from ptwt.matmul_transform import construct_boundary_a
+
+    with warnings.catch_warnings():
+        # ptwt builds the matrix from sparse tensors, about which torch warns.
+        warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
+        analysis = construct_boundary_a(wavelet, length, dtype=torch.float64).to_dense()
+    # The inverse, not ptwt's synthesis matrix: for biorthogonal wavelets only the former undoes the analysis.
+    return analysis, torch.linalg.inv(analysis)
+
+
+@cache
+def _matrices(wavelet: str, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    analysis, synthesis = _float64_matrices(wavelet, length)
+    return analysis.to(device, dtype), synthesis.to(device, dtype)
+
+
+def _apply_along(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
+    """Multiplies `matrix` onto one axis of `x` in the matrix's precision; returns `x`'s dtype."""
+    return (x.movedim(axis, -1).to(matrix.dtype) @ matrix.T).to(x.dtype).movedim(-1, axis)
+
+
+def _matrix_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_wavelet(wavelet: str) -> None:
+    """Raises `ValueError` unless pywt knows a discrete wavelet of this name."""
+    if wavelet != HAAR and wavelet not in pywt.wavelist(kind="discrete"):
+        raise ValueError(f"wavelet {wavelet!r} is not one of pywt's discrete wavelets (haar, db2, sym4, ...)")
+
+
+def _analyse(x: Tensor, axis: int, wavelet: str) -> tuple[Tensor, Tensor]:
+    """Splits one axis into its low and high half-band, each half as long."""
+    length = x.shape[axis]
+    if length % 2:
+        raise ValueError(
+            f"axis {axis} of shape {tuple(x.shape)} has odd length {length}: pad it to an even one"
+        )
+    if wavelet == HAAR:
+        even, odd = x.unflatten(axis, (length // 2, 2)).unbind(axis if axis < 0 else axis + 1)
+        return (even + odd) * _SQRT_HALF, (even - odd) * _SQRT_HALF
+    shortest = pywt.Wavelet(wavelet).dec_len
+    if length < shortest:
+        raise ValueError(
+            f"axis {axis} of shape {tuple(x.shape)} has length {length}: "
+            f"wavelet {wavelet!r} needs at least {shortest}"
+        )
+    analysis, _ = _matrices(wavelet, length, _matrix_dtype(x), x.device)
+    low, high = _apply_along(analysis, x, axis).chunk(2, dim=axis)
+    return low, high
+
+
+def _synthesise(low: Tensor, high: Tensor, axis: int, wavelet: str) -> Tensor:
+    """Exact inverse of `_analyse`."""
+    if wavelet == HAAR:
+        pair = torch.stack(
+            ((low + high) * _SQRT_HALF, (low - high) * _SQRT_HALF), dim=axis if axis < 0 else axis + 1
+        )
+        return pair.flatten(axis - 1, axis) if axis < 0 else pair.flatten(axis, axis + 1)
+    bands = torch.cat((low, high), dim=axis)
+    _, synthesis = _matrices(wavelet, bands.shape[axis], _matrix_dtype(bands), bands.device)
+    return _apply_along(synthesis, bands, axis)
+
+
+def _split(x: Tensor, axes: tuple[tuple[int, str], ...]) -> Tensor:
+    """Splits axes in turn; bands in binary order, the first axis most significant, low before high."""
+    bands = [x]
+    for axis, wavelet in axes:
+        bands = [half for band in bands for half in _analyse(band, axis, wavelet)]
+    return torch.cat(bands, dim=1)
+
+
+def _merge(x: Tensor, axes: tuple[tuple[int, str], ...]) -> Tensor:
+    """Exact inverse of `_split`."""
+    num_bands = 2 ** len(axes)
+    if x.shape[1] % num_bands:
+        raise ValueError(f"{x.shape[1]} channels are not divisible by {num_bands} bands")
+    bands = list(x.chunk(num_bands, dim=1))
+    for axis, wavelet in reversed(axes):
+        bands = [
+            _synthesise(low, high, axis, wavelet) for low, high in zip(bands[::2], bands[1::2], strict=True)
+        ]
+    return bands[0]
+
+
+def _axes2d(wavelet: str) -> tuple[tuple[int, str], ...]:
+    # Width first gives pywt's order of bands: LL, (W low, H high), (W high, H low), HH.
+    return ((-1, wavelet), (-2, wavelet))
+
+
+def _axes3d(wavelet: str) -> tuple[tuple[int, str], ...]:
+    return ((-3, HAAR), (-2, wavelet), (-1, wavelet))
+
+
+def dwt2d(x: Tensor, wavelet: str = HAAR) -> Tensor:
+    """One level of the 2D wavelet transform over the last two axes.
+
+    Args:
+        x: `(B, C, ..., H, W)`, H and W even; float32, bfloat16 or float64.
+        wavelet: `haar` or any discrete wavelet of pywt.
+
+    Returns:
+        `(B, 4C, ..., H/2, W/2)`: bands LL, (W low, H high), (W high, H low), HH.
+
+    Raises:
+        ValueError: H or W is odd, or shorter than the wavelet.
+    """
+    return _split(x, _axes2d(wavelet))
+
+
+def idwt2d(bands: Tensor, wavelet: str = HAAR) -> Tensor:
+    """Exact inverse of `dwt2d`: `(B, 4C, ..., H, W)` to `(B, C, ..., 2H, 2W)`."""
+    return _merge(bands, _axes2d(wavelet))
+
+
+def dwt3d(x: Tensor, wavelet: str = HAAR) -> Tensor:
+    """One level of the 3D wavelet transform, Haar in time and `wavelet` in space.
+
+    Args:
+        x: `(B, C, T, H, W)`, T, H and W even.
+        wavelet: the wavelet of the two spatial axes.
+
+    Returns:
+        `(B, 8C, T/2, H/2, W/2)`: bands in binary order over (T, H, W), T most significant, low before high.
+
+    Raises:
+        ValueError: T, H or W is odd, or H or W is shorter than the wavelet.
+    """
+    return _split(x, _axes3d(wavelet))
+
+
+def idwt3d(bands: Tensor, wavelet: str = HAAR) -> Tensor:
+    """Exact inverse of `dwt3d`: `(B, 8C, T, H, W)` to `(B, C, 2T, 2H, 2W)`."""
+    return _merge(bands, _axes3d(wavelet))
+
+
+def multilevel_dwt2d(x: Tensor, levels: int, wavelet: str = HAAR) -> list[Tensor]:
+    """The bands of every level; each level transforms the low band of the one before.
+
+    Args:
+        x: `(B, C, ..., H, W)`, H and W divisible by `2**levels`.
+        levels: number of levels, at least 1.
+
+    Returns:
+        `levels` tensors, the l-th (from 1) `(B, 4C, ..., H/2**l, W/2**l)`, its own low band included.
+
+    Raises:
+        ValueError: `levels` is below 1, or a size is odd or too short on the way.
+    """
+    if levels < 1:
+        raise ValueError(f"levels is {levels}: at least 1 is needed")
+    pyramid = []
+    low = x
+    for _ in range(levels):
+        bands = dwt2d(low, wavelet)
+        low = bands.narrow(1, 0, low.shape[1])
+        pyramid.append(bands)
+    return pyramid
+
+
+def multilevel_idwt2d(pyramid: list[Tensor], wavelet: str = HAAR) -> Tensor:
+    """Exact inverse of `multilevel_dwt2d`; of the shallower levels only the high bands are read."""
+    x = idwt2d(pyramid[-1], wavelet)
+    for bands in reversed(pyramid[:-1]):
+        channels = bands.shape[1] // 4
+        x = idwt2d(torch.cat((x, bands.narrow(1, channels, 3 * channels)), dim=1), wavelet)
+    return x
