@@ -2,12 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from typing_extensions import Self
 
 from litevae.config import StrictConfig
+from litevae.wavelet import check_wavelet
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
@@ -40,7 +49,9 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[key] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {'.'.join(keys[: depth + 1])} is {child!r}, not a mapping")
+            raise ConfigError(
+                f"--set {override!r}: {'.'.join(keys[: depth + 1])} is {child!r}, not a mapping"
+            )
         node = child
     node[keys[-1]] = value
 
@@ -83,3 +94,65 @@ def load_config(config_class: type[ConfigT], path: str | Path, overrides: Sequen
     for override in overrides:
         apply_override(tree, override)
     return parse_config(config_class, tree, str(path))
+
+
+class LeanVAEConfig(StrictConfig):
+    """Architecture of `LeanVAE`; the defaults are the published 39.77M-parameter model with 4 latent channels.
+
+    Attributes:
+        latent_channels: channels Z of the latent.
+        patch_size: pixels (frames, height, width) per latent element, the wavelet's factor 2 included.
+        wavelet: `haar`, a discrete wavelet of pywt (in space; Haar in time), or `none` for raw pixel patches.
+        streams: `separate` keeps low and high bands apart in the first layers, `joint` does not
+            (LeanVAE, component ablation). `wavelet: none` has no bands and needs `joint`.
+        low_channels: width of the low band's stream.
+        high_channels: width of the high bands' stream; the fused width is the sum of both.
+        num_stream_layers: residual NAF layers on each stream.
+        num_fusion_layers: residual NAF layers on the fused tokens.
+        bottleneck: `ista` (ISTA-Net+ compressed sensing) or `linear` (an autoencoder's plain linear maps).
+        ista_iterations: iterations of ISTA-Net+.
+        ista_layers: NAF layers of each learned transform in an iteration.
+        decoder_norm: `layer` (published) or `smc` (self-modulated linear maps instead of LayerNorm).
+        patch_norm: LayerNorm before and after the patch projections; the paper found that it makes blocks visible.
+        data_scale: factor from public [-1, 1] pixels to what the network was trained on ([-0.5, 0.5]).
+    """
+
+    latent_channels: PositiveInt = 4
+    patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 8, 8)
+    wavelet: str = "haar"
+    streams: Literal["separate", "joint"] = "separate"
+    low_channels: PositiveInt = 128
+    high_channels: PositiveInt = 384
+    num_stream_layers: NonNegativeInt = 2
+    num_fusion_layers: NonNegativeInt = 4
+    bottleneck: Literal["ista", "linear"] = "ista"
+    ista_iterations: PositiveInt = 2
+    ista_layers: PositiveInt = 2
+    decoder_norm: Literal["layer", "smc"] = "layer"
+    patch_norm: bool = False
+    data_scale: PositiveFloat = 0.5
+
+    @field_validator("wavelet")
+    @classmethod
+    def _wavelet_is_known(cls, name: str) -> str:
+        if name != "none":
+            check_wavelet(name)
+        return name
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        if self.wavelet == "none":
+            if self.streams != "joint":
+                raise ValueError(
+                    "wavelet 'none' has no low and high bands to separate: set streams to 'joint'"
+                )
+        elif any(size % 2 for size in self.patch_size):
+            raise ValueError(
+                f"patch_size {self.patch_size} must be even in each direction for a wavelet transform"
+            )
+        return self
+
+    @property
+    def hidden_channels(self) -> int:
+        """Width D of the fused tokens."""
+        return self.low_channels + self.high_channels

@@ -12,14 +12,16 @@ class DiagonalGaussian:
     Attributes:
         mean: `(B, Z, ...)`.
         logvar: natural logarithm of the variance, clamped to [-30, 20]; shape, dtype and device of `mean`.
+        size: true size of the encoded pixels, `(H, W)` or `(T, H, W)`, which a decoder crops to; may be `None`.
     """
 
-    def __init__(self, mean: Tensor, logvar: Tensor) -> None:
+    def __init__(self, mean: Tensor, logvar: Tensor, size: tuple[int, ...] | None = None) -> None:
         """Clamps the log-variance; outside the range it gets no gradient.
 
         Args:
             mean: `(B, Z, ...)`.
             logvar: natural logarithm of the variance, in the shape of `mean`.
+            size: true size of the encoded pixels.
 
         Raises:
             ValueError: the two shapes differ.
@@ -29,6 +31,7 @@ class DiagonalGaussian:
                 f"logvar has shape {tuple(logvar.shape)}: it must be that of mean, {tuple(mean.shape)}"
             )
         self.mean = mean
+        self.size = size
         self.logvar = logvar.clamp(*_LOGVAR_RANGE)
 
     @property

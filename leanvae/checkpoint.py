@@ -1,0 +1,158 @@
+"""Weights on disk: our folders of `config.json` and `model.safetensors`, and published LeanVAE checkpoints."""
+
+import argparse
+import json
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from leanvae.config import LeanVAEConfig, parse_config
+from leanvae.files import atomic_path, write_text
+from leanvae.model import LeanVAE
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+TRAINING_PREFIX = "autoencoder."
+
+# Published names to ours, applied in turn.
+_RENAMINGS = [
+    (r"^latent_bottleneck\.phi$", "bottleneck.phi"),
+    (r"^latent_bottleneck\.Q$", "bottleneck.initial"),
+    (r"^latent_bottleneck\.weights\.", "bottleneck.steps."),
+    (r"^latent_bottleneck\.threshold\.", "bottleneck.thresholds."),
+    (r"^latent_bottleneck\.(forward|backward)_l\.", r"bottleneck.\1_transforms."),
+    (r"^std_layer\.", "logvar."),
+    (r"^encoder\.(image|video)_(low|high)_proj\.1\.", r"encoder.embedding.\1.\2."),
+    (r"^decoder\.(image|video)_(low|high)_proj\.0\.", r"decoder.projection.\1.\2."),
+    (r"^(encoder|decoder)\.(low|high)_layer\.", r"\1.streams.\2."),
+    (r"^(encoder|decoder)\.fusion_layer\.", r"\1.fusion."),
+    (r"\.dconv_layer\.(\d+)\.ds_conv\.", r".convs.\1."),
+    (r"\.ffd_layer\.(\d+)\.0\.", r".feedforwards.\1.norm."),
+    (r"\.ffd_layer\.(\d+)\.1\.", r".feedforwards.\1.expand."),
+    (r"\.ffd_layer\.(\d+)\.4\.", r".feedforwards.\1.contract."),
+]
+
+
+def save_pretrained(vae: LeanVAE, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """Writes a model's `config.json` and `model.safetensors`, each atomically.
+
+    Args:
+        vae: the model.
+        folder: made if missing.
+        state: weights to write instead of the model's own, by the model's names.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().contiguous() for name, value in (state or vae.state_dict()).items()}
+    with atomic_path(folder / WEIGHTS_FILE) as temporary:
+        save_file(weights, temporary)
+    config = {"model": "LeanVAE", **vae.config.model_dump(mode="json")}
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def load_vae(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LeanVAE:
+    """Loads an autoencoder, ready for inference.
+
+    Args:
+        path: a folder with `config.json` and `model.safetensors` (a training checkpoint is one), or a published
+            LeanVAE checkpoint file.
+        device: where the weights go.
+        dtype: their type; as stored if `None`.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`, or the folder misses one of the two files.
+        ValueError: the file is no such checkpoint, or weights are missing, unknown or of the wrong shape.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    config, state = _read_folder(path) if path.is_dir() else _read_published(path)
+    with torch.device("meta"):
+        vae = LeanVAE(config)
+    try:
+        vae.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: weights do not fit the model: {error}") from error
+    return vae.requires_grad_(True).to(device, dtype).eval()
+
+
+def _read_folder(folder: Path) -> tuple[LeanVAEConfig, dict[str, Tensor]]:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: {name} is missing; a checkpoint folder holds it")
+    try:
+        tree = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: no valid JSON: {error}") from error
+    if not isinstance(tree, dict) or tree.pop("model", None) != "LeanVAE":
+        raise ValueError(f"{folder / CONFIG_FILE}: the field 'model' must be 'LeanVAE'")
+    try:
+        state = load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: no valid safetensors file: {error}") from error
+    return parse_config(LeanVAEConfig, tree, str(folder / CONFIG_FILE)), state
+
+
+def _read_published(path: Path) -> tuple[LeanVAEConfig, dict[str, Tensor]]:
+    """Reads `{"args" | "hyper_parameters": ..., "state_dict": ...}` and renames the weights to ours."""
+    try:
+        # Training checkpoints keep their arguments in a Namespace; no other class is let in.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as a checkpoint of plain tensors: {error}") from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: a published checkpoint holds a dictionary of tensors under 'state_dict'")
+    if any(name.startswith(TRAINING_PREFIX) for name in state):
+        state = {
+            name.removeprefix(TRAINING_PREFIX): value
+            for name, value in state.items()
+            if name.startswith(TRAINING_PREFIX)
+        }
+    try:
+        return infer_config(state), {rename_published(name): value for name, value in state.items()}
+    except KeyError as error:
+        raise ValueError(f"{path}: no published LeanVAE checkpoint: {error.args[0]} is missing") from error
+
+
+def rename_published(name: str) -> str:
+    """Our name of a published weight."""
+    for pattern, replacement in _RENAMINGS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def infer_config(state: dict[str, Tensor]) -> LeanVAEConfig:
+    """The architecture of a published state dict, read off its tensors.
+
+    Raises:
+        KeyError: a tensor that every published checkpoint has is missing.
+    """
+    low_channels, image_patch = state["encoder.image_low_proj.1.weight"].shape
+    video_patch = state["encoder.video_low_proj.1.weight"].shape[1]
+    side = math.isqrt(image_patch // 3)
+
+    def count(prefix: str) -> int:
+        numbers = {name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)}
+        return len(numbers)
+
+    return LeanVAEConfig(
+        latent_channels=state["latent_bottleneck.phi"].shape[0],
+        patch_size=(2 * video_patch // image_patch, 2 * side, 2 * side),
+        low_channels=low_channels,
+        high_channels=state["encoder.image_high_proj.1.weight"].shape[0],
+        num_stream_layers=count("encoder.low_layer.dconv_layer."),
+        num_fusion_layers=count("encoder.fusion_layer.dconv_layer."),
+        ista_iterations=count("latent_bottleneck.weights."),
+        ista_layers=count("latent_bottleneck.forward_l.0.dconv_layer."),
+    )
