@@ -45,9 +45,7 @@ class ISTABottleneck(nn.Module):
         self.phi = nn.Parameter(torch.randn(latent_channels, dim) * dim**-0.5)
         self.initial = nn.Parameter(self.phi.detach().T.clone())  # Q of ISTA-Net+
         self.steps = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(num_iterations))
-        self.thresholds = nn.ParameterList(
-            nn.Parameter(torch.full((1,), 0.01)) for _ in range(num_iterations)
-        )
+        self.thresholds = nn.ParameterList(nn.Parameter(torch.full((1,), 0.01)) for _ in range(num_iterations))
 
         def transforms() -> nn.ModuleList:
             return nn.ModuleList(NAFLayers(dim, num_layers, residual=False) for _ in range(num_iterations))

@@ -57,9 +57,7 @@ def save_pretrained(vae: LeanVAE, folder: str | Path, state: dict[str, Tensor] |
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
-def load_vae(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> LeanVAE:
+def load_vae(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LeanVAE:
     """Loads an autoencoder, ready for inference.
 
     Args:

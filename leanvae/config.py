@@ -49,9 +49,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[key] = {}
         if not isinstance(child, dict):
-            raise ConfigError(
-                f"--set {override!r}: {'.'.join(keys[: depth + 1])} is {child!r}, not a mapping"
-            )
+            raise ConfigError(f"--set {override!r}: {'.'.join(keys[: depth + 1])} is {child!r}, not a mapping")
         node = child
     node[keys[-1]] = value
 
@@ -143,13 +141,9 @@ class LeanVAEConfig(StrictConfig):
     def _fields_fit_together(self) -> Self:
         if self.wavelet == "none":
             if self.streams != "joint":
-                raise ValueError(
-                    "wavelet 'none' has no low and high bands to separate: set streams to 'joint'"
-                )
+                raise ValueError("wavelet 'none' has no low and high bands to separate: set streams to 'joint'")
         elif any(size % 2 for size in self.patch_size):
-            raise ValueError(
-                f"patch_size {self.patch_size} must be even in each direction for a wavelet transform"
-            )
+            raise ValueError(f"patch_size {self.patch_size} must be even in each direction for a wavelet transform")
         return self
 
     @property

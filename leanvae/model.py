@@ -21,10 +21,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embedding = PatchEmbedding(config)
         self.streams = nn.ModuleDict(
-            {
-                name: NAFLayers(width, config.num_stream_layers)
-                for name, width in self.embedding.layout.widths.items()
-            }
+            {name: NAFLayers(width, config.num_stream_layers) for name, width in self.embedding.layout.widths.items()}
         )
         self.fusion = NAFLayers(config.hidden_channels, config.num_fusion_layers)
 
@@ -226,9 +223,7 @@ class LeanVAE(nn.Module):
     def _decoder_stacks(self) -> list[NAFLayers]:
         return [*self.bottleneck.causal_stacks, *self.decoder.causal_stacks]
 
-    def _encode_chunk(
-        self, chunk: Tensor, past: tuple[Past, ...] | None
-    ) -> tuple[DiagonalGaussian, tuple[Past, ...]]:
+    def _encode_chunk(self, chunk: Tensor, past: tuple[Past, ...] | None) -> tuple[DiagonalGaussian, tuple[Past, ...]]:
         """Encodes the next frames of a clip; `past=None` means that they begin it."""
         starts_clip = past is None
         clip = pad_to_patches(chunk, self.config.patch_size, starts_clip)
@@ -236,8 +231,8 @@ class LeanVAE(nn.Module):
         if past is None:
             _, _, height, width = self.latent_shape(chunk.shape[2:])
             past = self._start(self.encoder.causal_stacks, clip.new_empty(len(clip), 0, height, width, 0))
-        features, past = self.encoder(bands, past)
-        return self._posterior(features, tuple(chunk.shape[2:])), past
+        features, future = self.encoder(bands, past)
+        return self._posterior(features, tuple(chunk.shape[2:])), future
 
     def _posterior(self, features: Tensor, size: tuple[int, ...]) -> DiagonalGaussian:
         mean = self.bottleneck.compress(features)

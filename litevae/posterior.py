@@ -27,9 +27,7 @@ class DiagonalGaussian:
             ValueError: the two shapes differ.
         """
         if mean.shape != logvar.shape:
-            raise ValueError(
-                f"logvar has shape {tuple(logvar.shape)}: it must be that of mean, {tuple(mean.shape)}"
-            )
+            raise ValueError(f"logvar has shape {tuple(logvar.shape)}: it must be that of mean, {tuple(mean.shape)}")
         self.mean = mean
         self.size = size
         self.logvar = logvar.clamp(*_LOGVAR_RANGE)
@@ -53,9 +51,7 @@ class DiagonalGaussian:
             ValueError: the shape is not that of `mean`.
         """
         if noise.shape != self.mean.shape:
-            raise ValueError(
-                f"noise has shape {tuple(noise.shape)}: it must be that of mean, {tuple(self.mean.shape)}"
-            )
+            raise ValueError(f"noise has shape {tuple(noise.shape)}: it must be that of mean, {tuple(self.mean.shape)}")
         return self.mean + self.std * noise.to(self.mean)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:

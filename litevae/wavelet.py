@@ -45,7 +45,7 @@ def _matrix_dtype(x: Tensor) -> torch.dtype:
 
 def check_wavelet(wavelet: str) -> None:
     """Raises `ValueError` unless pywt knows a discrete wavelet of this name."""
-    if wavelet != HAAR and wavelet not in pywt.wavelist(kind="discrete"):
+    if wavelet != HAAR and wavelet not in pywt.wavelist(kind="discrete"):  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(f"wavelet {wavelet!r} is not one of pywt's discrete wavelets (haar, db2, sym4, ...)")
 
 
@@ -53,17 +53,14 @@ def _analyse(x: Tensor, axis: int, wavelet: str) -> tuple[Tensor, Tensor]:
     """Splits one axis into its low and high half-band, each half as long."""
     length = x.shape[axis]
     if length % 2:
-        raise ValueError(
-            f"axis {axis} of shape {tuple(x.shape)} has odd length {length}: pad it to an even one"
-        )
+        raise ValueError(f"axis {axis} of shape {tuple(x.shape)} has odd length {length}: pad it to an even one")
     if wavelet == HAAR:
         even, odd = x.unflatten(axis, (length // 2, 2)).unbind(axis if axis < 0 else axis + 1)
         return (even + odd) * _SQRT_HALF, (even - odd) * _SQRT_HALF
-    shortest = pywt.Wavelet(wavelet).dec_len
+    shortest = pywt.Wavelet(wavelet).dec_len  # pyright: ignore[reportAttributeAccessIssue]
     if length < shortest:
         raise ValueError(
-            f"axis {axis} of shape {tuple(x.shape)} has length {length}: "
-            f"wavelet {wavelet!r} needs at least {shortest}"
+            f"axis {axis} of shape {tuple(x.shape)} has length {length}: wavelet {wavelet!r} needs at least {shortest}"
         )
     analysis, _ = _matrices(wavelet, length, _matrix_dtype(x), x.device)
     low, high = _apply_along(analysis, x, axis).chunk(2, dim=axis)
@@ -73,9 +70,7 @@ def _analyse(x: Tensor, axis: int, wavelet: str) -> tuple[Tensor, Tensor]:
 def _synthesise(low: Tensor, high: Tensor, axis: int, wavelet: str) -> Tensor:
     """Exact inverse of `_analyse`."""
     if wavelet == HAAR:
-        pair = torch.stack(
-            ((low + high) * _SQRT_HALF, (low - high) * _SQRT_HALF), dim=axis if axis < 0 else axis + 1
-        )
+        pair = torch.stack(((low + high) * _SQRT_HALF, (low - high) * _SQRT_HALF), dim=axis if axis < 0 else axis + 1)
         return pair.flatten(axis - 1, axis) if axis < 0 else pair.flatten(axis, axis + 1)
     bands = torch.cat((low, high), dim=axis)
     _, synthesis = _matrices(wavelet, bands.shape[axis], _matrix_dtype(bands), bands.device)
@@ -97,9 +92,7 @@ def _merge(x: Tensor, axes: tuple[tuple[int, str], ...]) -> Tensor:
         raise ValueError(f"{x.shape[1]} channels are not divisible by {num_bands} bands")
     bands = list(x.chunk(num_bands, dim=1))
     for axis, wavelet in reversed(axes):
-        bands = [
-            _synthesise(low, high, axis, wavelet) for low, high in zip(bands[::2], bands[1::2], strict=True)
-        ]
+        bands = [_synthesise(low, high, axis, wavelet) for low, high in zip(bands[::2], bands[1::2], strict=True)]
     return bands[0]
 
 

@@ -17,9 +17,7 @@ def published():
     return torch.load(PUBLISHED, weights_only=True)
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"decoder_norm": "smc"}, {"bottleneck": "linear", "streams": "joint"}]
-)
+@pytest.mark.parametrize("fields", [{}, {"decoder_norm": "smc"}, {"bottleneck": "linear", "streams": "joint"}])
 def test_saved_model_loads_equal(tmp_path, fields):
     vae = LeanVAE(LeanVAEConfig(**SMALL, **fields))
     vae.save_pretrained(tmp_path / "model")

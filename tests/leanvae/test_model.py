@@ -106,9 +106,7 @@ def test_no_latent_sees_a_later_frame(vae):
         seen = gradient.abs().amax(dim=(0, 1, 3, 4))
         last = 4 * index
         assert (seen[last + 1 :] == 0).all(), f"latent frame {index} sees a frame after {last}"
-        assert (seen[max(0, last - 3) : last + 1] > 0).all(), (
-            f"latent frame {index} misses a frame of its own"
-        )
+        assert (seen[max(0, last - 3) : last + 1] > 0).all(), f"latent frame {index} misses a frame of its own"
 
 
 def test_no_decoded_frame_sees_a_later_latent(vae):

@@ -36,15 +36,11 @@ def test_other_wavelets_agree_with_ptwt_matrices(name):
     x = torch.randn(2, 3, 16, 24, dtype=torch.float64)
     # ptwt's matrix transform names its two mixed bands the other way round than its padded one and pywt.
     low, (high_w, high_h, high_hw) = ptwt.MatrixWavedec2(name, 1)(x)
-    torch.testing.assert_close(
-        W.dwt2d(x, name), torch.cat((low, high_h, high_w, high_hw), dim=1), atol=1e-10, rtol=0
-    )
+    torch.testing.assert_close(W.dwt2d(x, name), torch.cat((low, high_h, high_w, high_hw), dim=1), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["haar", "db2", "db4", "sym4", "bior4.4", "rbio3.1"])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 0.1)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_transforms_are_invertible(name, dtype, tolerance):
     image = torch.randn(1, 2, 20, 26).to(dtype)
     clip = torch.randn(1, 2, 4, 20, 26).to(dtype)
