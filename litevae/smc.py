@@ -76,9 +76,7 @@ class _SelfModulated(nn.Module):
 class SelfModulatedLinear(_SelfModulated):
     """A self-modulated linear map of channels-last tokens: `(..., I)` to `(..., O)`."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, *, bias: bool = True, gain_init: float = 1.0
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True, gain_init: float = 1.0) -> None:
         """Makes the map with PyTorch's default weights, scales of one and no bias.
 
         Args:
