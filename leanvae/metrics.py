@@ -1,0 +1,123 @@
+"""PSNR and SSIM of frames, and their running means; torchmetrics does the arithmetic."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from litevae.torchvision_compat import prepare_torchvision
+
+prepare_torchvision()  # torchmetrics imports torchvision wherever it is installed
+
+try:
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+except ImportError as error:  # pragma: no cover - depends on what is installed
+    raise ImportError(f"metrics need {error.name}: pip install 'leanvae[video]'") from error
+
+SSIM_SIGMA = 1.5
+SSIM_WINDOW = 11  # pixels: 3.5 sigma to either side of the centre
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each frame, 10 log10(1 / mean squared error over its pixels and colours).
+
+    Args:
+        x: images `(N, C, H, W)` or clips `(B, C, T, H, W)` in [0, 1], not quantised.
+        y: what `x` is compared with, of the same shape.
+
+    Returns:
+        `(N,)` or `(B * T,)` decibels, infinite for equal frames.
+
+    Raises:
+        ValueError: the shapes differ or are no images or clips.
+    """
+    x, y = _as_frames(x, y)
+    return peak_signal_noise_ratio(x, y, data_range=1.0, reduction="none", dim=(1, 2, 3))
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity of each frame (Wang et al., 2004), the mean over its pixels and colours.
+
+    Gaussian window of sigma 1.5 over 11 pixels, population covariance, K1 = 0.01, K2 = 0.03; only pixels whose
+    window lies inside the frame count.
+
+    Args:
+        x: images `(N, C, H, W)` or clips `(B, C, T, H, W)` in [0, 1], not quantised.
+        y: what `x` is compared with, of the same shape.
+
+    Returns:
+        `(N,)` or `(B * T,)` values up to 1; NaN for frames with a side under 11 pixels, where it is not defined.
+
+    Raises:
+        ValueError: the shapes differ or are no images or clips.
+    """
+    x, y = _as_frames(x, y)
+    if min(x.shape[2:]) < SSIM_WINDOW:
+        return x.new_full((len(x),), math.nan)
+    # One frame at a time: the arithmetic takes about twenty times a frame's memory.
+    return torch.cat([_ssim_of_frame(a, b) for a, b in zip(x.split(1), y.split(1), strict=True)])
+
+
+def _ssim_of_frame(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM `(1,)` of two images `(1, C, H, W)`; torchmetrics' own mean takes in its mirrored border too."""
+    _, similarity = structural_similarity_index_measure(
+        x, y, sigma=SSIM_SIGMA, data_range=1.0, reduction="none", return_full_image=True
+    )
+    margin = SSIM_WINDOW // 2
+    return similarity[..., margin:-margin, margin:-margin].mean(dim=(1, 2, 3))
+
+
+def _as_frames(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks a pair and brings it to `(N, C, H, W)` in float32 or wider."""
+    if x.shape != y.shape or x.ndim not in (4, 5) or 0 in x.shape:
+        raise ValueError(
+            f"expected two batches of one shape, (N, C, H, W) or (B, C, T, H, W);"
+            f" got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if x.ndim == 5:
+        x, y = (clips.transpose(1, 2).flatten(0, 1) for clips in (x, y))  # B C T H W -> (B T) C H W
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return x.to(dtype), y.to(dtype)
+
+
+@dataclass
+class FrameMetrics:
+    """Running means of PSNR and SSIM over frames, in constant memory.
+
+    Attributes:
+        num_frames: frames seen.
+        psnr_sum: sum of their PSNR in decibels.
+        ssim_sum: sum of their SSIM.
+    """
+
+    num_frames: int = 0
+    psnr_sum: float = 0.0
+    ssim_sum: float = 0.0
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Adds frames; arguments as of :func:`psnr`."""
+        psnr_values, ssim_values = psnr(x, y), ssim(x, y)
+        self.num_frames += len(psnr_values)
+        self.psnr_sum += psnr_values.double().sum().item()
+        self.ssim_sum += ssim_values.double().sum().item()
+
+    def merge(self, other: "FrameMetrics") -> None:
+        """Adds the frames that another one saw."""
+        self.num_frames += other.num_frames
+        self.psnr_sum += other.psnr_sum
+        self.ssim_sum += other.ssim_sum
+
+    @property
+    def psnr(self) -> float | None:
+        """Mean PSNR over frames in decibels; None where it is infinite or there are no frames."""
+        return _finite_mean(self.psnr_sum, self.num_frames)
+
+    @property
+    def ssim(self) -> float | None:
+        """Mean SSIM over frames; None where a frame was too small for it or there are no frames."""
+        return _finite_mean(self.ssim_sum, self.num_frames)
+
+
+def _finite_mean(total: float, count: int) -> float | None:
+    return total / count if count and math.isfinite(total) else None
