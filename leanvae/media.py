@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, dropwhile
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,7 @@ class VideoInfo:
         start_time: seconds at which the container's earliest stream starts; ``Frame.time`` counts from here.
         matrix, color_range, transfer: H.273 code points as read (2, 0 and 2 mean unspecified).
         is_hdr: the transfer function is PQ or HLG.
+        mirrored: the display matrix mirrors the picture besides turning it.
         num_video_streams: video streams in the container; one of them is read.
     """
 
@@ -102,6 +103,7 @@ class VideoInfo:
     transfer: int
     has_audio: bool
     is_hdr: bool
+    mirrored: bool
     num_video_streams: int
 
 
@@ -160,9 +162,7 @@ def _best_video_stream(container: InputContainer) -> VideoStream | None:
     """FFmpeg's best video stream, unless that is a cover picture."""
     moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     best = container.streams.best("video")
-    return next(
-        (s for s in moving if best is not None and s.index == best.index), moving[0] if moving else None
-    )
+    return next((s for s in moving if best is not None and s.index == best.index), moving[0] if moving else None)
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -178,15 +178,13 @@ def probe(path: str | Path) -> VideoInfo:
         return _describe(path, container, stream, frame)
 
 
-def _describe(
-    path: str | Path, container: InputContainer, stream: VideoStream, frame: VideoFrame
-) -> VideoInfo:
+def _describe(path: str | Path, container: InputContainer, stream: VideoStream, frame: VideoFrame) -> VideoInfo:
     time_base = stream.time_base or Fraction(1, 1000)
     if stream.duration is not None:
         duration = float(stream.duration * time_base)
     else:
         duration = None if container.duration is None else container.duration / av.time_base
-    transpose = _orientation(frame)[0]
+    transpose, flip_x, flip_y = _orientation(frame)
     width, height = (frame.height, frame.width) if transpose else (frame.width, frame.height)
     transfer = frame.color_trc if frame.color_trc else stream.codec_context.color_trc
     return VideoInfo(
@@ -199,13 +197,14 @@ def _describe(
         duration=duration,
         time_base=time_base,
         start_time=container_start(container),
-        codec=stream.codec_context.name,
+        codec=stream.codec_context.codec.canonical_name,
         pix_fmt=frame.format.name,
         matrix=frame.colorspace,
         color_range=frame.color_range,
         transfer=transfer,
         has_audio=bool(container.streams.audio),
         is_hdr=transfer in HDR_TRANSFERS,
+        mirrored=transpose ^ flip_x ^ flip_y,
         num_video_streams=len(container.streams.video),
     )
 
@@ -242,9 +241,7 @@ def container_start(container: InputContainer) -> float:
     return (container.start_time or 0) / av.time_base
 
 
-def decode_from(
-    path: str | Path, container: InputContainer, stream: VideoStream, start: float
-) -> Iterator[VideoFrame]:
+def decode_from(path: str | Path, container: InputContainer, stream: VideoStream, start: float) -> Iterator[VideoFrame]:
     """Yields the decoded frames from ``start`` seconds on, whatever the container's own index is worth.
 
     Raises:
@@ -262,9 +259,7 @@ def decode_from(
         frames = _decode(path, container, stream)
     else:
         frames = chain([first], frames)
-    for frame in frames:
-        if frame.time is None or frame.time - origin >= start - TIME_SLACK:
-            yield frame
+    yield from dropwhile(lambda frame: frame.time is not None and frame.time - origin < start - TIME_SLACK, frames)
 
 
 def _decode(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -286,8 +281,7 @@ def frame_to_rgb(path: str | Path, frame: VideoFrame) -> NDArray[np.uint8]:
     Raises:
         MediaError: PQ or HLG transfer, or a colour matrix that cannot be converted.
     """
-    if frame.color_trc in HDR_TRANSFERS:
-        raise MediaError(path, f"HDR ({HDR_TRANSFERS[frame.color_trc]}) is not supported")
+    refuse_hdr(path, frame.color_trc)
     if frame.format.is_rgb or len(frame.format.components) < 3:
         matrix = None
     elif frame.colorspace == MATRIX_UNSPECIFIED:
@@ -310,6 +304,12 @@ def frame_to_rgb(path: str | Path, frame: VideoFrame) -> NDArray[np.uint8]:
     if transpose:
         image = image.transpose(1, 0, 2)
     return np.ascontiguousarray(image[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+
+
+def refuse_hdr(path: str | Path, transfer: int) -> None:
+    """Raises MediaError for the transfer functions PQ and HLG, whose values would be misread as SDR."""
+    if transfer in HDR_TRANSFERS:
+        raise MediaError(path, f"HDR ({HDR_TRANSFERS[transfer]}) is not supported; convert it to SDR first")
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:

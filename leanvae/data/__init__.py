@@ -1,0 +1,1 @@
+"""Clips for training: sources, the order of an epoch, decoding, and the loader."""
