@@ -1,0 +1,171 @@
+"""The command line: the console script `leanvae` with its subcommands, which are also the files in scripts/.
+
+Nothing heavy is imported before a subcommand runs: processes that a run starts import the main script again.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        summary: one line for the help.
+        add_arguments: adds its flags to a parser.
+        run: does the work; returns the exit status.
+    """
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
+    """Parses the command line and runs a subcommand.
+
+    Args:
+        argv: the arguments; those of the process if None.
+        command: the subcommand whose arguments they are; if None, the first argument names it.
+
+    Returns:
+        Exit status: 0 when all the work was done, 2 for a wrong command line, configuration, file or
+        checkpoint (one line on stderr says which), 130 when interrupted.
+    """
+    if command is None:
+        parser = argparse.ArgumentParser(prog="leanvae", description="Image and video autoencoders.")
+        subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        for name, entry in COMMANDS.items():
+            aliases = [name.replace("_", "-")] if "_" in name else []
+            subparser = subparsers.add_parser(
+                name, aliases=aliases, help=entry.summary, description=entry.summary, allow_abbrev=False
+            )
+            entry.add_arguments(subparser)
+            subparser.set_defaults(run=entry.run)
+    else:
+        entry = COMMANDS[command]
+        parser = argparse.ArgumentParser(description=entry.summary, allow_abbrev=False)
+        entry.add_arguments(parser)
+        parser.set_defaults(run=entry.run)
+    args = parser.parse_args(argv)
+    _log_to_stderr()
+    try:
+        return args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        if not _is_expected(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _is_expected(error: Exception) -> bool:
+    """Tells a wrong input, which our own code refuses in words, from a fault, which keeps its traceback."""
+    if isinstance(error, OSError):
+        return error.filename is not None or isinstance(error, FileNotFoundError)
+    if isinstance(error, ModuleNotFoundError):
+        return False
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
+    return isinstance(error, ValueError | ImportError) and module.split(".")[0] in ("leanvae", "litevae")
+
+
+def _log_to_stderr() -> None:
+    """Shows the package's own log lines, and leaves the logs of other packages as they are."""
+    logger = logging.getLogger("leanvae")
+    if not logger.handlers:
+        handler = _BarHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+class _BarHandler(logging.Handler):
+    """Prints log lines above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a record to stderr."""
+        line = self.format(record)
+        if (tqdm := sys.modules.get("tqdm")) is not None:
+            tqdm.tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _add_reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or published .ckpt file")
+    parser.add_argument("--input", required=True, metavar="FILE_OR_DIR", help="clip, image, or folder of both")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights; default: as stored"
+    )
+    parser.add_argument("--strict", action="store_true", help="a file that has to be skipped is an error")
+
+
+def _run_reconstruct(args: argparse.Namespace) -> int:
+    import torch
+
+    from leanvae.reconstruct import METRICS_FILE, reconstruct
+
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    report = reconstruct(args.checkpoint, args.input, args.output, device, dtype, strict=args.strict)
+    total = report["total"]
+    measures = [
+        "" if total["psnr"] is None else f", PSNR {total['psnr']:.2f} dB",
+        "" if total["ssim"] is None else f", SSIM {total['ssim']:.4f}",
+    ]
+    print(
+        f"{total['files']} reconstructed, {total['skipped']} skipped, {total['frames']} frames{''.join(measures)}:"
+        f" {args.output}/{METRICS_FILE}"
+    )
+    return 0
+
+
+def _add_train_video_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override of a setting; may be repeated",
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder of the run; default: training.output of the config")
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|none|DIR", help="where to go on from; default: %(default)s"
+    )
+    # The launchers of DeepSpeed and torch pass it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def _run_train_video(args: argparse.Namespace) -> int:
+    from leanvae.training.loop import train_video
+
+    return train_video(config=args.config, overrides=args.set, output=args.output, resume=args.resume)
+
+
+COMMANDS = {
+    "reconstruct": Command(
+        "Encode and decode a clip, an image, or a folder of both, and measure PSNR and SSIM.",
+        _add_reconstruct_arguments,
+        _run_reconstruct,
+    ),
+    "train_video": Command(
+        "Train a video autoencoder; start it with deepspeed, torchrun or plain python.",
+        _add_train_video_arguments,
+        _run_train_video,
+    ),
+}

@@ -1,0 +1,415 @@
+"""Reconstruction of clips and images: what a trained autoencoder makes of a user's own files, with measures."""
+
+import json
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import av.error
+import numpy as np
+import torch
+from av.format import Flags
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from leanvae.checkpoint import load_vae
+from leanvae.files import write_text
+from leanvae.media import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Frame,
+    MediaError,
+    VideoInfo,
+    iter_frames,
+    open_video,
+    probe,
+    read_image,
+)
+from leanvae.metrics import FrameMetrics
+from leanvae.model import LeanVAE
+from leanvae.writer import VideoWriter, write_png
+
+logger = logging.getLogger("leanvae")
+
+METRICS_FILE = "metrics.json"
+_CHUNK_GROUPS = 16  # latent frames at once for small frames
+_CHUNK_PIXELS = 2**21  # pixels of the frames that begin the groups of a chunk: one group at 1080p, about 2 GiB
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class ReconstructionError(ValueError):
+    """The files were not, or not all, reconstructed; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A file to reconstruct.
+
+    Attributes:
+        source: the file.
+        name: its path relative to the input folder.
+        target: its outputs' path relative to the output folder, without `.recon.mp4` and the like.
+        is_video: whether its name says that it is a clip.
+    """
+
+    source: Path
+    name: str
+    target: str
+    is_video: bool
+
+
+@dataclass
+class Result:
+    """What became of a file; the fields as they stand in `metrics.json`.
+
+    Attributes:
+        input: the file's path relative to the input folder.
+        kind: `video` or `image`.
+        reconstruction, side_by_side: the files written, relative to the output folder.
+        width, height: size of the source and the reconstruction in pixels, upright.
+        frames: number of frames of both.
+        fps: average frames per second, None for images and where the source does not say.
+        psnr: in decibels, the mean over frames; None where infinite.
+        ssim: the mean over frames; None for a side under 11 pixels.
+        notes: what could not be kept of the source.
+    """
+
+    input: str
+    kind: str
+    reconstruction: str
+    side_by_side: str
+    width: int
+    height: int
+    frames: int
+    fps: float | None
+    psnr: float | None
+    ssim: float | None
+    notes: list[str] = field(default_factory=list)
+
+
+def reconstruct(
+    checkpoint: str | Path,
+    inputs: str | Path,
+    output: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+    strict: bool = False,
+) -> dict[str, Any]:
+    """Encodes and decodes a clip, an image, or every clip and image of a folder and those in it.
+
+    For each file it writes `NAME.recon.mp4` (or `.png`), `NAME.side_by_side.mp4` with the source on the left,
+    and for all of them one `metrics.json`. Clips keep their timestamps, size, number of frames and sound, and
+    stand upright; they are streamed, so a clip's length takes no memory. PSNR and SSIM are those of the
+    decoder's output, clamped to [0, 1], before it is rounded to 8 bits or coded. Latents are the posterior's
+    mean.
+
+    Args:
+        checkpoint: what `load_vae` reads.
+        inputs: a file, or a folder whose clips and images are taken in the order of their names.
+        output: folder for the results, made if missing.
+        device: where the model runs.
+        dtype: its type; as stored if None.
+        chunk: frames to encode at a time; by the size of the frames if None.
+        strict: a file that cannot be reconstructed is an error, raised after the others are done.
+
+    Returns:
+        The content of `metrics.json`: `files` (a `Result` each), `skipped` (`input` and `reason` each) and
+        `total` (`files`, `skipped`, `frames`, and `psnr` and `ssim` as means over all frames).
+
+    Raises:
+        FileNotFoundError: there is no such input or checkpoint.
+        ValueError: the input holds no clip or image, or the output folder is the input folder.
+        ReconstructionError: no file could be reconstructed, or not all with `strict`, or the model's output is
+            not finite.
+    """
+    inputs, output = Path(inputs), Path(output)
+    jobs = find_jobs(inputs, output)
+    vae = load_vae(checkpoint, device, dtype)
+    output.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    skipped: list[dict[str, str]] = []
+    total = FrameMetrics()
+    for number, job in enumerate(jobs, start=1):
+        label = f"[{number}/{len(jobs)}] {job.name}"
+        try:
+            result, metrics = reconstruct_file(vae, job, output, chunk, label)
+        except MediaError as error:
+            skipped.append({"input": job.name, "reason": error.reason})
+            logger.warning("%s: skipped: %s", label, error.reason)
+            continue
+        results.append(result)
+        total.merge(metrics)
+        logger.info("%s: %s", label, _describe(result))
+    report = {
+        "checkpoint": str(checkpoint),
+        "input": str(inputs),
+        "total": {
+            "files": len(results),
+            "skipped": len(skipped),
+            "frames": total.num_frames,
+            "psnr": total.psnr,
+            "ssim": total.ssim,
+        },
+        "files": [asdict(result) for result in results],
+        "skipped": skipped,
+    }
+    write_text(output / METRICS_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    if skipped and (strict or not results):
+        names = "; ".join(f"{entry['input']}: {entry['reason']}" for entry in skipped[:5])
+        more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        raise ReconstructionError(f"{len(skipped)} of {len(jobs)} files could not be reconstructed: {names}{more}")
+    return report
+
+
+def find_jobs(inputs: Path, output: Path) -> list[Job]:
+    """Lists the clips and images of a folder, or one file, with a name for the outputs that no other has.
+
+    Hidden files, files of other types, and what lies in the output folder are passed over.
+
+    Raises:
+        FileNotFoundError: there is nothing at `inputs`.
+        ValueError: the folder holds no clip or image, or is the output folder.
+    """
+    if not inputs.exists():
+        raise FileNotFoundError(f"no file or folder at {inputs}")
+    if inputs.is_dir():
+        if output.resolve() == inputs.resolve():
+            raise ValueError(f"the output folder {output} is the input folder: choose another")
+        files = [
+            path
+            for path in sorted(inputs.rglob("*"))
+            if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(inputs).parts)
+            and output.resolve() not in path.resolve().parents
+        ]
+        if not files:
+            raise ValueError(f"{inputs} holds no clip or image that its name shows to be one")
+        names = [path.relative_to(inputs) for path in files]
+    else:
+        files, names = [inputs], [Path(inputs.name)]
+    return [
+        Job(path, name.as_posix(), target, path.suffix.lower() not in IMAGE_SUFFIXES)
+        for path, name, target in zip(files, names, _unique_targets(names), strict=True)
+    ]
+
+
+def _unique_targets(names: list[Path]) -> list[str]:
+    """Paths without suffix; files of one folder that would share one keep theirs (`a.jpg` beside `a.png`)."""
+    targets = [name.with_suffix("").as_posix() for name in names]
+    while True:
+        count = Counter(target.casefold() for target in targets)
+        clashing = [
+            index
+            for index, target in enumerate(targets)
+            if count[target.casefold()] > 1 and target != names[index].as_posix()
+        ]
+        if not clashing:
+            return targets
+        for index in clashing:
+            targets[index] = names[index].as_posix()
+
+
+def reconstruct_file(
+    vae: LeanVAE, job: Job, output: Path, chunk: int | None, label: str
+) -> tuple[Result, FrameMetrics]:
+    """Reconstructs one file and writes its outputs.
+
+    Raises:
+        MediaError: the file cannot be read, or mp4 cannot hold it.
+        ReconstructionError: the model's output is not finite.
+    """
+    (output / job.target).parent.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode():
+        if not job.is_video:
+            return _reconstruct_image(vae, job, output)
+        try:
+            return _reconstruct_clip(vae, job, output, chunk, label)
+        except (av.error.InvalidDataError, av.error.ArgumentError) as error:
+            raise MediaError(job.source, f"cannot be written as mp4: {error.strerror}") from error
+
+
+def _reconstruct_image(vae: LeanVAE, job: Job, output: Path) -> tuple[Result, FrameMetrics]:
+    source = read_image(job.source)
+    height, width = source.shape[:2]
+    x = _to_unit([source], vae)
+    decoded = vae.decode(vae.encode(_to_model(x, vae)).mode(), size=(height, width))
+    y = _from_model(decoded, job.name)
+    metrics = FrameMetrics()
+    metrics.update(y, x)
+    recon = _to_uint8(y)[0]
+    names = _output_names(job, ".png")
+    write_png(output / names[0], recon)
+    write_png(output / names[1], np.concatenate((source, recon), axis=1))
+    return Result(job.name, "image", *names, width, height, 1, None, metrics.psnr, metrics.ssim), metrics
+
+
+def _reconstruct_clip(
+    vae: LeanVAE, job: Job, output: Path, chunk: int | None, label: str
+) -> tuple[Result, FrameMetrics]:
+    info = probe(job.source)
+    origin, pixel_aspect = _clock_and_aspect(info)
+    names = _output_names(job, ".mp4")
+    metrics = FrameMetrics()
+    waiting: deque[Frame] = deque()  # read, and not decoded yet
+    chunk = chunk or frames_per_chunk(info.width, info.height, vae.config.patch_size[0])
+    chunks = _read_chunks(vae, info, chunk, waiting)
+    shared: dict[str, Any] = {
+        "time_base": info.time_base,
+        "rate": info.fps,
+        "pixel_aspect": pixel_aspect,
+        "origin": origin,
+    }
+    with (
+        _Progress(label, info.num_frames) as progress,
+        VideoWriter(output / names[0], info.width, info.height, audio_from=job.source, **shared) as recon,
+        VideoWriter(output / names[1], 2 * info.width, info.height, **shared) as side_by_side,
+    ):
+        latents = (posterior.mode() for posterior in vae.encode_stream(chunks))
+        for decoded in vae.decode_stream(latents):
+            # The last frame was repeated to fill its group; what it decodes to has no source.
+            frames = [waiting.popleft() for _ in range(min(decoded.shape[2], len(waiting)))]
+            decoded = decoded[:, :, : len(frames), : info.height, : info.width]
+            for start in range(0, len(frames), 4):
+                some = frames[start : start + 4]
+                y = _from_model(decoded[0, :, start : start + 4].transpose(0, 1), job.name)
+                metrics.update(y, _to_unit([frame.image for frame in some], vae))
+                for frame, image in zip(some, _to_uint8(y), strict=True):
+                    recon.write(image, frame.pts)
+                    side_by_side.write(np.concatenate((frame.image, image), axis=1), frame.pts)
+            progress.update(len(frames))
+        assert not waiting
+    result = Result(
+        job.name,
+        "video",
+        *names,
+        info.width,
+        info.height,
+        metrics.num_frames,
+        float(info.fps) if info.fps else None,
+        metrics.psnr,
+        metrics.ssim,
+        recon.notes,
+    )
+    return result, metrics
+
+
+def frames_per_chunk(width: int, height: int, group: int) -> int:
+    """Frames to encode at a time: whole groups, one latent frame each, few enough to fit in a few GiB.
+
+    Args:
+        width, height: size of the frames in pixels.
+        group: frames that a latent frame covers.
+    """
+    return group * max(1, min(_CHUNK_GROUPS, _CHUNK_PIXELS // (width * height)))
+
+
+def _read_chunks(vae: LeanVAE, info: VideoInfo, chunk: int, waiting: deque[Frame]) -> Iterator[Tensor]:
+    """Yields a clip's frames for the model, `(1, 3, t, H, W)` in [-1, 1], and leaves them in `waiting`.
+
+    The first chunk is shorter, so that after the first frame, which stands alone, groups stay whole.
+    """
+    images: list[NDArray[np.uint8]] = []
+    wanted = max(1, chunk - vae.config.patch_size[0] + 1)
+    for number, frame in enumerate(iter_frames(info.path)):
+        if frame.image.shape != (info.height, info.width, 3):
+            height, width = frame.image.shape[:2]
+            raise MediaError(
+                info.path, f"the size changes from {info.width}x{info.height} to {width}x{height} at frame {number}"
+            )
+        images.append(frame.image)
+        waiting.append(frame)
+        if len(images) == wanted:
+            yield _to_model(_to_unit(images, vae), vae).transpose(0, 1).unsqueeze(0)
+            images, wanted = [], chunk
+    if images:
+        yield _to_model(_to_unit(images, vae), vae).transpose(0, 1).unsqueeze(0)
+
+
+def _clock_and_aspect(info: VideoInfo) -> tuple[Fraction, Fraction | None]:
+    """Where a clip's clock starts, and the shape of its pixels (None where square) once upright.
+
+    The clocks of broadcast formats start anywhere, often hours in; those of files are kept as they are.
+    """
+    with open_video(info.path) as (container, stream):
+        origin = Fraction(0)
+        if container.format.flags & Flags.ts_discont.value and container.start_time:
+            origin = Fraction(container.start_time, av.time_base)
+        aspect = stream.sample_aspect_ratio
+    if not aspect or aspect == 1:
+        return origin, None
+    return origin, (1 / aspect if info.rotation in (90, 270) else aspect)
+
+
+def _output_names(job: Job, suffix: str) -> tuple[str, str]:
+    return f"{job.target}.recon{suffix}", f"{job.target}.side_by_side{suffix}"
+
+
+def _to_unit(images: list[NDArray[np.uint8]], vae: LeanVAE) -> Tensor:
+    """Frames as float32 `(N, 3, H, W)` in [0, 1] on the model's device."""
+    device = next(vae.parameters()).device
+    return torch.from_numpy(np.stack(images)).to(device).movedim(-1, 1).float() / 255
+
+
+def _to_model(unit: Tensor, vae: LeanVAE) -> Tensor:
+    """[0, 1] to the model's [-1, 1], in its own type."""
+    return (2 * unit - 1).to(next(vae.parameters()).dtype)
+
+
+def _from_model(decoded: Tensor, name: str) -> Tensor:
+    """The decoder's `(N, 3, H, W)` in about [-1, 1] as float32, clamped to [0, 1].
+
+    Raises:
+        ReconstructionError: it is not finite.
+    """
+    decoded = decoded.float()
+    if not decoded.isfinite().all():
+        raise ReconstructionError(
+            f"{name}: the decoder's output is not finite: the weights are broken, or need another dtype (float32)"
+        )
+    return ((decoded + 1) / 2).clamp(0, 1)
+
+
+def _to_uint8(unit: Tensor) -> NDArray[np.uint8]:
+    """`(N, 3, H, W)` in [0, 1] as `(N, H, W, 3)` bytes."""
+    return (255 * unit).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+
+def _describe(result: Result) -> str:
+    """One line on a result."""
+    psnr = "infinite" if result.psnr is None else f"{result.psnr:.2f} dB"
+    ssim = "undefined" if result.ssim is None else f"{result.ssim:.4f}"
+    notes = "".join(f" ({note})" for note in result.notes)
+    return f"{result.frames} frames of {result.width}x{result.height}, PSNR {psnr}, SSIM {ssim}{notes}"
+
+
+class _Progress:
+    """A bar of a clip's frames on a terminal, and a line now and then elsewhere."""
+
+    def __init__(self, label: str, num_frames: int | None) -> None:
+        self._label = label
+        self._bar = tqdm(desc=label, total=num_frames, unit="frame", disable=None, leave=False)
+        self._num_frames = 0
+        self._last = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, num_frames: int) -> None:
+        """Counts frames."""
+        self._num_frames += num_frames
+        self._bar.update(num_frames)
+        if self._bar.disable and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            logger.info("%s: %d frames so far", self._label, self._num_frames)
