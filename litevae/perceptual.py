@@ -57,7 +57,7 @@ class PerceptualDistance(nn.Module):
         """
         _check_images(prediction, target)
         network: Any = self.network
-        dtype = network.lin0.model[-1].weight.dtype
+        dtype = next(network.parameters()).dtype
         prediction_features, target_features = (
             network.net(network.scaling_layer(images.to(dtype))) for images in (prediction, target)
         )
