@@ -25,7 +25,7 @@ def gradient_step(x: Tensor, z: Tensor, phi: Tensor, step: Tensor) -> Tensor:
         x: current estimate of the features, `(..., D)`.
         z: measurement, `(..., Z)`.
         phi: measurement matrix, `(Z, D)`.
-        step: step size, a scalar.
+        step: step size, one element.
     """
     return x - step * ((x @ phi.T - z) @ phi)
 
@@ -43,8 +43,9 @@ class ISTABottleneck(nn.Module):
     def __init__(self, dim: int, latent_channels: int, num_iterations: int, num_layers: int) -> None:
         super().__init__()
         self.phi = nn.Parameter(torch.randn(latent_channels, dim) * dim**-0.5)
-        self.initial = nn.Parameter(self.phi.detach().T.clone())  # Q of ISTA-Net+
-        self.steps = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(num_iterations))
+        self.initial = nn.Parameter(self.phi.detach().T.contiguous())  # Q of ISTA-Net+
+        # One-element vectors, not scalars, which DeepSpeed cannot partition.
+        self.steps = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in range(num_iterations))
         self.thresholds = nn.ParameterList(nn.Parameter(torch.full((1,), 0.01)) for _ in range(num_iterations))
 
         def transforms() -> nn.ModuleList:

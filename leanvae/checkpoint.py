@@ -118,7 +118,9 @@ def _read_published(path: Path) -> tuple[LeanVAEConfig, dict[str, Tensor]]:
             if name.startswith(TRAINING_PREFIX)
         }
     try:
-        return infer_config(state), {rename_published(name): value for name, value in state.items()}
+        # Published step sizes are scalars, ours vectors of one element.
+        renamed = {rename_published(name): torch.atleast_1d(value) for name, value in state.items()}
+        return infer_config(state), renamed
     except KeyError as error:
         raise ValueError(f"{path}: no published LeanVAE checkpoint: {error.args[0]} is missing") from error
 

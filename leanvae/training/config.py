@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
-from leanvae.config import LeanVAEConfig
+from leanvae.config import ConfigError, LeanVAEConfig
 from leanvae.data.config import DataConfig
 from litevae.config import StrictConfig
 from litevae.discriminators import DiscriminatorConfig
@@ -13,8 +13,8 @@ from litevae.discriminators import DiscriminatorConfig
 # What DeepSpeed also wants to be told, and the field of ours that tells it.
 DEEPSPEED_KEYS_OF_OURS = {
     "train_batch_size": "training.batch_size",
-    "train_micro_batch_size_per_gpu": "training.batch_size and training.gradient_accumulation_steps",
-    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.batch_size and training.micro_batch_size",
     "gradient_clipping": "training.gradient_clipping",
     "optimizer": "optimizer",
     "scheduler": "optimizer",
@@ -93,8 +93,9 @@ class TrainingConfig(StrictConfig):
 
     Attributes:
         max_steps: optimizer steps in all.
-        batch_size: clips a step, over all ranks and accumulation steps.
-        gradient_accumulation_steps: passes a step; divides each rank's share of the batch.
+        batch_size: clips a step, over all ranks and passes.
+        micro_batch_size: clips that a rank takes in one pass; the gradients of several passes are accumulated.
+            Without it a rank takes its whole share at once. It bounds memory and changes no result.
         gradient_clipping: highest norm of each network's gradient; 0 turns clipping off.
         ema_decay: decay of the averaged weights (rises to it over the first steps).
         seed: of weights, data order, crops, noise.
@@ -109,7 +110,7 @@ class TrainingConfig(StrictConfig):
 
     max_steps: PositiveInt = 700_000
     batch_size: PositiveInt = 40
-    gradient_accumulation_steps: PositiveInt = 1
+    micro_batch_size: PositiveInt | None = None
     gradient_clipping: NonNegativeFloat = 1.0
     ema_decay: float = Field(default=0.999, ge=0.0, lt=1.0)
     seed: NonNegativeInt = 0
@@ -120,6 +121,25 @@ class TrainingConfig(StrictConfig):
     validate_every: PositiveInt = 1000
     validation_clips: PositiveInt = 4
     output: str = "runs/video"
+
+    def passes(self, world_size: int) -> int:
+        """Passes a step on each of `world_size` ranks.
+
+        Raises:
+            ConfigError: the batch does not divide among the ranks, or a rank's share into its passes.
+        """
+        share, rest = divmod(self.batch_size, world_size)
+        if rest:
+            raise ConfigError(
+                f"training.batch_size is {self.batch_size}: it must be divisible by the number of ranks, {world_size}"
+            )
+        passes, rest = divmod(share, min(share, self.micro_batch_size or share))
+        if rest:
+            raise ConfigError(
+                f"training.micro_batch_size is {self.micro_batch_size}: it must divide each rank's share "
+                f"of the batch, {share}"
+            )
+        return passes
 
 
 class TrainVideoConfig(StrictConfig):
