@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +17,7 @@ try:
     import cv2
     from av.container import InputContainer
     from av.error import FFmpegError
+    from av.packet import Packet
     from av.stream import Disposition
     from av.video.frame import VideoFrame
     from av.video.reformatter import ColorRange, Colorspace, Interpolation
@@ -46,6 +47,8 @@ _MATRICES = {
     9: Colorspace.BT2020,
 }
 _RANGE_FULL = 2
+# MPEG program streams: several frames share a timestamp, and after seeking it goes to the wrong one.
+_MISDATED_AFTER_SEEKING = {"mpeg"}
 TIME_SLACK = 1e-4  # seconds; below the shortest time between frames, above rounding errors of float
 # Without these flags swscale is off by 1.0 to 1.9 levels on average instead of 0.2, and repeats chroma.
 _INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -81,6 +84,7 @@ class VideoInfo:
         duration: seconds, or None where unknown.
         time_base: seconds per unit of ``Frame.pts``.
         start_time: seconds at which the container's earliest stream starts; ``Frame.time`` counts from here.
+        container: FFmpeg's name of the format.
         matrix, color_range, transfer: H.273 code points as read (2, 0 and 2 mean unspecified).
         is_hdr: the transfer function is PQ or HLG.
         mirrored: the display matrix mirrors the picture besides turning it.
@@ -96,6 +100,7 @@ class VideoInfo:
     duration: float | None
     time_base: Fraction
     start_time: float
+    container: str
     codec: str
     pix_fmt: str
     matrix: int
@@ -197,6 +202,7 @@ def _describe(path: str | Path, container: InputContainer, stream: VideoStream, 
         duration=duration,
         time_base=time_base,
         start_time=container_start(container),
+        container=container.format.name,
         codec=stream.codec_context.codec.canonical_name,
         pix_fmt=frame.format.name,
         matrix=frame.colorspace,
@@ -247,23 +253,31 @@ def decode_from(path: str | Path, container: InputContainer, stream: VideoStream
     Raises:
         MediaError: the file ends inside a frame, or the decoder marks a frame as damaged.
     """
-    if start <= 0:
-        yield from _decode(path, container, stream)
-        return
     origin = container_start(container)
-    container.seek(math.floor((start + origin) / (stream.time_base or 1)), stream=stream)
-    frames = _decode(path, container, stream)
-    first = next(frames, None)
-    if first is None or first.time is None or first.time - origin > start + TIME_SLACK:
-        container.seek(0)
-        frames = _decode(path, container, stream)
-    else:
-        frames = chain([first], frames)
+    packets = _packets_before(container, stream, start + origin) if start > 0 else container.demux(stream)
+    frames = _decode(path, packets)
     yield from dropwhile(lambda frame: frame.time is not None and frame.time - origin < start - TIME_SLACK, frames)
 
 
-def _decode(path: str | Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    for packet in container.demux(stream):
+def _packets_before(container: InputContainer, stream: VideoStream, time: float) -> Iterator[Packet]:
+    """The packets from a key frame at or before ``time`` on; from the beginning where seeking finds none."""
+    time_base = float(stream.time_base or 1)
+    # Containers without an index are searched by time alone, and may land behind the key frame.
+    margins = () if container.format.name in _MISDATED_AFTER_SEEKING else (0.0, 2.0, 10.0)
+    for margin in margins:
+        if time - margin <= container_start(container):
+            break
+        container.seek(math.floor((time - margin) / time_base), stream=stream)
+        packets = container.demux(stream)
+        first = next((packet for packet in packets if packet.is_keyframe), None)
+        if first is not None and first.pts is not None and first.pts * time_base <= time + TIME_SLACK:
+            return chain([first], packets)
+    container.seek(min(0, container.start_time or 0))
+    return container.demux(stream)
+
+
+def _decode(path: str | Path, packets: Iterable[Packet]) -> Iterator[VideoFrame]:
+    for packet in packets:
         if packet.is_corrupt:
             raise MediaError(path, "truncated: the file ends inside a frame")
         for frame in packet.decode():

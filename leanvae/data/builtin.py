@@ -7,6 +7,7 @@ the default share, the hash of the names holds out ``photo_flower`` and ``photo_
 
 import hashlib
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanvae.media import av, cv2, read_image
+
+logger = logging.getLogger(__name__)
 
 # In the wheels themselves: scikit-image would download the rest of its collection.
 PHOTOGRAPHS = {
@@ -81,9 +84,12 @@ def make_builtin_clips(cache_folder: Path) -> list[Path]:
     folder = cache_folder / _FOLDER
     clips = {folder / f"photo_{name}.mp4": path for name, path in sorted(find_photographs().items())}
     missing = [clip for clip in clips if not clip.is_file()]
+    if missing:
+        logger.info("making %d built-in clips in %s", len(missing), folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for clip in tqdm(missing, desc="making the built-in clips", unit="clip", disable=not missing):
+        # Without a terminal there is the line above instead.
+        for clip in tqdm(missing, desc="making the built-in clips", unit="clip", disable=None if missing else True):
             if not clip.is_file():
                 _write_clip(clip, moving_views(read_image(clips[clip]), clip.stem))
     except OSError as error:

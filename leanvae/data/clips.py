@@ -87,9 +87,9 @@ def cut_frame(image: NDArray[np.uint8], height: int, width: int, choice: _Choice
     return np.ascontiguousarray(image[:, ::-1] if choice.flip else image)
 
 
-def decode_sample(clip: Clip, config: DataConfig, seed: Sequence[int]) -> ClipSample:
-    """What a decoder process runs: :func:`read_clip` with the generator of ``seed``."""
-    return read_clip(clip, config, np.random.default_rng(seed) if seed else None)
+def decode_sample(clip: Clip, config: DataConfig, seed: Sequence[int] | None) -> ClipSample:
+    """What a decoder process runs: :func:`read_clip` with the generator of ``seed``, or centrally without one."""
+    return read_clip(clip, config, None if seed is None else np.random.default_rng(seed))
 
 
 def warm_up() -> None:

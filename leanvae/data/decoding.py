@@ -3,6 +3,7 @@
 Measured (decord 0.6, PyAV 18): rotation, order and timestamps agree, and tagged matrices and ranges are honoured
 by both. decord differs, and PyAV is taken, where
 
+- the container is not MP4, Matroska or AVI: decord lands on wrong frames in MPEG-TS and opens no Ogg;
 - the codec is VP8 or VP9: decord counts hidden frames and repeats others for them;
 - the samples have more than 8 bits: decord's colours are off by up to 2 levels on average;
 - the colour matrix is not tagged and the picture has 720 lines or more: decord takes BT.601;
@@ -40,6 +41,7 @@ from leanvae.media import (
 )
 
 _EIGHT_BIT_YUV = {"yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p"}
+_SEEKS_EXACTLY = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
 _HEADER_HAS_DURATION = {"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}
 _SAME_TIME = 2e-3  # seconds; decord gives float32, Matroska whole milliseconds
 
@@ -136,6 +138,7 @@ def decord_agrees(clip: Clip, info: VideoInfo) -> bool:
     return (
         clip.start == 0
         and clip.end is None
+        and info.container in _SEEKS_EXACTLY
         and info.codec not in ("vp8", "vp9")
         and info.pix_fmt in _EIGHT_BIT_YUV
         and (info.matrix != MATRIX_UNSPECIFIED or coded_lines < 720)

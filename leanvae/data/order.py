@@ -88,9 +88,3 @@ def substitute(seed: int, epoch: int, place: int, attempt: int, index: int, size
     others = np.random.default_rng([_SUBSTITUTE, seed, epoch, place]).permutation(size - 1)
     # The permutation runs over the source without `index` itself.
     return int(others[attempt] + (others[attempt] >= index))
-
-
-def sample_generator(seed: int, position: int, batch_size: int) -> np.random.Generator:
-    """The generator of a sample's window, crop and flip, from (seed, step, index in the global batch)."""
-    step, index = divmod(position, batch_size)
-    return np.random.default_rng([seed, step, index])
