@@ -1,0 +1,72 @@
+"""The folder of checkpoints: `latest` always names a complete one."""
+
+import os
+
+import pytest
+
+from leanvae.training import checkpoints as C
+
+
+def write(root, step, content="x", keep=3):
+    folder = C.checkpoint_folder(root, step)
+    written = C.temporary_folder(folder)
+    written.mkdir(parents=True)
+    (written / C.STATE_FILE).write_text(content)
+    C.commit(folder, keep)
+    return folder
+
+
+def test_latest_names_the_newest(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+        assert os.readlink(tmp_path / "latest") == f"step_{step:08d}"
+    assert (tmp_path / "latest" / C.STATE_FILE).read_text() == "x"
+
+
+def test_old_checkpoints_go(tmp_path):
+    for step in range(6):
+        write(tmp_path, step, keep=2)
+    assert [path.name for path in C.complete_checkpoints(tmp_path)] == ["step_00000004", "step_00000005"]
+
+
+def test_a_checkpoint_written_again_replaces_the_first(tmp_path):
+    write(tmp_path, 1, "old")
+    write(tmp_path, 1, "new")
+    assert (tmp_path / "latest" / C.STATE_FILE).read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+@pytest.mark.parametrize("call", ["rename", "symlink_to", "replace"])
+def test_latest_stays_complete_when_writing_fails(tmp_path, monkeypatch, call):
+    write(tmp_path, 1)
+
+    def fail(*_, **__):
+        raise OSError("disk gone")
+
+    target = os if call == "replace" else C.Path
+    monkeypatch.setattr(target, call, fail)
+    with pytest.raises(OSError, match="disk gone"):
+        write(tmp_path, 2)
+    monkeypatch.undo()
+    assert (tmp_path / "latest" / C.STATE_FILE).read_text() == "x"
+    assert (C.find_checkpoint(tmp_path, "auto") / C.STATE_FILE).is_file()
+
+
+def test_auto_begins_where_there_is_nothing(tmp_path):
+    assert C.find_checkpoint(tmp_path / "none", "auto") is None
+    (tmp_path / ".step_00000001.tmp").mkdir()
+    assert C.find_checkpoint(tmp_path, "auto") is None
+
+
+def test_none_refuses_to_overwrite(tmp_path):
+    assert C.find_checkpoint(tmp_path, "none") is None
+    write(tmp_path, 1)
+    with pytest.raises(ValueError, match="holds checkpoints already"):
+        C.find_checkpoint(tmp_path, "none")
+
+
+def test_a_named_checkpoint_must_be_one(tmp_path):
+    folder = write(tmp_path, 4)
+    assert C.find_checkpoint(tmp_path, str(folder)) == folder
+    with pytest.raises(FileNotFoundError, match=r"trainer\.json is missing"):
+        C.find_checkpoint(tmp_path, str(tmp_path))

@@ -1,0 +1,211 @@
+"""The training step against the same step written out in plain torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from leanvae.model import LeanVAE
+from leanvae.patchify import analyse
+from leanvae.training.config import TrainVideoConfig
+from leanvae.training.engine import PlainEngine, frozen
+from leanvae.training.schedule import posterior_noise
+from leanvae.training.step import LeCamAverages, TrainingStep, as_images, band_l1, select_frames, update_average
+from litevae.discriminators import PatchDiscriminator
+from litevae.wavelet import dwt2d, dwt3d
+
+CPU = torch.device("cpu")
+LOSSES = {"l1": 2.0, "low_bands": 0.1, "high_bands": 0.2, "kl": 1e-4, "perceptual": "none"}
+
+
+def make_config(gan=None, **training):
+    return TrainVideoConfig.model_validate(
+        {
+            "model": {"low_channels": 8, "high_channels": 16, "num_stream_layers": 1, "num_fusion_layers": 1},
+            "data": {"num_frames": 5, "resolution": [32, 32]},
+            "losses": LOSSES,
+            "gan": gan and {"discriminator": {"base_channels": 8, "num_layers": 2}, "learning_rate": 1e-3, **gan},
+            "optimizer": {"learning_rate": 1e-3, "final_learning_rate": 1e-4, "warmup_steps": 0},
+            "training": {"engine": "plain", "batch_size": 4, "max_steps": 10, "gradient_clipping": 0.5, **training},
+        }
+    )
+
+
+def make_step(config):
+    torch.manual_seed(0)
+    vae = LeanVAE(config.model)
+    discriminator = PatchDiscriminator(**config.gan.discriminator.model_dump()) if config.gan else None
+    engines = [
+        module and PlainEngine(module, config.optimizer, config.training, {}, CPU) for module in (vae, discriminator)
+    ]
+    return TrainingStep(config, engines[0], engines[1], None, CPU)
+
+
+def clips_of(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 256, (4, 3, 5, 32, 32), generator=generator, dtype=torch.uint8)
+
+
+def frames_of(clip):
+    return clip.transpose(1, 2).flatten(0, 1)
+
+
+def reference_steps(config, num_steps):
+    """Plain torch: explicit losses, two Adam optimizers, clipping; returns the losses of each step."""
+    torch.manual_seed(0)
+    vae = LeanVAE(config.model)
+    discriminator = PatchDiscriminator(**config.gan.discriminator.model_dump())
+    adam = {"betas": (0.5, 0.9)}
+    vae_optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, **adam)
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-3, **adam)
+    average_real = average_fake = 0.0
+    losses = []
+    for step in range(num_steps):
+        rate = 1e-4 + 0.9e-3 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / 9))).item()
+        for optimizer in (vae_optimizer, discriminator_optimizer):
+            optimizer.param_groups[0]["lr"] = rate
+        x = clips_of(step).float() / 127.5 - 1
+        posterior = vae.encode(x)
+        noise = posterior_noise(posterior.mean.shape[1:], 0, step, [0, 1, 2, 3])
+        y = vae.decode(posterior.mean + (0.5 * posterior.logvar).exp() * noise)
+        difference = y - x
+        image = dwt2d(difference[:, :, :1]).abs() * 2
+        video = dwt3d(difference[:, :, 1:]).abs() * 8**0.5
+        kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum() / 4
+        loss = 2 * difference.abs().mean() + 1e-4 * kl
+        loss = loss + 0.1 * (image[:, :3].mean() + video[:, :3].mean())
+        loss = loss + 0.2 * (image[:, 3:].mean() + video[:, 3:].mean())
+        fake_logits = discriminator(frames_of(y))
+        adversarial = F.softplus(-fake_logits).mean()
+        loss = loss + config.gan.weight * adversarial
+        vae_optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
+        vae_optimizer.step()
+        discriminator_optimizer.zero_grad()
+        real, fake = discriminator(frames_of(x)), discriminator(frames_of(y.detach()))
+        d_loss = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+        lecam = (real - average_fake).relu().square().mean() + (average_real - fake).relu().square().mean()
+        (d_loss + 0.3 * lecam).backward()
+        torch.nn.utils.clip_grad_norm_(discriminator.parameters(), 0.5)
+        discriminator_optimizer.step()
+        average_real = 0.9 * average_real + 0.1 * real.mean().item()
+        average_fake = 0.9 * average_fake + 0.1 * fake.mean().item()
+        losses.append(
+            {
+                "loss": loss.item(),
+                "kl": kl.item(),
+                "adversarial": adversarial.item(),
+                "discriminator": d_loss.item(),
+                "lecam": lecam.item(),
+            }
+        )
+    return losses
+
+
+GAN = {"loss": "logistic", "weight": 0.2, "lecam": 0.3, "lecam_decay": 0.9}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("micro_batch_size", [None, 2, 1])
+def test_step_equals_plain_torch(micro_batch_size):
+    config = make_config(GAN, micro_batch_size=micro_batch_size)
+    take_step = make_step(config)
+    for step, expected in enumerate(reference_steps(config, 4)):
+        logs = take_step(clips_of(step), [0, 1, 2, 3], step)
+        for name, value in expected.items():
+            assert logs[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (step, name)
+
+
+def test_generator_pass_leaves_no_gradient_in_the_discriminator():
+    config = make_config(GAN)
+    take_step = make_step(config)
+    seen = []
+    take_step._train_discriminator = lambda *_: seen.append(
+        [parameter.grad for parameter in take_step.discriminator.module.parameters()]
+    )
+    with pytest.raises(KeyError, match="logits_real"):
+        take_step(clips_of(0), [0, 1, 2, 3], 0)
+    assert seen
+    assert all(gradient is None for gradient in seen[0])
+
+
+def test_frozen_gives_back_only_what_it_took():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module[0].requires_grad_(False)
+    with frozen(module):
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert not module[0].weight.requires_grad
+    assert module[1].weight.requires_grad
+
+
+def test_gan_waits_for_its_start_step():
+    take_step = make_step(make_config({"start_step": 1, "warmup_steps": 1}))
+    before = [parameter.clone() for parameter in take_step.discriminator.module.parameters()]
+    assert "discriminator" not in take_step(clips_of(0), [0, 1, 2, 3], 0)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, take_step.discriminator.module.parameters(), strict=True)
+    )
+    assert take_step(clips_of(1), [0, 1, 2, 3], 1)["discriminator"] > 0
+
+
+def test_training_without_a_gan_learns():
+    take_step = make_step(make_config(max_steps=60))
+    clips = clips_of(0) // 4 + torch.arange(0, 192, 6, dtype=torch.uint8)
+    losses = [take_step(clips, [0, 1, 2, 3], step)["loss"] for step in range(40)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_band_l1_is_the_mean_absolute_band():
+    x, y = torch.randn(2, 2, 3, 5, 8, 8, dtype=torch.float64).unbind()
+    bands_x, bands_y = analyse(x), analyse(y)
+    low, high = band_l1(x, y)
+    image, video = (bands_x.image - bands_y.image).abs(), (bands_x.video - bands_y.video).abs()
+    torch.testing.assert_close(low, image[:, :3].mean() + video[:, :3].mean())
+    torch.testing.assert_close(high, image[:, 3:].mean() + video[:, 3:].mean())
+    image_low, _ = band_l1(x[:, :, :1], y[:, :, :1])
+    torch.testing.assert_close(image_low, image[:, :3].mean())
+
+
+def test_selected_frames_are_those_asked_for():
+    clip = torch.randn(2, 3, 9, 4, 6)
+    frames = torch.tensor([[0, 5, 6], [0, 1, 2]])
+    images = select_frames(clip, frames)
+    assert images.shape == (6, 3, 4, 6)
+    torch.testing.assert_close(images[1], clip[0, :, 5])
+    torch.testing.assert_close(images[5], clip[1, :, 2])
+    torch.testing.assert_close(as_images(clip)[10], clip[1, :, 1])
+
+
+def test_averages_move_by_the_decay():
+    average = {"w": torch.tensor([1.0, 2.0])}
+    update_average(average, {"w": torch.tensor([3.0, 2.0])}, 0.75)
+    torch.testing.assert_close(average["w"], torch.tensor([1.5, 2.0]))
+    lecam = LeCamAverages(1.0, -1.0)
+    lecam.update(0.0, 0.0, 0.9)
+    assert (lecam.real, lecam.fake) == pytest.approx((0.9, -0.9))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"deepspeed": {"train_batch_size": 3}}, r"deepspeed\.train_batch_size is set by training\.batch_size"),
+        ({"data": {"num_frames": 7}}, "num_frames"),
+        ({"data": {"resolution": [60, 64]}}, "divisible by"),
+        ({"losses": {"l2": 1}}, "l2"),
+    ],
+)
+def test_bad_training_configurations_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainVideoConfig.model_validate(fields)
+
+
+@pytest.mark.parametrize(("world", "micro", "passes"), [(1, None, 1), (1, 2, 4), (2, 2, 2), (4, 2, 1), (8, 2, 1)])
+def test_passes_divide_the_batch(world, micro, passes):
+    training = make_config(batch_size=8, micro_batch_size=micro).training
+    assert training.passes(world) == passes
+
+
+@pytest.mark.parametrize(("world", "micro", "message"), [(3, None, "number of ranks, 3"), (2, 3, "share")])
+def test_batches_that_do_not_divide_are_refused(world, micro, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(batch_size=8, micro_batch_size=micro).training.passes(world)
