@@ -36,9 +36,8 @@ demo: venv compiler
 	$(VENV)/bin/python scripts/reconstruct.py --checkpoint $(DEMO)/checkpoints/latest \
 		--input "$$(head -n 1 $(DEMO)/held_out.txt)" --output $(DEMO)/reconstruction
 
-# Two processes with a thread each are faster than one with two.
 test: venv compiler
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest
 
 test-slow: venv compiler
 	$(VENV)/bin/python -m pytest -m slow
