@@ -3,38 +3,33 @@
 import json
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
-import av.error
 import numpy as np
 import torch
-from av.format import Flags
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from leanvae.checkpoint import load_vae
 from leanvae.files import write_text
-from leanvae.media import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    Frame,
-    MediaError,
-    VideoInfo,
-    iter_frames,
-    open_video,
-    probe,
-    read_image,
-)
+from leanvae.jobs import Job, find_jobs
+from leanvae.media import Frame, MediaError, VideoInfo, iter_frames, open_video, probe, read_image
 from leanvae.metrics import FrameMetrics
 from leanvae.model import LeanVAE
 from leanvae.writer import VideoWriter, write_png
+
+try:
+    import av
+    import av.error
+    from av.format import Flags
+    from tqdm import tqdm
+except ImportError as error:  # pragma: no cover - depends on what is installed
+    raise ImportError(f"reconstruction needs {error.name}: pip install 'leanvae[video]'") from error
 
 logger = logging.getLogger("leanvae")
 
@@ -46,23 +41,6 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 class ReconstructionError(ValueError):
     """The files were not, or not all, reconstructed; the message says which and why."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A file to reconstruct.
-
-    Attributes:
-        source: the file.
-        name: its path relative to the input folder.
-        target: its outputs' path relative to the output folder, without `.recon.mp4` and the like.
-        is_video: whether its name says that it is a clip.
-    """
-
-    source: Path
-    name: str
-    target: str
-    is_video: bool
 
 
 @dataclass
@@ -151,71 +129,30 @@ def reconstruct(
     report = {
         "checkpoint": str(checkpoint),
         "input": str(inputs),
-        "total": {
-            "files": len(results),
-            "skipped": len(skipped),
-            "frames": total.num_frames,
-            "psnr": total.psnr,
-            "ssim": total.ssim,
-        },
+        "total": _total(len(results), len(skipped), total),
         "files": [asdict(result) for result in results],
         "skipped": skipped,
     }
     write_text(output / METRICS_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
     if skipped and (strict or not results):
-        names = "; ".join(f"{entry['input']}: {entry['reason']}" for entry in skipped[:5])
-        more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        raise ReconstructionError(f"{len(skipped)} of {len(jobs)} files could not be reconstructed: {names}{more}")
+        raise ReconstructionError(f"{len(skipped)} of {len(jobs)} files could not be reconstructed: {_list(skipped)}")
     return report
 
 
-def find_jobs(inputs: Path, output: Path) -> list[Job]:
-    """Lists the clips and images of a folder, or one file, with a name for the outputs that no other has.
-
-    Hidden files, files of other types, and what lies in the output folder are passed over.
-
-    Raises:
-        FileNotFoundError: there is nothing at `inputs`.
-        ValueError: the folder holds no clip or image, or is the output folder.
-    """
-    if not inputs.exists():
-        raise FileNotFoundError(f"no file or folder at {inputs}")
-    if inputs.is_dir():
-        if output.resolve() == inputs.resolve():
-            raise ValueError(f"the output folder {output} is the input folder: choose another")
-        files = [
-            path
-            for path in sorted(inputs.rglob("*"))
-            if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
-            and path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(inputs).parts)
-            and output.resolve() not in path.resolve().parents
-        ]
-        if not files:
-            raise ValueError(f"{inputs} holds no clip or image that its name shows to be one")
-        names = [path.relative_to(inputs) for path in files]
-    else:
-        files, names = [inputs], [Path(inputs.name)]
-    return [
-        Job(path, name.as_posix(), target, path.suffix.lower() not in IMAGE_SUFFIXES)
-        for path, name, target in zip(files, names, _unique_targets(names), strict=True)
-    ]
+def _total(num_files: int, num_skipped: int, metrics: FrameMetrics) -> dict[str, Any]:
+    return {
+        "files": num_files,
+        "skipped": num_skipped,
+        "frames": metrics.num_frames,
+        "psnr": metrics.psnr,
+        "ssim": metrics.ssim,
+    }
 
 
-def _unique_targets(names: list[Path]) -> list[str]:
-    """Paths without suffix; files of one folder that would share one keep theirs (`a.jpg` beside `a.png`)."""
-    targets = [name.with_suffix("").as_posix() for name in names]
-    while True:
-        count = Counter(target.casefold() for target in targets)
-        clashing = [
-            index
-            for index, target in enumerate(targets)
-            if count[target.casefold()] > 1 and target != names[index].as_posix()
-        ]
-        if not clashing:
-            return targets
-        for index in clashing:
-            targets[index] = names[index].as_posix()
+def _list(skipped: list[dict[str, str]], shown: int = 5) -> str:
+    """The first of the skipped files with their reasons, and how many more there are."""
+    names = "; ".join(f"{entry['input']}: {entry['reason']}" for entry in skipped[:shown])
+    return names + (f"; and {len(skipped) - shown} more" if len(skipped) > shown else "")
 
 
 def reconstruct_file(
@@ -388,7 +325,8 @@ def _describe(result: Result) -> str:
     psnr = "infinite" if result.psnr is None else f"{result.psnr:.2f} dB"
     ssim = "undefined" if result.ssim is None else f"{result.ssim:.4f}"
     notes = "".join(f" ({note})" for note in result.notes)
-    return f"{result.frames} frames of {result.width}x{result.height}, PSNR {psnr}, SSIM {ssim}{notes}"
+    frames = "image" if result.kind == "image" else f"{result.frames} frames"
+    return f"{frames} of {result.width}x{result.height}, PSNR {psnr}, SSIM {ssim}{notes}"
 
 
 class _Progress:

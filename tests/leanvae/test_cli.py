@@ -1,0 +1,143 @@
+"""The command line: flags, exit status and what is printed for wrong input."""
+
+import argparse
+import logging
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leanvae import cli
+from leanvae.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_before() -> Iterator[None]:
+    """Takes the handler off again that the command line puts on the package's logger."""
+    logger = logging.getLogger("leanvae")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Calls of a stand-in for training."""
+    calls: list[dict[str, Any]] = []
+
+    def train_video(**arguments: Any) -> int:
+        calls.append(arguments)
+        return 0
+
+    loop = types.ModuleType("leanvae.training.loop")
+    loop.train_video = train_video  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "leanvae.training.loop", loop)
+    return calls
+
+
+def _use(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Adds a subcommand `fail` that raises."""
+
+    def run(_: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("fails", lambda _: None, run))
+
+
+@pytest.mark.parametrize("name", ["train_video", "train-video"])
+def test_main_passes_the_flags_of_training_on(trained: list[dict[str, Any]], name: str) -> None:
+    flags = ["--config", "a.yaml", "--set", "data.sources=[x]", "--set=training.seed=1", "--output", "out"]
+    assert cli.main([name, *flags, "--resume", "none"]) == 0
+    assert trained == [
+        {
+            "config": "a.yaml",
+            "overrides": ["data.sources=[x]", "training.seed=1"],
+            "output": "out",
+            "resume": "none",
+        }
+    ]
+
+
+@pytest.mark.parametrize("flags", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"], []])
+def test_main_accepts_what_launchers_add(trained: list[dict[str, Any]], flags: list[str]) -> None:
+    assert cli.main([*flags, "--config", "a.yaml"], command="train_video") == 0
+    assert trained == [{"config": "a.yaml", "overrides": [], "output": None, "resume": "auto"}]
+
+
+def test_main_prints_expected_errors_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "none.mp4"
+    flags = ["reconstruct", "--checkpoint", str(tmp_path), "--input", str(missing), "--output", str(tmp_path / "out")]
+    assert cli.main(flags) == 2
+    assert capsys.readouterr().err == f"error: no file or folder at {missing}\n"
+
+
+def test_main_keeps_the_traceback_of_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fault in (RuntimeError("fault"), ValueError("not ours"), ModuleNotFoundError("gone"), OSError("no file named")):
+        _use(monkeypatch, fault)
+        with pytest.raises(type(fault)):
+            cli.main(["fail"])
+
+
+def test_main_tells_our_own_errors_from_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: argparse.Namespace) -> int:
+        from leanvae.config import apply_override
+
+        apply_override({}, "novalue")
+        return 0
+
+    monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("fails", lambda _: None, run))
+    assert cli.main(["fail"]) == 2
+    assert capsys.readouterr().err.startswith("error: --set 'novalue'")
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_main_ends_an_interrupted_run_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    _use(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["fail"]) == 130
+
+
+def test_main_refuses_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["reconstruct", "--check", "x", "--input", "y", "--output", "z"])
+    assert "--checkpoint" in capsys.readouterr().err
+
+
+def test_cli_imports_nothing_heavy() -> None:
+    program = "import sys, leanvae.cli; print(sorted({'torch', 'numpy', 'av', 'deepspeed'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("script", "flag"), [("reconstruct.py", "--strict"), ("train_video.py", "--resume")])
+def test_scripts_show_their_flags(script: str, flag: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert flag in done.stdout
+    assert script in done.stdout
+    assert "local_rank" not in done.stdout
+
+
+def test_reconstruct_command_prints_the_measures_and_where_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import numpy as np
+
+    from leanvae import LeanVAE, LeanVAEConfig
+    from leanvae.writer import write_png
+
+    LeanVAE(LeanVAEConfig(low_channels=4, high_channels=4)).save_pretrained(tmp_path / "model")
+    write_png(tmp_path / "a.png", np.full((16, 24, 3), 90, np.uint8))
+    flags = ["--checkpoint", f"{tmp_path}/model", "--input", f"{tmp_path}/a.png", "--output", f"{tmp_path}/out"]
+    assert cli.main(flags, command="reconstruct") == 0
+    out, err = capsys.readouterr()
+    assert "1 reconstructed, 0 skipped" in out
+    assert f"{tmp_path}/out/metrics.json" in out
+    assert "[1/1] a.png: " in err
