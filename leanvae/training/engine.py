@@ -3,6 +3,7 @@
 Everything that DeepSpeed wants done its way is in this file. The two engines of a GAN each have their own.
 """
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -240,6 +241,7 @@ def start_processes(engine: str) -> torch.device:
             "training.engine is deepspeed, which is not installed: pip install 'leanvae[train]', "
             "or --set training.engine=plain"
         ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)

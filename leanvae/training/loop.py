@@ -100,6 +100,7 @@ class Trainer:
         self.step = 0
         self.bad_clips: dict[str, str] = {}
         self._signal = 0
+        self._first_step, self._started = 0, 0.0
         training = config.training
         training.passes(_world_size())
         root.mkdir(parents=True, exist_ok=True)
@@ -151,9 +152,9 @@ class Trainer:
         training = self.config.training
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         bar = tqdm(total=training.max_steps, initial=self.step, unit="step", disable=None if self.is_main else True)
-        started, first = time.monotonic(), self.step
         if self.step == 0:
             self._validate()
+        self._first_step, self._started = self.step, time.monotonic()
         batches = iter(self.loader)
         try:
             while self.step < training.max_steps:
@@ -167,8 +168,8 @@ class Trainer:
                 self._log(logs, time.monotonic() - waiting, waited)
                 bar.update()
                 bar.set_postfix(loss=f"{logs['loss']:.4f}")
-                if self.step - first == _STEPS_BEFORE_ESTIMATE + 1:
-                    self._estimate((time.monotonic() - started) / (self.step - first))
+                if self.step - self._first_step == _STEPS_BEFORE_ESTIMATE:
+                    self._estimate()
                 if self.step == training.max_steps or stopped or self.step % training.checkpoint_every == 0:
                     self._save()
                 if self.step == training.max_steps or self.step % training.validate_every == 0:
@@ -255,19 +256,24 @@ class Trainer:
             "bad_clips": len(self.bad_clips),
         }
         if not torch.tensor(logs["loss"]).isfinite():
-            raise FloatingPointError(
+            raise ValueError(
                 f"the loss is {logs['loss']} at step {self.step}: the run stops; its checkpoints are from before"
             )
         if self.record:
             self.record.log(self.step, logs, to_board=self.step % training.log_every == 0 or self.step == 1)
         if self.is_main and self.step % training.log_every == 0:
-            left = (training.max_steps - self.step) * seconds
+            left = (training.max_steps - self.step) * self._mean_seconds()
             shown = " ".join(f"{name} {value:.4g}" for name, value in logs.items())
             logger.info("step %d/%d %s, about %s left", self.step, training.max_steps, shown, duration(left))
 
-    def _estimate(self, seconds: float) -> None:
+    def _mean_seconds(self) -> float:
+        """Mean time of a step since this start of the run, checkpoints and validation included."""
+        return (time.monotonic() - self._started) / (self.step - self._first_step)
+
+    def _estimate(self) -> None:
         if not self.is_main:
             return
+        seconds = self._mean_seconds()
         total = seconds * (self.config.training.max_steps - self.step)
         logger.info("%.2f s a step, about %s in all", seconds, duration(total))
         if self.device.type == "cpu" and total > _LONG_RUN_SECONDS:

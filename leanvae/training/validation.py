@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leanvae.data.clips import read_held_out
+from leanvae.data.loader import read_held_out
 from leanvae.data.sources import Clip
 from leanvae.metrics import psnr
 from leanvae.model import LeanVAE

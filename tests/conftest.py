@@ -1,0 +1,30 @@
+"""Fixtures that several test files share."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def write_clip():
+    """A function that writes a small real mp4 of moving gradients."""
+
+    def write(path, num_frames=20, height=48, width=64, seed=0):
+        generator = np.random.default_rng(seed)
+        phase, speed = generator.uniform(0, 6, 3), generator.uniform(0.1, 0.5, 3)
+        rows, columns = np.mgrid[:height, :width] / 8.0
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=Fraction(25))
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for index in range(num_frames):
+                image = np.stack(
+                    [127 + 120 * np.sin(rows * (c + 1) / 2 + columns + phase[c] + speed[c] * index) for c in range(3)],
+                    -1,
+                )
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image.astype(np.uint8), format="rgb24")))
+            container.mux(stream.encode())
+        return path
+
+    return write

@@ -1,0 +1,150 @@
+"""Training runs in this process: what they leave, how they resume, what they refuse."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from leanvae import load_vae
+from leanvae.training.loop import duration, train_video
+
+SETTINGS = {
+    "model": {"low_channels": 8, "high_channels": 16, "num_stream_layers": 1, "num_fusion_layers": 1, "ista_layers": 1},
+    "data": {"num_frames": 5, "resolution": [32, 32], "num_workers": 1, "held_out": 0.3, "max_bad_share": 0.5},
+    "losses": {"perceptual": "none"},
+    "gan": {"discriminator": {"base_channels": 8, "num_layers": 2}},
+    "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
+    "training": {"engine": "plain", "max_steps": 4, "batch_size": 2, "checkpoint_every": 2, "validate_every": 2},
+}
+EXACT = ("loss", "l1", "kl", "discriminator", "lecam", "logits_real", "learning_rate")
+
+
+@pytest.fixture
+def run(tmp_path, write_clip):
+    """A function that trains on six small clips and one that is none, in plain torch."""
+    torch.set_num_threads(1)
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for index in range(6):
+        write_clip(folder / f"clip{index}.mp4", seed=index)
+    (folder / "broken.mp4").write_text("no video")
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(SETTINGS))
+
+    def train(output, *overrides, resume="auto"):
+        settings = [f"data.sources=[{folder}]", *overrides]
+        return train_video(tmp_path / "train.yaml", settings, tmp_path / output, resume)
+
+    return train
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def exact(entries):
+    return [{"step": entry["step"], **{name: entry[name] for name in EXACT}} for entry in entries]
+
+
+@pytest.mark.integration
+def test_run_leaves_weights_figures_and_a_list_of_bad_clips(run, tmp_path, caplog):
+    out = tmp_path / "out"
+    with caplog.at_level("INFO", logger="leanvae"):
+        assert run("out", "training.max_steps=6") == 0
+    assert [entry["step"] for entry in metrics(out)] == [1, 2, 3, 4, 5, 6]
+    assert {"l1", "low_bands", "high_bands", "kl", "adversarial", "discriminator", "lecam"} <= metrics(out)[0].keys()
+    vae = load_vae(out / "checkpoints" / "latest")
+    assert vae.config.low_channels == 8
+    state = json.loads((out / "checkpoints" / "latest" / "trainer.json").read_text())
+    assert state["step"] == 6
+    assert state["perceptual"] == "none"
+    validation = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in validation] == [0, 2, 4, 6]
+    held_out = (out / "held_out.txt").read_text().split()
+    assert held_out
+    used = (out / "quarantine.rank0.jsonl").read_text()
+    assert "broken.mp4" in used
+    assert "broken.mp4" in caplog.text
+    assert list((out / "tensorboard").iterdir())
+    assert yaml.safe_load((out / "train.yaml").read_text())["training"]["max_steps"] == 6
+
+
+@pytest.mark.integration
+def test_resumed_run_equals_an_undisturbed_one(run, tmp_path):
+    run("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again", symlinks=True)
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_00000004")
+    (tmp_path / "again" / "checkpoints" / "latest").unlink()
+    assert run("again") == 0
+    assert exact(metrics(tmp_path / "again")) == exact(metrics(tmp_path / "whole"))
+    weights = [load_vae(tmp_path / name / "checkpoints" / "latest").state_dict() for name in ("again", "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.integration
+def test_finished_run_is_left_as_it_is(run, tmp_path):
+    run("out")
+    before = metrics(tmp_path / "out")
+    assert run("out") == 0
+    assert metrics(tmp_path / "out") == before
+
+
+@pytest.mark.integration
+def test_perceptual_loss_uses_a_local_backbone(run, tmp_path):
+    from litevae.torchvision_compat import prepare_torchvision
+
+    prepare_torchvision()
+    from torchvision.models import vgg16
+
+    torch.manual_seed(0)
+    torch.save(vgg16(weights=None).features.state_dict(prefix="features."), tmp_path / "vgg16.pth")
+    settings = ["losses.perceptual=lpips", f"losses.perceptual_weights={tmp_path / 'vgg16.pth'}"]
+    assert run("out", *settings, "training.max_steps=1") == 0
+    assert metrics(tmp_path / "out")[0]["lpips"] > 0
+    assert json.loads((tmp_path / "out/checkpoints/latest/trainer.json").read_text())["perceptual"] == "lpips"
+
+
+def test_missing_backbone_is_an_error_when_asked_for(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="vgg16"):
+        run("out", "losses.perceptual=lpips")
+
+
+@pytest.mark.integration
+def test_missing_backbone_is_a_warning_otherwise(run, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert run("out", "losses.perceptual=auto", "training.max_steps=1") == 0
+    assert caplog.text.count("training without the perceptual loss") == 1
+
+
+@pytest.mark.integration
+def test_too_many_bad_clips_stop_the_run(run, tmp_path):
+    for index in range(12):
+        (tmp_path / "clips" / f"bad{index}.mp4").write_text("no video")
+    with pytest.raises(Exception, match=r"data\.max_bad_share"):
+        run("out", "data.max_bad_share=0.1", "training.max_steps=30")
+
+
+def test_resume_refuses_another_model(run, tmp_path):
+    run("out", "training.max_steps=1")
+    with pytest.raises(ValueError, match="another model block"):
+        run("out", "model.latent_channels=8")
+
+
+def test_resume_none_refuses_to_overwrite(run):
+    run("out", "training.max_steps=1")
+    with pytest.raises(ValueError, match="holds checkpoints already"):
+        run("out", resume="none")
+
+
+def test_a_batch_that_does_not_divide_is_refused(run):
+    with pytest.raises(ValueError, match=r"training\.micro_batch_size is 3"):
+        run("out", "training.batch_size=4", "training.micro_batch_size=3")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(45.2, "45 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (273600, "3 d 4 h")]
+)
+def test_durations_in_words(seconds, text):
+    assert duration(seconds) == text
