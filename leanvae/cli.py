@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     _log_to_stderr()
     try:
         return args.run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
         if not _is_expected(error):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -69,13 +69,18 @@ def _is_expected(error: Exception) -> bool:
     """Tells a wrong input, which our own code refuses in words, from a fault, which keeps its traceback."""
     if isinstance(error, OSError):
         return error.filename is not None or isinstance(error, FileNotFoundError)
-    if isinstance(error, ModuleNotFoundError):
-        return False
+    if _is_ours(type(error).__module__):
+        return True
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
-    return isinstance(error, ValueError | ImportError) and module.split(".")[0] in ("leanvae", "litevae")
+    raised_by_us = traceback is not None and _is_ours(traceback.tb_frame.f_globals.get("__name__", ""))
+    is_refusal = isinstance(error, ValueError | FloatingPointError) or type(error) is ImportError
+    return raised_by_us and is_refusal
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] in ("leanvae", "litevae")
 
 
 def _log_to_stderr() -> None:

@@ -96,7 +96,9 @@ def test_main_tells_our_own_errors_from_others(
     monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("fails", lambda _: None, run))
     assert cli.main(["fail"]) == 2
     assert capsys.readouterr().err.startswith("error: --set 'novalue'")
-    assert issubclass(ConfigError, ValueError)
+    _use(monkeypatch, ConfigError("of our own kind"))
+    assert cli.main(["fail"]) == 2
+    assert capsys.readouterr().err == "error: of our own kind\n"
 
 
 def test_main_ends_an_interrupted_run_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
