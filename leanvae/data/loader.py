@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 # So many bad clips in a row at one position mean that hardly any is good; trying them all could take hours.
 _MAX_ATTEMPTS = 32
+
+
+class _DecoderTerminated(Exception):
+    """A decoder process was told to end from outside, as when a job's processes all are: not the clip's fault."""
 
 
 class TooManyBadClips(RuntimeError):
@@ -241,17 +246,13 @@ class ClipLoader:
         )
 
     def _begin(self, position: int) -> "_Pending":
-        """Sends a position's clip, or the substitute that the record knows, to the decoder processes."""
+        """Starts on the clip that the order names for a position."""
         epoch, place = locate(position, sum(self.sizes))
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.sizes, self.weights, self.seed, epoch))
         source, index = self._order[1][place].tolist()
         item = _Pending(position, epoch, place, source, index, [])
-        clip = self.sources[source][index]
-        while known := self.record.find(position, len(item.rejections), clip.path):
-            item.rejections.append(known)
-            clip = self._substitute(item, known.path, known.reason)
-        self._schedule(item, clip)
+        self._schedule(item, self.sources[source][index])
         return item
 
     def _substitute(self, item: "_Pending", path: str, reason: str) -> Clip:
@@ -266,8 +267,12 @@ class ClipLoader:
         return self.sources[item.source][substitute(self.seed, item.epoch, item.place, attempt, item.index, size)]
 
     def _schedule(self, item: "_Pending", clip: Clip) -> None:
+        """Sends a clip, or the substitute that the record knows for it, to the decoder processes."""
         if self._pool is None:
             raise RuntimeError("the clip loader is closed")
+        while known := self.record.find(item.position, len(item.rejections), clip.path):
+            item.rejections.append(known)
+            clip = self._substitute(item, known.path, known.reason)
         seed = (self.seed, *divmod(item.position, self.batch_size))
         item.clip = clip
         item.future = self._pool.schedule(decode_sample, args=(clip, self.config, seed), timeout=self.config.timeout)
@@ -277,16 +282,20 @@ class ClipLoader:
         while True:
             assert item.future is not None
             assert item.clip is not None
-            outcome = _outcome(item.future, self.config.timeout)
+            bad = item.clip
+            try:
+                outcome = _outcome(item.future, self.config.timeout)
+            except _DecoderTerminated:
+                self._schedule(item, bad)
+                continue
             if isinstance(outcome, ClipSample):
                 return outcome, item.rejections
-            bad = item.clip
             rejection = Rejection(item.position, item.epoch, len(item.rejections), bad.path, outcome, "")
             item.rejections.append(rejection)
             clip = self._substitute(item, bad.path, outcome)
             item.rejections[-1] = Rejection(**{**asdict(rejection), "substitute": clip.path})
             self.record.add(item.rejections[-1])
-            logger.warning("%s: not used: %s", bad.path, outcome)
+            logger.debug("%s: not used: %s", bad.path, outcome)
             check_bad_share(self.rejected_paths, self.num_files, self.config.max_bad_share)
             self._schedule(item, clip)
 
@@ -348,6 +357,8 @@ def _outcome(future: "ProcessFuture[ClipSample]", timeout: float) -> ClipSample 
     except DecodingTimeout:
         return f"decoding took longer than {timeout:g} s"
     except ProcessExpired as error:
+        if abs(error.exitcode) == signal.SIGTERM:
+            raise _DecoderTerminated from error
         return f"the decoder process died (exit code {error.exitcode})"
     except CancelledError:
         raise
