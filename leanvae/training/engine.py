@@ -35,6 +35,7 @@ class Engine(Protocol):
 
     def full_weights(self) -> dict[str, Tensor]:
         """All weights in float32, the same on every rank; to be called by all ranks together."""
+        ...
 
     def save(self, folder: Path) -> None:
         """Writes weights and optimizer state; to be called by all ranks together."""
@@ -154,9 +155,9 @@ class DeepSpeedEngine:
             "steps_per_print": deepspeed.get("steps_per_print", 10**9),
         }
         module.to(device)
-        self._engine, *_ = initialize(model=module, optimizer=adam(module, optimizer), config=config)
+        self._engine: Any = initialize(model=module, optimizer=adam(module, optimizer), config=config)[0]
         self._engine.checkpoint_engine = _safe_checkpoint_engine(self._engine.checkpoint_engine)
-        self.module = self._engine.module
+        self.module: nn.Module = self._engine.module
         self.dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
 
     def __call__(self, *args: Any) -> Any:

@@ -283,7 +283,7 @@ class Trainer:
         """Measures the averaged weights on held-out clips, on the first rank."""
         if self.validation and self.record and (results := self.validation.run(self.average)):
             self.record.log_validation(self.step, results)
-            logger.info("step %d: held-out PSNR %.2f dB (%d clips)", self.step, results.psnr, results.num_clips)
+            logger.info("step %d: held-out PSNR %.2f dB (%d clips)", self.step, results.mean_psnr, len(results.psnr))
 
     def _resolved_config(self) -> str:
         return yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
@@ -353,12 +353,10 @@ class Trainer:
             logger.warning("the configuration has changed since the checkpoint: %s", "; ".join(changed))
 
     def _finish(self) -> None:
-        if not self.is_main:
-            return
-        if self.validation and self.validation.history:
-            first, last = self.validation.history[0], self.validation.history[-1]
-            logger.info("held-out PSNR: %.2f dB before, %.2f dB after", first, last)
-        logger.info("done: %s", self.root / CHECKPOINTS / "latest")
+        if self.record:
+            if summary := self.record.write_summary():
+                logger.info("%s", summary)
+            logger.info("done: %s", self.root / CHECKPOINTS / "latest")
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from leanvae.training.validation import ValidationResults
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+SUMMARY_FILE = "summary.txt"
 
 
 class RunRecord:
@@ -50,10 +51,24 @@ class RunRecord:
     def log_validation(self, step: int, results: ValidationResults) -> None:
         """Writes the held-out PSNR, and the pictures to TensorBoard."""
         with (self._root / VALIDATION_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "psnr": results.psnr, "clips": results.num_clips}) + "\n")
-        self._board.add_scalar("held_out/psnr", results.psnr, step)
+            entry = {"step": step, "psnr": results.mean_psnr, "psnr_by_clip": results.psnr}
+            file.write(json.dumps(entry) + "\n")
+        self._board.add_scalar("held_out/psnr", results.mean_psnr, step)
         self._board.add_image("held_out/source_and_reconstruction", results.picture, step, dataformats="HWC")
         self._board.flush()
+
+    def write_summary(self) -> str:
+        """Writes and returns what training has done to each held-out clip; empty if there are none."""
+        path = self._root / VALIDATION_FILE
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        if not entries:
+            return ""
+        before, after = entries[0]["psnr_by_clip"], entries[-1]["psnr_by_clip"]
+        lines = [f"{name}: {before[name]:.2f} dB before, {after[name]:.2f} dB after" for name in before]
+        lines.append(f"mean: {entries[0]['psnr']:.2f} dB before, {entries[-1]['psnr']:.2f} dB after")
+        text = f"PSNR of held-out clips before training and after {entries[-1]['step']} steps\n" + "\n".join(lines)
+        write_text(self._root / SUMMARY_FILE, text + "\n")
+        return text
 
     def close(self) -> None:
         """Closes the files; may be called at any time."""

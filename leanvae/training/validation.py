@@ -1,6 +1,7 @@
 """Held-out clips during training: PSNR and side-by-side pictures of the averaged weights."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,14 +19,17 @@ class ValidationResults:
     """Figures of one evaluation.
 
     Attributes:
-        psnr: in dB, mean over clips of the mean over frames.
-        num_clips: clips evaluated.
+        psnr: in dB by file name, the mean over frames.
         picture: uint8 `(H', W', 3)`; a row a clip: first, middle and last frame, source beside reconstruction.
     """
 
-    psnr: float
-    num_clips: int
+    psnr: dict[str, float]
     picture: np.ndarray
+
+    @property
+    def mean_psnr(self) -> float:
+        """Mean over the clips, in dB."""
+        return sum(self.psnr.values()) / len(self.psnr)
 
 
 class Validation:
@@ -41,8 +45,9 @@ class Validation:
         self._config = config
         self._device = device
         samples = read_held_out(clips, config.data, config.training.validation_clips)
-        self._clips = [torch.from_numpy(sample.frames).permute(3, 0, 1, 2)[None] for sample in samples]
-        self.history: list[float] = []
+        self._clips = {
+            Path(sample.clip.path).name: torch.from_numpy(sample.frames).permute(3, 0, 1, 2)[None] for sample in samples
+        }
 
     @torch.inference_mode()
     def run(self, weights: dict[str, Tensor]) -> ValidationResults | None:
@@ -53,15 +58,14 @@ class Validation:
             vae = LeanVAE(self._config.model)
         vae.load_state_dict(weights, strict=True, assign=True)
         vae.eval()
-        values, rows = [], []
-        for clip in self._clips:
+        values, rows = {}, []
+        for name, clip in self._clips.items():
             target = clip.to(self._device).float() / 255.0
             output = vae.decode(vae.encode(target * 2.0 - 1.0).mode(), tuple(clip.shape[2:]))
             output = (output.float() / 2.0 + 0.5).clamp(0.0, 1.0)
-            values.append(psnr(output, target).mean().item())
+            values[name] = psnr(output, target).mean().item()
             rows.append(_picture_row(target[0], output[0]))
-        self.history.append(float(np.mean(values)))
-        return ValidationResults(self.history[-1], len(values), np.concatenate(rows, axis=0))
+        return ValidationResults(values, np.concatenate(rows, axis=0))
 
 
 def _picture_row(target: Tensor, output: Tensor) -> np.ndarray:
