@@ -147,7 +147,7 @@ def _write_clip(path: Path, frames: Iterator[NDArray[np.uint8]]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with av.open(str(temporary), "w", format="mp4") as container:
-            options = {"crf": "10", "preset": "veryfast", "g": "24"}
+            options = {"crf": "10", "preset": "veryfast", "tune": "fastdecode", "g": "12"}
             stream = container.add_stream("libx264", rate=FPS, options=options)
             stream.width = stream.height = SIZE
             stream.pix_fmt = "yuv420p"

@@ -66,7 +66,7 @@ def read_clip(clip: Clip, config: DataConfig, generator: np.random.Generator | N
         frames, times = [], []
         try:
             for image, time in timed_images:
-                frames.append(cut_frame(image, height, width, choice))
+                frames.append(_cut_frame(image, height, width, choice))
                 times.append(time)
         except DecoderDisagrees:
             continue
@@ -74,7 +74,7 @@ def read_clip(clip: Clip, config: DataConfig, generator: np.random.Generator | N
     raise AssertionError("the last way of decoding raises no DecoderDisagrees")
 
 
-def cut_frame(image: NDArray[np.uint8], height: int, width: int, choice: _Choice) -> NDArray[np.uint8]:
+def _cut_frame(image: NDArray[np.uint8], height: int, width: int, choice: _Choice) -> NDArray[np.uint8]:
     """Resizes a frame to cover (height, width), keeping its aspect, and cuts out the chosen part."""
     scale = max(height / image.shape[0], width / image.shape[1])
     covering = (max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale)))

@@ -15,6 +15,7 @@ by both. decord differs, and PyAV is taken, where
 Elsewhere decord's colours lie about 1 level (8 bit, mean) from PyAV's, whose conversion rounds correctly.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,6 +74,16 @@ def read_frame_table(clip: Clip) -> FrameTable:
     Raises:
         MediaError: see :func:`leanvae.media.open_video`; HDR; or a file that ends before its header says.
     """
+    try:
+        state = os.stat(clip.path)
+    except OSError as error:
+        raise MediaError(clip.path, "no such file") from error
+    return _frame_table(clip, state.st_size, state.st_mtime_ns)
+
+
+# Training comes back to the same files; a decoder process need not list their packets each time.
+@lru_cache(maxsize=4096)
+def _frame_table(clip: Clip, _size: int, _changed: int) -> FrameTable:
     info = probe(clip.path)
     refuse_hdr(clip.path, info.transfer)
     with open_video(clip.path, threads=1) as (container, stream):
