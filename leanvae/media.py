@@ -20,7 +20,7 @@ try:
     from av.packet import Packet
     from av.stream import Disposition
     from av.video.frame import VideoFrame
-    from av.video.reformatter import ColorRange, Colorspace, Interpolation
+    from av.video.reformatter import ColorRange
     from av.video.stream import VideoStream
 except ImportError as error:  # pragma: no cover - depends on what is installed
     raise ImportError(f"reading media needs {error.name}: pip install 'leanvae[video]'") from error
@@ -38,20 +38,17 @@ IMAGE_SUFFIXES = frozenset({
 # ITU-T H.273 code points, as FFmpeg reports them.
 MATRIX_UNSPECIFIED = 2
 HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
-_MATRICES = {
-    1: Colorspace.ITU709,
-    4: Colorspace.FCC,
-    5: Colorspace.ITU601,
-    6: Colorspace.ITU601,
-    7: Colorspace.SMPTE240M,
-    9: Colorspace.BT2020,
-}
+# swscale's numbers for them; PyAV before 18 has no name for BT.2020.
+_BT709, _FCC, _BT601, _SMPTE240M, _BT2020 = 1, 4, 5, 7, 9
+_MATRICES = {1: _BT709, 4: _FCC, 5: _BT601, 6: _BT601, 7: _SMPTE240M, 9: _BT2020}
 _RANGE_FULL = 2
 # MPEG program streams: several frames share a timestamp, and after seeking it goes to the wrong one.
 _MISDATED_AFTER_SEEKING = {"mpeg"}
 TIME_SLACK = 1e-4  # seconds; below the shortest time between frames, above rounding errors of float
 # Without these flags swscale is off by 1.0 to 1.9 levels on average instead of 0.2, and repeats chroma.
-_INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# PyAV before 18 has no names for the flags.
+_BICUBIC, _ACCURATE_RND, _FULL_CHR_H_INT = 0x4, 0x40000, 0x2000
+_INTERPOLATION = _BICUBIC | _ACCURATE_RND | _FULL_CHR_H_INT
 
 
 class MediaError(ValueError):
@@ -299,7 +296,7 @@ def frame_to_rgb(path: str | Path, frame: VideoFrame) -> NDArray[np.uint8]:
     if frame.format.is_rgb or len(frame.format.components) < 3:
         matrix = None
     elif frame.colorspace == MATRIX_UNSPECIFIED:
-        matrix = Colorspace.ITU601 if frame.height < 720 else Colorspace.ITU709
+        matrix = _BT601 if frame.height < 720 else _BT709
     elif frame.colorspace in _MATRICES:
         matrix = _MATRICES[frame.colorspace]
     else:
