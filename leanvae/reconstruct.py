@@ -35,7 +35,8 @@ logger = logging.getLogger("leanvae")
 
 METRICS_FILE = "metrics.json"
 _CHUNK_GROUPS = 16  # latent frames at once for small frames
-_CHUNK_PIXELS = 2**21  # pixels of the frames that begin the groups of a chunk: one group at 1080p, about 2 GiB
+# Pixels of a chunk's latent frames together; the published model takes 2.6 GiB for 2**20 in float32.
+_CHUNK_PIXELS = 2**20
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -240,7 +241,7 @@ def _reconstruct_clip(
 
 
 def frames_per_chunk(width: int, height: int, group: int) -> int:
-    """Frames to encode at a time: whole groups, one latent frame each, few enough to fit in a few GiB.
+    """Frames to encode at a time: whole groups of one latent frame each, as few as one for large frames.
 
     Args:
         width, height: size of the frames in pixels.

@@ -222,7 +222,7 @@ def test_find_jobs_refuses_folders_that_cannot_work(tmp_path: Path) -> None:
 
 
 def test_frames_per_chunk_are_whole_groups_and_fewer_for_large_frames() -> None:
-    assert [frames_per_chunk(*size, 4) for size in [(64, 64), (1280, 720), (1920, 1080), (3840, 2160)]] == [64, 8, 4, 4]
+    assert [frames_per_chunk(*size, 4) for size in [(64, 64), (1280, 720), (1920, 1080), (3840, 2160)]] == [64, 4, 4, 4]
     assert frames_per_chunk(1920, 1080, 8) == 8
 
 
