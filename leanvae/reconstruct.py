@@ -35,7 +35,7 @@ logger = logging.getLogger("leanvae")
 
 METRICS_FILE = "metrics.json"
 _CHUNK_GROUPS = 16  # latent frames at once for small frames
-# Pixels of a chunk's latent frames together; the published model takes 2.6 GiB for 2**20 in float32.
+# Pixels of a chunk's latent frames together; the published model took 5.3 GiB for one of 1080p (2**21) in float32.
 _CHUNK_PIXELS = 2**20
 _SECONDS_BETWEEN_LINES = 30.0
 
