@@ -7,6 +7,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from leanvae import metrics
 from leanvae.metrics import FrameMetrics, psnr, ssim
 
 torch.set_num_threads(1)
@@ -30,6 +31,14 @@ def test_metrics_agree_with_scikit_image(height: int, width: int, noise: float) 
         )
         assert ssim(x, y)[index].item() == pytest.approx(expected, abs=1e-4)
         assert psnr(x, y)[index].item() == pytest.approx(peak_signal_noise_ratio(b, a, data_range=1.0), abs=1e-4)
+
+
+@pytest.mark.parametrize("strip", [1, 47 * 7, 47 * 23, 47 * 24])
+def test_ssim_does_not_depend_on_the_strips(monkeypatch: pytest.MonkeyPatch, strip: int) -> None:
+    x, y = _pair(1, 3, 33, 47)
+    expected = ssim(x, y)
+    monkeypatch.setattr(metrics, "_SSIM_STRIP", strip)
+    assert ssim(x, y).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_metrics_of_clips_are_those_of_their_frames_in_order() -> None:
@@ -67,15 +76,15 @@ def test_frame_metrics_accumulates_the_mean_over_frames() -> None:
 
 
 def test_frame_metrics_are_null_where_not_finite() -> None:
-    metrics = FrameMetrics()
-    assert (metrics.psnr, metrics.ssim) == (None, None)
+    means = FrameMetrics()
+    assert (means.psnr, means.ssim) == (None, None)
     _, y = _pair(1, 3, 16, 16)
     assert math.isinf(psnr(y, y).item())
-    metrics.update(y, y)
-    assert metrics.psnr is None
-    assert metrics.ssim == pytest.approx(1.0)
-    metrics.update(*_pair(1, 3, 8, 20))
-    assert metrics.ssim is None
+    means.update(y, y)
+    assert means.psnr is None
+    assert means.ssim == pytest.approx(1.0)
+    means.update(*_pair(1, 3, 8, 20))
+    assert means.ssim is None
 
 
 def test_psnr_of_a_known_error() -> None:
