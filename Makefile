@@ -32,7 +32,7 @@ compiler:
 
 demo: venv compiler
 	rm -rf $(DEMO)
-	$(VENV)/bin/deepspeed --num_gpus 1 scripts/train_video.py --config configs/demo_cpu.yaml --output $(DEMO)
+	$(VENV)/bin/deepspeed --num_gpus 1 --master_port $$((20000 + $$$$ % 20000)) scripts/train_video.py --config configs/demo_cpu.yaml --output $(DEMO)
 	$(VENV)/bin/python scripts/reconstruct.py --checkpoint $(DEMO)/checkpoints/latest \
 		--input "$$(head -n 1 $(DEMO)/held_out.txt)" --output $(DEMO)/reconstruction
 	@cat $(DEMO)/summary.txt

@@ -5,6 +5,7 @@ Nothing heavy is imported before a subcommand runs: processes that a run starts 
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,10 @@ def _add_train_video_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_train_video(args: argparse.Namespace) -> int:
+    # Decoder processes share a CPU's cores with torch, whose threads would spin through their share while waiting
+    # for each other; it reads this when it is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     from leanvae.training.loop import train_video
 
     return train_video(config=args.config, overrides=args.set, output=args.output, resume=args.resume)

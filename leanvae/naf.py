@@ -95,10 +95,6 @@ class NAFLayers(nn.Module):
         self.convs = nn.ModuleList(CausalDepthwiseConv(dim) for _ in range(num_layers))
         self.feedforwards = nn.ModuleList(FeedForward(dim, norm) for _ in range(num_layers))
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.convs)
-
     def forward(self, x: Tensor, past: Sequence[Tensor] | None = None) -> tuple[Tensor, Past]:
         """Runs the layers; `past` holds one `(B, 2, H, W, D)` tensor a layer, or is `None` for a whole clip.
 

@@ -4,7 +4,7 @@ The first frame of a clip stands alone: it gets a 2D transform and image patches
 and video patches. Both give tokens of the same width, so that an image is a clip of one frame.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -19,8 +19,7 @@ VIDEO_BAND_SCALE = 2.0 * 2.0**0.5
 COLOURS = 3
 
 
-@dataclass(frozen=True)
-class Bands:
+class Bands(NamedTuple):
     """Wavelet bands of (a chunk of) a clip, low band first.
 
     Attributes:

@@ -120,22 +120,3 @@ def lecam_penalty(real_logits: Tensor, fake_logits: Tensor, average_real: Tensor
     real = F.relu(_in_full_precision(real_logits) - average_fake).square().mean()
     fake = F.relu(average_real - _in_full_precision(fake_logits)).square().mean()
     return real + fake
-
-
-def ema_update(average: Tensor, value: Tensor, decay: float) -> Tensor:
-    """One step of an exponential moving average, `decay * average + (1 - decay) * value`.
-
-    Args:
-        average: the average so far, any shape.
-        value: the new value, the same shape; it gives no gradient.
-        decay: weight of the past, in [0, 1].
-
-    Returns:
-        The new average, a new tensor.
-
-    Raises:
-        ValueError: `decay` is outside [0, 1].
-    """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay is {decay}: it must lie in [0, 1]")
-    return torch.lerp(value.detach().to(average), average, decay)

@@ -57,7 +57,7 @@ class _SelfModulated(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def modulated_weight(self) -> Tensor:
+    def _plain_weight(self) -> Tensor:
         return modulated_weight(self.weight, self.scale, self.gain)
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class _SelfModulated(nn.Module):
         Returns:
             `(O, I, *kernel)`, without a gradient.
         """
-        return self.modulated_weight()
+        return self._plain_weight()
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}, bias={self.bias is not None}, gain_init={self.gain_init}"
@@ -88,7 +88,7 @@ class SelfModulatedLinear(_SelfModulated):
         super().__init__(in_channels, out_channels, (), bias, gain_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.modulated_weight(), self.bias)
+        return F.linear(x, self._plain_weight(), self.bias)
 
 
 class SelfModulatedConv(_SelfModulated):
@@ -127,7 +127,7 @@ class SelfModulatedConv(_SelfModulated):
         self._convolve = _CONVOLUTIONS[len(kernel_size)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self.modulated_weight(), self.bias, stride=self.stride, padding=self.padding)
+        return self._convolve(x, self._plain_weight(), self.bias, stride=self.stride, padding=self.padding)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}"

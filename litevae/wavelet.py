@@ -20,18 +20,20 @@ def _float64_matrices(wavelet: str, length: int) -> tuple[Tensor, Tensor]:
     """Analysis matrix of ptwt's boundary wavelets and its inverse, both `(length, length)` float64."""
     from ptwt.matmul_transform import construct_boundary_a
 
-    with warnings.catch_warnings():
+    # Kept for later calls, whose gradients may flow through them, also if this one is in inference mode.
+    with torch.inference_mode(False), warnings.catch_warnings():
         # ptwt builds the matrix from sparse tensors, about which torch warns.
         warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
         analysis = construct_boundary_a(wavelet, length, dtype=torch.float64).to_dense()
-    # The inverse, not ptwt's synthesis matrix: for biorthogonal wavelets only the former undoes the analysis.
-    return analysis, torch.linalg.inv(analysis)
+        # The inverse, not ptwt's synthesis matrix: for biorthogonal wavelets only the former undoes the analysis.
+        return analysis, torch.linalg.inv(analysis)
 
 
 @cache
 def _matrices(wavelet: str, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     analysis, synthesis = _float64_matrices(wavelet, length)
-    return analysis.to(device, dtype), synthesis.to(device, dtype)
+    with torch.inference_mode(False):
+        return analysis.to(device, dtype), synthesis.to(device, dtype)
 
 
 def _apply_along(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
@@ -148,11 +150,12 @@ def idwt3d(bands: Tensor, wavelet: str = HAAR) -> Tensor:
 
 
 def multilevel_dwt2d(x: Tensor, levels: int, wavelet: str = HAAR) -> list[Tensor]:
-    """The bands of every level; each level transforms the low band of the one before.
+    """The 2D bands of every level; each level transforms the low band of the one before.
 
     Args:
         x: `(B, C, ..., H, W)`, H and W divisible by `2**levels`.
         levels: number of levels, at least 1.
+        wavelet: as in `dwt2d`.
 
     Returns:
         `levels` tensors, the l-th (from 1) `(B, 4C, ..., H/2**l, W/2**l)`, its own low band included.
@@ -160,21 +163,48 @@ def multilevel_dwt2d(x: Tensor, levels: int, wavelet: str = HAAR) -> list[Tensor
     Raises:
         ValueError: `levels` is below 1, or a size is odd or too short on the way.
     """
+    return _multilevel(x, levels, _axes2d(wavelet))
+
+
+def multilevel_idwt2d(pyramid: list[Tensor], wavelet: str = HAAR) -> Tensor:
+    """Exact inverse of `multilevel_dwt2d`; of the shallower levels only the high bands are read."""
+    return _multilevel_inverse(pyramid, _axes2d(wavelet))
+
+
+def multilevel_dwt3d(x: Tensor, levels: int, wavelet: str = HAAR) -> list[Tensor]:
+    """The 3D bands of every level, as `multilevel_dwt2d`: the l-th `(B, 8C, T/2**l, H/2**l, W/2**l)`.
+
+    Args:
+        x: `(B, C, T, H, W)`, T, H and W divisible by `2**levels`.
+        levels: number of levels, at least 1.
+        wavelet: as in `dwt3d`.
+
+    Raises:
+        ValueError: `levels` is below 1, or a size is odd or too short on the way.
+    """
+    return _multilevel(x, levels, _axes3d(wavelet))
+
+
+def multilevel_idwt3d(pyramid: list[Tensor], wavelet: str = HAAR) -> Tensor:
+    """Exact inverse of `multilevel_dwt3d`; of the shallower levels only the high bands are read."""
+    return _multilevel_inverse(pyramid, _axes3d(wavelet))
+
+
+def _multilevel(x: Tensor, levels: int, axes: tuple[tuple[int, str], ...]) -> list[Tensor]:
     if levels < 1:
         raise ValueError(f"levels is {levels}: at least 1 is needed")
     pyramid = []
     low = x
     for _ in range(levels):
-        bands = dwt2d(low, wavelet)
+        bands = _split(low, axes)
         low = bands.narrow(1, 0, low.shape[1])
         pyramid.append(bands)
     return pyramid
 
 
-def multilevel_idwt2d(pyramid: list[Tensor], wavelet: str = HAAR) -> Tensor:
-    """Exact inverse of `multilevel_dwt2d`; of the shallower levels only the high bands are read."""
-    x = idwt2d(pyramid[-1], wavelet)
+def _multilevel_inverse(pyramid: list[Tensor], axes: tuple[tuple[int, str], ...]) -> Tensor:
+    x = _merge(pyramid[-1], axes)
     for bands in reversed(pyramid[:-1]):
-        channels = bands.shape[1] // 4
-        x = idwt2d(torch.cat((x, bands.narrow(1, channels, 3 * channels)), dim=1), wavelet)
+        channels = x.shape[1]
+        x = _merge(torch.cat((x, bands.narrow(1, channels, bands.shape[1] - channels)), dim=1), axes)
     return x

@@ -51,7 +51,12 @@ def test_the_main_configurations_differ_in_what_their_names_say():
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
 def test_ablations_differ_from_the_published_model(path):
-    assert load_config(TrainVideoConfig, path).model != TrainVideoConfig().model
+    config = load_config(TrainVideoConfig, path)
+    published = load_config(TrainVideoConfig, CONFIGS / "lean_17f_published.yaml")
+    assert config.model != published.model
+    same = {"model": published.model, "training": published.training}
+    assert config.training == published.training.model_copy(update={"output": config.training.output})
+    assert config.model_copy(update=same) == published
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,9 @@ def test_ablations_differ_from_the_published_model(path):
         (["training.batch_size"], "expected key.path=value"),
         (["training.seed.low=1"], r"training\.seed is 0, not a mapping"),
         (["training.seed=[1"], "no valid YAML"),
+        (["deepspeed.zero_optimisation.stage=3"], r"deepspeed\.zero_optimisation: unknown key"),
+        (["deepspeed.fp16.enabled=true"], r"deepspeed\.fp16: training in float16 is not supported"),
+        (["data.num_frames=16"], r"data\.num_frames is 16: model\.patch_size needs 4n \+ 1"),
     ],
 )
 def test_bad_overrides_are_refused_by_name(overrides, message):

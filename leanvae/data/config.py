@@ -29,7 +29,7 @@ class DataConfig(StrictConfig):
 
     Attributes:
         sources: paths, or paths with weights; ``builtin`` is made from photographs of installed packages.
-        num_frames: frames of a clip, 4n + 1.
+        num_frames: frames of a clip.
         stride: every how many frames of the file one is taken.
         resolution: (height, width) in pixels; frames are resized to cover it, then cropped.
         flip: mirror half of the training clips left to right.
@@ -60,15 +60,6 @@ class DataConfig(StrictConfig):
         if not isinstance(value, (list, tuple)):
             raise ValueError("expected a list of paths, as in [clips, more/*.mp4]")
         return [{"path": item} if isinstance(item, str) else item for item in value]
-
-    @field_validator("num_frames")
-    @classmethod
-    def _check_num_frames(cls, value: int) -> int:
-        if value % 4 != 1:
-            raise ValueError(
-                f"must be 4n + 1 (1, 5, 9, 17, ...): the next ones are {value // 4 * 4 + 1} and {value // 4 * 4 + 5}"
-            )
-        return value
 
     @field_validator("resolution")
     @classmethod

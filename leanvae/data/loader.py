@@ -189,7 +189,9 @@ class ClipLoader:
         self.sizes = [len(source) for source in self.sources]
         for source, size in zip(config.sources, self.sizes, strict=True):
             if not size:
-                raise ValueError(f"data.sources: {source.path}: no clips are left for training")
+                raise ValueError(
+                    f"data.sources: {source.path}: no clips are left for training, data.held_out took them all"
+                )
         self.weights = source_weights(config, self.sizes)
         self.num_files = len({clip.path for clip in clips})
         self.record = QuarantineRecord(record)

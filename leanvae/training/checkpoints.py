@@ -9,18 +9,24 @@ from leanvae.files import flush_to_disk
 
 LATEST = "latest"
 STATE_FILE = "trainer.json"
-
-
-def checkpoint_folder(root: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` steps."""
-    return root / f"step_{step:08d}"
+_NAME = re.compile(r"step_(\d{8,})(?:_(\d+))?")
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Checkpoints of a run by age; a folder bears such a name only once all of it is on the disk."""
-    if not root.is_dir():
-        return []
-    return sorted(path for path in root.iterdir() if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir():
+            found.append((int(match[1]), int(match[2] or 0), path))
+    return [path for *_, path in sorted(found)]
+
+
+def new_checkpoint(root: Path, step: int) -> Path:
+    """A free name for the checkpoint after `step` steps; a resumed run may come by a step again."""
+    name, revision = f"step_{step:08d}", 0
+    while (folder := root / (f"{name}_{revision}" if revision else name)).exists():
+        revision += 1
+    return folder
 
 
 def temporary_folder(folder: Path) -> Path:
@@ -34,21 +40,14 @@ def commit(folder: Path, keep: int) -> None:
     Killed at any moment, `latest` names a complete checkpoint.
 
     Args:
-        folder: the checkpoint's final name; its content stands in `temporary_folder(folder)`.
+        folder: the checkpoint's name, which must be free; its content stands in `temporary_folder(folder)`.
         keep: how many of the newest checkpoints stay.
     """
     root = folder.parent
     written = temporary_folder(folder)
     for path in [*written.rglob("*"), written]:
         flush_to_disk(path)
-    if folder.exists():  # a resumed run comes by here again
-        replaced = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-        written.rename(folder)
-        shutil.rmtree(replaced)
-    else:
-        written.rename(folder)
+    written.rename(folder)
     link = root / f".{LATEST}.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
@@ -57,6 +56,12 @@ def commit(folder: Path, keep: int) -> None:
     for old in complete_checkpoints(root)[:-keep]:
         if old != folder:
             shutil.rmtree(old)
+
+
+def clean(root: Path) -> None:
+    """Removes what a run that was killed while it wrote has left behind."""
+    for path in root.glob(".step_*.tmp"):
+        shutil.rmtree(path)
 
 
 def find_checkpoint(root: Path, resume: str) -> Path | None:

@@ -11,7 +11,7 @@ from litevae.config import StrictConfig
 from litevae.discriminators import DiscriminatorConfig
 
 # What DeepSpeed also wants to be told, and the field of ours that tells it.
-DEEPSPEED_KEYS_OF_OURS = {
+_KEYS_OF_OURS = {
     "train_batch_size": "training.batch_size",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "gradient_accumulation_steps": "training.batch_size and training.micro_batch_size",
@@ -19,6 +19,14 @@ DEEPSPEED_KEYS_OF_OURS = {
     "optimizer": "optimizer",
     "scheduler": "optimizer",
 }
+# The other top-level keys of DeepSpeed's configuration; it takes unknown ones for nothing, which hides misspelt ones.
+_DEEPSPEED_KEYS = frozenset(
+    """activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile
+    csv_monitor data_types disable_allgather dump_state elasticity flops_profiler gradient_predivide_factor
+    memory_breakdown prescale_gradients seq_parallel_communication_data_type sparse_gradients steps_per_print
+    tensorboard timers torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization""".split()
+)
 
 
 class LossConfig(StrictConfig):
@@ -29,7 +37,8 @@ class LossConfig(StrictConfig):
     Attributes:
         l1: mean absolute error of pixels.
         lpips: LPIPS of the first frame and one group of frames a clip.
-        low_bands: mean absolute error of the low wavelet bands, image frame plus video frames.
+        low_bands: mean absolute error of the low Haar bands (whatever the model's wavelet), image frame plus
+            video frames.
         high_bands: the same of the high bands.
         kl: KL divergence to a standard normal, summed over the latent.
         perceptual: `auto` uses LPIPS if the backbone's weights are found and warns otherwise, `lpips` insists,
@@ -51,7 +60,8 @@ class GANConfig(StrictConfig):
 
     Attributes:
         weight: of the generator's adversarial loss.
-        loss: of the discriminator; the generator's is `-mean(logits)` for hinge, non-saturating for logistic.
+        loss: of the discriminator.
+        generator_loss: `non_saturating`, mean softplus(-logits), or `hinge`, -mean(logits).
         start_step: first step in which the discriminator trains and counts.
         warmup_steps: steps from then on in which the weight rises linearly from 0.
         lecam: weight of the LeCam regularisation of the discriminator.
@@ -62,6 +72,7 @@ class GANConfig(StrictConfig):
 
     weight: NonNegativeFloat = 0.2
     loss: Literal["hinge", "logistic"] = "hinge"
+    generator_loss: Literal["non_saturating", "hinge"] = "non_saturating"
     start_step: NonNegativeInt = 0
     warmup_steps: NonNegativeInt = 0
     lecam: NonNegativeFloat = 0.005
@@ -158,9 +169,15 @@ class TrainVideoConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
-        for key, field in DEEPSPEED_KEYS_OF_OURS.items():
+        for key, field in _KEYS_OF_OURS.items():
             if key in self.deepspeed:
                 raise ValueError(f"deepspeed.{key} is set by {field}: remove it from the deepspeed block")
+        if "fp16" in self.deepspeed:
+            raise ValueError("deepspeed.fp16: training in float16 is not supported, use bf16")
+        if unknown := sorted(self.deepspeed.keys() - _DEEPSPEED_KEYS):
+            raise ValueError(
+                f"deepspeed.{unknown[0]}: unknown key; DeepSpeed's are {', '.join(sorted(_DEEPSPEED_KEYS))}"
+            )
         group, patch_height, patch_width = self.model.patch_size
         if (self.data.num_frames - 1) % group:
             raise ValueError(f"data.num_frames is {self.data.num_frames}: model.patch_size needs {group}n + 1")

@@ -93,9 +93,8 @@ class PlainEngine:
         deepspeed: dict[str, Any],
         device: torch.device,
     ) -> None:
-        for half in ("bf16", "fp16"):
-            if deepspeed.get(half, {}).get("enabled"):
-                raise ValueError(f"training.engine is plain, which trains in float32: turn deepspeed.{half} off")
+        if deepspeed.get("bf16", {}).get("enabled"):
+            raise ValueError("training.engine is plain, which trains in float32: turn deepspeed.bf16 off")
         self.module = module.to(device)
         self._optimizer = adam(module, optimizer)
         self._passes_a_step = training.passes(1)
@@ -150,6 +149,7 @@ class DeepSpeedEngine:
         world_size = dist.get_world_size()
         passes = training.passes(world_size)
         config = {
+            "zero_force_ds_cpu_optimizer": False,  # ours is fused, also on CPUs
             **deepspeed,
             "train_micro_batch_size_per_gpu": training.batch_size // (world_size * passes),
             "gradient_accumulation_steps": passes,
@@ -161,6 +161,12 @@ class DeepSpeedEngine:
         self._engine.checkpoint_engine = _safe_checkpoint_engine(self._engine.checkpoint_engine)
         self.module: nn.Module = self._engine.module
         self.dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+        self._masters: dict[int, Tensor] = {}
+        if self.dtype != torch.float32 and not self._engine.zero_optimization_stage():
+            # Without ZeRO, the parameters do not know the float32 weights that the optimizer keeps of them.
+            wrapped = self._engine.optimizer
+            for halves, masters in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+                self._masters.update(zip(map(id, halves), masters, strict=True))
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -174,15 +180,18 @@ class DeepSpeedEngine:
             group["lr"] = rate
 
     def full_weights(self) -> dict[str, Tensor]:
+        return {name: self._full_weight(parameter) for name, parameter in self.module.named_parameters()}
+
+    def _full_weight(self, parameter: nn.Parameter) -> Tensor:
+        """A weight in float32: whole also under ZeRO-3, and the optimizer's precise one in bfloat16."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        # Under ZeRO-3 each rank holds a part of the weights; in bfloat16 the optimizer holds the precise ones.
-        held_by_optimizer = self._engine.zero_optimization_stage() == 3 or self.dtype != torch.float32
-        weights = {}
-        for name, parameter in self.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter) if held_by_optimizer else parameter
-            weights[name] = (parameter if full is None else full).detach().float()
-        return weights
+        stage = self._engine.zero_optimization_stage()
+        if stage == 3 or (stage and self.dtype != torch.float32):
+            full = safe_get_full_fp32_param(parameter)
+            assert full is not None
+            return full.detach()
+        return self._masters.get(id(parameter), parameter).detach()
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag=self._TAG, save_latest=False)

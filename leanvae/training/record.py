@@ -25,14 +25,18 @@ class RunRecord:
         self._metrics: Any = None
         self._board: Any = None
 
-    def start(self, step: int) -> None:
-        """Opens the files and takes back what was written after `step`, which will be written again."""
+    def start(self, step: int | None) -> None:
+        """Opens the files and takes back what will be written again.
+
+        Args:
+            step: steps taken by the checkpoint that the run goes on from; `None` where it begins.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         for name in (METRICS_FILE, VALIDATION_FILE):
-            drop_lines_after(self._root / name, step)
+            drop_lines_after(self._root / name, -1 if step is None else step)
         self._metrics = (self._root / METRICS_FILE).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self._root / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(self._root / "tensorboard"), purge_step=0 if step is None else step + 1)
 
     def log(self, step: int, logs: dict[str, float], to_board: bool) -> None:
         """Writes a step's figures.
@@ -64,7 +68,8 @@ class RunRecord:
         if not entries:
             return ""
         before, after = entries[0]["psnr_by_clip"], entries[-1]["psnr_by_clip"]
-        lines = [f"{name}: {before[name]:.2f} dB before, {after[name]:.2f} dB after" for name in before]
+        both = [name for name in before if name in after]
+        lines = [f"{name}: {before[name]:.2f} dB before, {after[name]:.2f} dB after" for name in both]
         lines.append(f"mean: {entries[0]['psnr']:.2f} dB before, {entries[-1]['psnr']:.2f} dB after")
         text = f"PSNR of held-out clips before training and after {entries[-1]['step']} steps\n" + "\n".join(lines)
         write_text(self._root / SUMMARY_FILE, text + "\n")

@@ -14,7 +14,6 @@ from leanvae.training.config import GANConfig, TrainVideoConfig
 from leanvae.training.engine import Engine, frozen
 from leanvae.training.schedule import learning_rate, perceptual_frames, posterior_noise, ramp
 from litevae.losses import (
-    ema_update,
     hinge_d_loss,
     hinge_g_loss,
     kl,
@@ -25,7 +24,7 @@ from litevae.losses import (
 )
 from litevae.perceptual import PerceptualDistance
 
-_GENERATOR_LOSSES = {"hinge": hinge_g_loss, "logistic": logistic_g_loss}
+_GENERATOR_LOSSES = {"hinge": hinge_g_loss, "non_saturating": logistic_g_loss}
 _DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "logistic": logistic_d_loss}
 
 
@@ -80,8 +79,8 @@ class LeCamAverages:
 
     def update(self, real: float, fake: float, decay: float) -> None:
         """Takes in a step's means, which must already be those of all ranks."""
-        self.real = ema_update(torch.tensor(self.real).double(), torch.tensor(real).double(), decay).item()
-        self.fake = ema_update(torch.tensor(self.fake).double(), torch.tensor(fake).double(), decay).item()
+        self.real = decay * self.real + (1.0 - decay) * real
+        self.fake = decay * self.fake + (1.0 - decay) * fake
 
 
 class TrainingStep:
@@ -131,7 +130,7 @@ class TrainingStep:
         rates = self._set_learning_rates(step)
         size = self.config.training.micro_batch_size or len(clips)
         micro_batches = [
-            (self._to_device(clips[start : start + size]), indices[start : start + size])
+            (self._to_pixels(clips[start : start + size]), indices[start : start + size])
             for start in range(0, len(clips), size)
         ]
         logs: dict[str, list[Tensor]] = {}
@@ -181,7 +180,7 @@ class TrainingStep:
     def _adversarial(self, reconstruction: Tensor) -> Tensor:
         gan, discriminator = self._gan()
         logits = discriminator.module(as_images(reconstruction).to(discriminator.dtype))
-        return _GENERATOR_LOSSES[gan.loss](logits)
+        return _GENERATOR_LOSSES[gan.generator_loss](logits)
 
     def _train_discriminator(self, clip: Tensor, reconstruction: Tensor, logs: dict[str, list[Tensor]]) -> None:
         """Accumulates (and after the last pass applies) the discriminator's gradient."""
@@ -220,12 +219,11 @@ class TrainingStep:
             rates["discriminator_learning_rate"] = rate
         return rates
 
-    def _to_device(self, clips: Tensor) -> Tensor:
-        """uint8 to float32 in [-1, 1]."""
+    def _to_pixels(self, clips: Tensor) -> Tensor:
+        """uint8 frames to float32 in [-1, 1], on the device."""
         return clips.to(self.device).float() / 127.5 - 1.0
 
 
 def update_average(average: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -> None:
     """Exponential moving average of weights, in place: `average += (1 - decay) * (weights - average)`."""
-    for name, value in weights.items():
-        average[name].lerp_(value, 1.0 - decay)
+    torch._foreach_lerp_([average[name] for name in weights], list(weights.values()), 1.0 - decay)

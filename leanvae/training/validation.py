@@ -1,7 +1,6 @@
 """Held-out clips during training: PSNR and side-by-side pictures of the averaged weights."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ class ValidationResults:
     """Figures of one evaluation.
 
     Attributes:
-        psnr: in dB by file name, the mean over frames.
+        psnr: in dB by clip, the mean over frames.
         picture: uint8 `(H', W', 3)`; a row a clip: first, middle and last frame, source beside reconstruction.
     """
 
@@ -46,7 +45,7 @@ class Validation:
         self._device = device
         samples = read_held_out(clips, config.data, config.training.validation_clips)
         self._clips = {
-            Path(sample.clip.path).name: torch.from_numpy(sample.frames).permute(3, 0, 1, 2)[None] for sample in samples
+            _label(sample.clip): torch.from_numpy(sample.frames).permute(3, 0, 1, 2)[None] for sample in samples
         }
 
     @torch.inference_mode()
@@ -66,6 +65,11 @@ class Validation:
             values[name] = psnr(output, target).mean().item()
             rows.append(_picture_row(target[0], output[0]))
         return ValidationResults(values, np.concatenate(rows, axis=0))
+
+
+def _label(clip: Clip) -> str:
+    """The file, and where in it the clip starts unless that is the beginning."""
+    return clip.path if not clip.start else f"{clip.path} at {clip.start:g} s"
 
 
 def _picture_row(target: Tensor, output: Tensor) -> np.ndarray:

@@ -8,7 +8,7 @@ from leanvae.training import checkpoints as C
 
 
 def write(root, step, content="x", keep=3):
-    folder = C.checkpoint_folder(root, step)
+    folder = C.new_checkpoint(root, step)
     written = C.temporary_folder(folder)
     written.mkdir(parents=True)
     (written / C.STATE_FILE).write_text(content)
@@ -33,7 +33,9 @@ def test_a_checkpoint_written_again_replaces_the_first(tmp_path):
     write(tmp_path, 1, "old")
     write(tmp_path, 1, "new")
     assert (tmp_path / "latest" / C.STATE_FILE).read_text() == "new"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+    write(tmp_path, 1, "newest", keep=1)
+    assert (tmp_path / "latest" / C.STATE_FILE).read_text() == "newest"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001_2"]
 
 
 @pytest.mark.parametrize("call", ["rename", "symlink_to", "replace"])
@@ -50,6 +52,13 @@ def test_latest_stays_complete_when_writing_fails(tmp_path, monkeypatch, call):
     monkeypatch.undo()
     assert (tmp_path / "latest" / C.STATE_FILE).read_text() == "x"
     assert (C.find_checkpoint(tmp_path, "auto") / C.STATE_FILE).is_file()
+
+
+def test_what_a_killed_run_left_is_cleaned(tmp_path):
+    folder = write(tmp_path, 1)
+    C.temporary_folder(C.new_checkpoint(tmp_path, 2)).mkdir()
+    C.clean(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", folder.name]
 
 
 def test_auto_begins_where_there_is_nothing(tmp_path):

@@ -111,7 +111,6 @@ def test_parts_of_a_file_stand_on_one_side():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"num_frames": 16}, r"num_frames: got 16: .*4n \+ 1"),
         ({"num_frames": -3}, "num_frames: got -3"),
         ({"resolution": [0, 64]}, "resolution: got .*at least 1 pixel"),
         ({"resolution": [64]}, "resolution"),

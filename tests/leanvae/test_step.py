@@ -102,7 +102,7 @@ def reference_steps(config, num_steps):
     return losses
 
 
-GAN = {"loss": "logistic", "weight": 0.2, "lecam": 0.3, "lecam_decay": 0.9}
+GAN = {"loss": "logistic", "generator_loss": "non_saturating", "weight": 0.2, "lecam": 0.3, "lecam_decay": 0.9}
 
 
 @pytest.mark.parity
@@ -142,9 +142,7 @@ def test_gan_waits_for_its_start_step():
     take_step = make_step(make_config({"start_step": 1, "warmup_steps": 1}))
     before = [parameter.clone() for parameter in take_step.discriminator.module.parameters()]
     assert "discriminator" not in take_step(clips_of(0), [0, 1, 2, 3], 0)
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, take_step.discriminator.module.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(before, take_step.discriminator.module.parameters(), strict=True))
     assert take_step(clips_of(1), [0, 1, 2, 3], 1)["discriminator"] > 0
 
 

@@ -1,6 +1,7 @@
 """Training runs in this process: what they leave, how they resume, what they refuse."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,9 @@ import yaml
 
 from leanvae import load_vae
 from leanvae.training.loop import duration, train_video
+from leanvae.training.ranks import lock_folder
+from leanvae.training.record import RunRecord
+from leanvae.training.step import TrainingStep
 
 SETTINGS = {
     "model": {"low_channels": 8, "high_channels": 16, "num_stream_layers": 1, "num_fusion_layers": 1, "ista_layers": 1},
@@ -128,7 +132,7 @@ def test_too_many_bad_clips_stop_the_run(run, tmp_path):
 
 def test_resume_refuses_another_model(run, tmp_path):
     run("out", "training.max_steps=1")
-    with pytest.raises(ValueError, match="another model block"):
+    with pytest.raises(ValueError, match="another model"):
         run("out", "model.latent_channels=8")
 
 
@@ -141,6 +145,54 @@ def test_resume_none_refuses_to_overwrite(run):
 def test_a_batch_that_does_not_divide_is_refused(run):
     with pytest.raises(ValueError, match=r"training\.micro_batch_size is 3"):
         run("out", "training.batch_size=4", "training.micro_batch_size=3")
+
+
+@pytest.mark.integration
+def test_training_with_another_wavelet_validates_and_learns(run, tmp_path):
+    assert run("out", "model.wavelet=db2", "training.max_steps=2") == 0
+    assert len(metrics(tmp_path / "out")) == 2
+
+
+@pytest.mark.integration
+def test_a_second_run_on_the_same_folder_is_refused(run, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(lock_folder, "__defaults__", (0.0,))
+    descriptor = lock_folder(tmp_path / "out")
+    with pytest.raises(ValueError, match=f"another run \\(process {os.getpid()}\\) writes here"):
+        run("out")
+    os.close(descriptor)
+    assert run("out", "training.max_steps=1") == 0
+
+
+@pytest.mark.integration
+def test_changed_data_are_told_at_resume(run, tmp_path, caplog, write_clip):
+    run("out", "training.max_steps=1")
+    write_clip(tmp_path / "clips" / "more.mp4", seed=9)
+    run("out", "training.max_steps=2", "losses.l1=3")
+    assert "the list of training clips" in caplog.text
+    assert "losses.l1: 2.0 -> 3.0" in caplog.text
+
+
+def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch):
+    update = TrainingStep._train_vae
+
+    def spoil(self, *args):
+        output = update(self, *args)
+        next(self.vae.module.parameters()).data.fill_(float("nan"))
+        return output
+
+    run("out", "training.max_steps=2")
+    monkeypatch.setattr(TrainingStep, "_train_vae", spoil)
+    with pytest.raises(ValueError, match=r"(not finite|loss is nan)"):
+        run("out", "training.max_steps=4")
+    assert json.loads((tmp_path / "out/checkpoints/latest/trainer.json").read_text())["step"] == 2
+
+
+def test_summary_survives_other_held_out_clips(tmp_path):
+    entries = [{"step": 0, "psnr": 8.0, "psnr_by_clip": {"a": 7.0, "b": 9.0}}]
+    entries.append({"step": 5, "psnr": 20.0, "psnr_by_clip": {"a": 20.0, "c": 20.0}})
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert "a: 7.00 dB before, 20.00 dB after" in RunRecord(tmp_path).write_summary()
 
 
 @pytest.mark.parametrize(

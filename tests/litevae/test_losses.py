@@ -105,24 +105,3 @@ def test_losses_of_bfloat16_are_computed_in_float32():
     ]
     assert {result.dtype for result in results} == {torch.float32}
     torch.testing.assert_close(results[0], (real.float() - fake.float()).abs().mean())
-
-
-def test_ema_update_weighs_the_past_with_decay_and_gives_no_gradient():
-    value = torch.tensor(3.0, requires_grad=True)
-    average = losses.ema_update(torch.tensor(1.0), value, 0.75)
-    assert average.item() == pytest.approx(1.5)
-    assert not average.requires_grad
-    assert losses.ema_update(torch.tensor(1.0), value, 1.0).item() == 1
-    assert losses.ema_update(torch.tensor(1.0), value, 0.0).item() == 3
-
-
-def test_ema_update_leaves_its_input_alone():
-    before = torch.tensor(1.0)
-    losses.ema_update(before, torch.tensor(2.0), 0.5)
-    assert before.item() == 1
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.5, math.nan])
-def test_ema_update_refuses_decays_outside_0_to_1(decay):
-    with pytest.raises(ValueError, match="decay is"):
-        losses.ema_update(torch.tensor(1.0), torch.tensor(2.0), decay)

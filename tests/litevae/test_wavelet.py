@@ -6,8 +6,6 @@ import torch
 
 from litevae import wavelet as W
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
-
 
 def bands_by_ptwt(x):
     low, (high_h, high_w, high_hw) = ptwt.wavedec2(x, "haar", level=1)
@@ -30,6 +28,8 @@ def test_dwt3d_agrees_with_ptwt():
     torch.testing.assert_close(W.dwt3d(x), expected, atol=1e-6, rtol=0)
 
 
+# ptwt's own matrix transform is built on sparse tensors, about which torch warns.
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["db2", "sym4", "coif1", "bior2.2"])
 def test_other_wavelets_agree_with_ptwt_matrices(name):
@@ -72,6 +72,24 @@ def test_multilevel_is_invertible_without_the_shallow_low_bands(name):
     pyramid = W.multilevel_dwt2d(x, 2, name)
     pyramid[0][:, :3] = float("nan")
     torch.testing.assert_close(W.multilevel_idwt2d(pyramid, name), x, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["haar", "db2"])
+def test_multilevel_3d_transforms_the_low_band_again(name):
+    x = torch.randn(1, 3, 8, 16, 24, dtype=torch.float64)
+    pyramid = W.multilevel_dwt3d(x, 2, name)
+    torch.testing.assert_close(pyramid[0], W.dwt3d(x, name))
+    torch.testing.assert_close(pyramid[1], W.dwt3d(pyramid[0][:, :3], name))
+    torch.testing.assert_close(W.multilevel_idwt3d(pyramid, name), x, atol=1e-11, rtol=0)
+
+
+def test_matrices_made_in_inference_mode_serve_training():
+    x = torch.randn(1, 3, 26, 22)
+    with torch.inference_mode():
+        W.dwt2d(x, "sym3")
+    x.requires_grad_()
+    W.dwt2d(x, "sym3").sum().backward()
+    assert x.grad is not None
 
 
 def test_dwt2d_transforms_each_frame_of_a_clip():

@@ -1,0 +1,174 @@
+"""What a checkpoint holds of a run, and whether a run can go on from it."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from leanvae.checkpoint import WEIGHTS_FILE, save_pretrained
+from leanvae.config import ConfigError
+from leanvae.data.sources import Clip
+from leanvae.files import write_text
+from leanvae.model import LeanVAE
+from leanvae.training.checkpoints import STATE_FILE, commit, new_checkpoint, temporary_folder
+from leanvae.training.config import TrainVideoConfig
+from leanvae.training.ranks import barrier, on_main, rank, world_size
+from leanvae.training.step import LeCamAverages, TrainingStep
+
+logger = logging.getLogger("leanvae")
+
+RESOLVED_CONFIG = "train.yaml"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The small things that a checkpoint remembers beside weights and optimizers (`trainer.json`).
+
+    Attributes:
+        step: steps taken.
+        perceptual: `lpips` or `none`, what was trained with.
+        clips: digest of the list of training clips, on which the order of the data depends.
+        world_size: ranks that wrote the engines' state.
+        lecam: running averages of the discriminator's logits.
+        torch: version.
+    """
+
+    step: int
+    perceptual: str
+    clips: str
+    world_size: int
+    lecam: dict[str, float]
+    torch: str
+
+
+def clips_digest(clips: Sequence[Clip]) -> str:
+    """A short hash of a list of clips."""
+    text = "\n".join(f"{clip.path}\t{clip.start}\t{clip.end}" for clip in clips)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def resolved_config(config: TrainVideoConfig) -> str:
+    """A configuration with all its defaults, as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def save_run(
+    root: Path, config: TrainVideoConfig, take_step: TrainingStep, average: dict[str, Tensor], step: int, clips: str
+) -> None:
+    """Writes a checkpoint: averaged weights, both engines, and where the run stands; all ranks together.
+
+    Args:
+        root: folder of the checkpoints.
+        config: the run's configuration.
+        take_step: holds the engines.
+        average: averaged weights; read on the main rank.
+        step: steps taken.
+        clips: digest of the training clips.
+
+    Raises:
+        ValueError: the weights are not finite; nothing is written then.
+    """
+    on_main(lambda: _check_finite(average, step))
+
+    def begin() -> Path:
+        folder = new_checkpoint(root, step)
+        temporary_folder(folder).mkdir(parents=True)
+        return folder
+
+    folder = on_main(begin)
+    written = temporary_folder(folder)
+    take_step.vae.save(written / "vae")
+    if take_step.discriminator:
+        take_step.discriminator.save(written / "discriminator")
+    barrier()
+    if rank() == 0:
+        perceptual = "lpips" if take_step.perceptual else "none"
+        state = RunState(step, perceptual, clips, world_size(), asdict(take_step.lecam), torch.__version__)
+        model = take_step.vae.module
+        assert isinstance(model, LeanVAE)
+        save_pretrained(model, written, average)
+        write_text(written / RESOLVED_CONFIG, resolved_config(config))
+        write_text(written / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
+        commit(folder, config.training.keep_checkpoints)
+    barrier()
+
+
+def load_run(
+    folder: Path, config: TrainVideoConfig, take_step: TrainingStep, clips: str, device: torch.device
+) -> tuple[int, dict[str, Tensor]]:
+    """Takes up a run where a checkpoint left it; all ranks together.
+
+    Args:
+        folder: the checkpoint.
+        config: the configuration of now.
+        take_step: gets weights, optimizer states and LeCam's averages.
+        clips: digest of the training clips of now.
+        device: where the averaged weights go.
+
+    Returns:
+        Steps taken, and the averaged weights.
+
+    Raises:
+        ConfigError: the checkpoint is of another model, engine or number of ranks.
+    """
+    state = RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    before = yaml.safe_load((folder / RESOLVED_CONFIG).read_text(encoding="utf-8"))
+    now = config.model_dump(mode="json")
+    _check_same_run(folder, before, now, state)
+    changes = _changes(before, now)
+    perceptual = "lpips" if take_step.perceptual else "none"
+    if state.perceptual != perceptual:
+        changes.append(f"perceptual loss: {state.perceptual} -> {perceptual}")
+    if state.clips != clips:
+        changes.append("the list of training clips, and with it the order of the data")
+    if changes and rank() == 0:
+        logger.warning("not the run that wrote %s; changed: %s", folder, "; ".join(changes))
+    take_step.vae.load(folder / "vae")
+    if take_step.discriminator:
+        take_step.discriminator.load(folder / "discriminator")
+    take_step.lecam = LeCamAverages(**state.lecam)
+    average = {name: value.to(device) for name, value in load_file(folder / WEIGHTS_FILE).items()}
+    if rank() == 0:
+        logger.info("resuming from %s (step %d)", folder, state.step)
+    return state.step, average
+
+
+def _check_finite(average: dict[str, Tensor], step: int) -> None:
+    broken = [name for name, value in average.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"step {step}: {len(broken)} of {len(average)} weights are not finite, first {broken[0]}: "
+            "the run stops; its last checkpoint is from before"
+        )
+
+
+def _check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any], state: RunState) -> None:
+    """Refuses a checkpoint whose state does not fit the networks or the engines."""
+    discriminators = [tree["gan"] and tree["gan"]["discriminator"] for tree in (before, now)]
+    for name, there, here in (
+        ("model", before["model"], now["model"]),
+        ("gan.discriminator", *discriminators),
+        ("training.engine", before["training"]["engine"], now["training"]["engine"]),
+        ("deepspeed", before["deepspeed"], now["deepspeed"]),
+        ("number of ranks", state.world_size, world_size()),
+    ):
+        if there != here:
+            raise ConfigError(f"{folder} cannot be resumed with another {name}: {there} there, {here} here")
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Settings that differ, as `block.field: old -> new`."""
+    return [
+        f"{block}.{field}: {(before[block] or {}).get(field)} -> {value}"
+        for block in ("data", "losses", "gan", "optimizer", "training")
+        for field, value in (now[block] or {}).items()
+        if (before[block] or {}).get(field) != value
+    ]

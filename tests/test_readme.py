@@ -1,0 +1,54 @@
+"""The README's commands work as they stand there (training for two steps)."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line.strip()]
+PROGRAMS = [text for language, text in BLOCKS if language == "python"]
+
+
+def run(command, folder):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_readme_shows_the_main_commands():
+    assert any(line.startswith("deepspeed scripts/train_video.py --config configs/lean_17f.yaml") for line in COMMANDS)
+    assert any(line.startswith("python scripts/reconstruct.py") for line in COMMANDS)
+
+
+def test_readme_names_only_files_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"\b((?:configs|scripts|leanvae|litevae|tests|docs)/[\w./]*\w)", text)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_readme_commands_run(tmp_path, write_clip):
+    for name in ("configs", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "CLIPS").mkdir()
+    for index in range(8):
+        write_clip(tmp_path / "CLIPS" / f"clip{index}.mp4", num_frames=20, height=64, width=64, seed=index)
+    write_clip(tmp_path / "CLIP.mp4", num_frames=10)
+    assert len(COMMANDS) >= 3
+    for line in COMMANDS:
+        words = shlex.split(line)
+        training = "scripts/train_video.py" in words
+        run([*words, "--set", "training.max_steps=2"] if training else words, tmp_path)
+    assert (tmp_path / "runs/mine/recon/metrics.json").is_file()
+    (tmp_path / "program.py").write_text("\n".join(PROGRAMS))
+    run([sys.executable, "program.py"], tmp_path)
