@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -27,7 +28,7 @@ SETTINGS = {
     "data": {"num_frames": 5, "resolution": [32, 32], "num_workers": 1, "held_out": 0.2, "max_bad_share": 0.5},
     "losses": {"perceptual": "none"},
     "gan": {"discriminator": {"base_channels": 8, "num_layers": 2}, "start_step": 0},
-    "optimizer": {"warmup_steps": 0},
+    "optimizer": {"warmup_steps": 0, "learning_rate": 5e-4},
     "training": {"max_steps": 5, "batch_size": 4, "checkpoint_every": 1000, "validate_every": 1000},
 }
 SAME = ("loss", "l1", "low_bands", "high_bands", "kl", "adversarial", "discriminator", "lecam")
@@ -94,7 +95,9 @@ def test_every_zero_stage_and_rank_count_equals_one_plain_process(command, plain
     for ranks in (1, 2):
         for stage in (0, 1, 2, 3):
             name = f"stage{stage}_ranks{ranks}"
-            train(command(name, ranks, f"deepspeed.zero_optimization.stage={stage}"))
+            # Small weights stay whole on every rank under ZeRO-3 unless the threshold says otherwise.
+            zero = f"{{stage: {stage}, stage3_param_persistence_threshold: 0}}"
+            train(command(name, ranks, f"deepspeed.zero_optimization={zero}"))
             assert_same_losses(metrics(tmp_path / name), plain_losses, 1e-4)
 
 
@@ -105,7 +108,7 @@ def test_accumulated_passes_equal_one_plain_process(command, plain_losses, tmp_p
 
 
 def test_bfloat16_trains_at_every_stage(command, plain_losses, tmp_path):
-    for stage in (1, 2, 3):
+    for stage in (0, 1, 2, 3):
         name = f"bf16_stage{stage}"
         train(command(name, 2, f"deepspeed={{zero_optimization: {{stage: {stage}}}, bf16: {{enabled: true}}}}"))
         for a, b in zip(metrics(tmp_path / name), plain_losses, strict=True):
@@ -143,6 +146,26 @@ def wait_for_step(folder, step, process):
             return
         time.sleep(0.02)
     raise AssertionError(f"no step {step} after a minute")
+
+
+def test_ranks_end_with_their_launcher(command, tmp_path):
+    """Killed alone, the launcher leaves its ranks behind: they must save and go, for the next run waits for them."""
+    line = command("orphans", 2, "training.max_steps=100000")
+    process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(tmp_path / "orphans", 3, process)
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
+    assert len(ranks) == 2
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    assert len(gone) == 2
+    state = json.loads((tmp_path / "orphans" / "checkpoints" / "latest" / "trainer.json").read_text())
+    assert state["step"] == len(metrics(tmp_path / "orphans"))
+
+
+def is_rank(process):
+    return str(SCRIPT) in process.cmdline() and any("local_rank" in word for word in process.cmdline())
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
