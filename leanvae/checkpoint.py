@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from leanvae.config import LeanVAEConfig, parse_config
@@ -52,7 +52,7 @@ def save_pretrained(vae: LeanVAE, folder: str | Path, state: dict[str, Tensor] |
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in (state or vae.state_dict()).items()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        save_file(weights, temporary)
+        temporary.write_bytes(save(weights))  # save_file would make it readable by its owner alone
     config = {"model": "LeanVAE", **vae.config.model_dump(mode="json")}
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
