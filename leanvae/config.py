@@ -102,7 +102,7 @@ class LeanVAEConfig(StrictConfig):
         patch_size: pixels (frames, height, width) per latent element, the wavelet's factor 2 included.
         wavelet: `haar`, a discrete wavelet of pywt (in space; Haar in time), or `none` for raw pixel patches.
         streams: `separate` keeps low and high bands apart in the first layers, `joint` does not
-            (LeanVAE, component ablation). `wavelet: none` has no bands and needs `joint`.
+            (LeanVAE, component ablation). Without bands, `wavelet: none`, there is one stream: `joint`.
         low_channels: width of the low band's stream.
         high_channels: width of the high bands' stream; the fused width is the sum of both.
         num_stream_layers: residual NAF layers on each stream.
@@ -136,6 +136,13 @@ class LeanVAEConfig(StrictConfig):
         if name != "none":
             check_wavelet(name)
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stream_without_bands(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("wavelet") == "none" and "streams" not in fields:
+            return {**fields, "streams": "joint"}
+        return fields
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:

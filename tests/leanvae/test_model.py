@@ -22,7 +22,7 @@ VARIANTS = {
     "16 channels": {"latent_channels": 16},
     "linear bottleneck": {"bottleneck": "linear"},
     "joint streams": {"streams": "joint"},
-    "no wavelet": {"wavelet": "none", "streams": "joint"},
+    "no wavelet": {"wavelet": "none"},
     "patch norm": {"patch_norm": True},
     "db2": {"wavelet": "db2"},
     "one ista iteration": {"ista_iterations": 1},
@@ -216,7 +216,7 @@ def test_chunks_of_different_sizes_are_refused():
     [
         ({"latent_channels": 0}, "latent_channels"),
         ({"wavelet": "dbx"}, "pywt"),
-        ({"wavelet": "none"}, "joint"),
+        ({"wavelet": "none", "streams": "separate"}, "joint"),
         ({"patch_size": (3, 8, 8)}, "even"),
         ({"bottleneck": "vq"}, "ista"),
         ({"widths": 3}, "widths"),
