@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from leanvae.bottleneck import ISTABottleneck, LinearBottleneck
 from leanvae.config import LeanVAEConfig
 from leanvae.naf import PAST_FRAMES, NAFLayers, Past, init_linear_maps
-from leanvae.patchify import Bands, PatchEmbedding, PatchProjection, analyse, synthesise
+from leanvae.patchify import Bands, PatchEmbedding, PatchProjection, analyse, stream_widths, synthesise
 from litevae.posterior import DiagonalGaussian
 
 
@@ -21,7 +21,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embedding = PatchEmbedding(config)
         self.streams = nn.ModuleDict(
-            {name: NAFLayers(width, config.num_stream_layers) for name, width in self.embedding.layout.widths.items()}
+            {name: NAFLayers(width, config.num_stream_layers) for name, width in stream_widths(config).items()}
         )
         self.fusion = NAFLayers(config.hidden_channels, config.num_fusion_layers)
 
@@ -49,10 +49,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.fusion = NAFLayers(config.hidden_channels, config.num_fusion_layers, norm=config.decoder_norm)
         self.projection = PatchProjection(config)
+        self.widths = stream_widths(config)
         self.streams = nn.ModuleDict(
             {
                 name: NAFLayers(width, config.num_stream_layers, norm=config.decoder_norm)
-                for name, width in self.projection.layout.widths.items()
+                for name, width in self.widths.items()
             }
         )
 
@@ -63,8 +64,7 @@ class Decoder(nn.Module):
         pasts = iter(past) if past is not None else None
         features, fusion_past = self.fusion(features, next(pasts) if pasts else None)
         future, streams = [fusion_past], {}
-        widths = self.projection.layout.widths
-        for name, tokens in zip(widths, features.split(list(widths.values()), dim=-1), strict=True):
+        for name, tokens in zip(self.widths, features.split(list(self.widths.values()), dim=-1), strict=True):
             streams[name], stream_past = self.streams[name](tokens, next(pasts) if pasts else None)
             future.append(stream_past)
         return self.projection(streams, starts_clip), tuple(future)

@@ -4,6 +4,8 @@ The first frame of a clip stands alone: it gets a 2D transform and image patches
 and video patches. Both give tokens of the same width, so that an image is a clip of one frame.
 """
 
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -63,30 +65,42 @@ def synthesise(bands: Bands, wavelet: str = "haar") -> Tensor:
     return torch.cat([part for part in (image, video) if part is not None], dim=2)
 
 
-class PatchLayout:
-    """Sizes of the patches that a configuration cuts, and the widths of the streams they feed.
+@dataclass(frozen=True)
+class Patches:
+    """How one kind of frames, the image frame or the video frames, is cut.
 
     Attributes:
-        image_patch: (1, height, width) of an image patch, on the bands.
-        video_patch: (frames, height, width) of a video patch, on the bands.
-        widths: channels of the tokens, by stream.
-        image_channels: band channels of an image frame, by stream.
-        video_channels: band channels of video frames, by stream.
+        shape: (frames, height, width) of a patch, on the bands.
+        channels: band channels by stream.
     """
 
-    def __init__(self, config: LeanVAEConfig) -> None:
-        frames, height, width = config.patch_size
-        factor, image_bands, video_bands = (1, 1, 1) if config.wavelet == "none" else (2, 4, 8)
-        self.image_patch = (1, height // factor, width // factor)
-        self.video_patch = (frames // factor, height // factor, width // factor)
+    shape: tuple[int, int, int]
+    channels: dict[str, int]
+
+    def vector_size(self, stream: str) -> int:
+        """Length of a stream's patch vectors."""
+        return self.channels[stream] * math.prod(self.shape)
+
+
+def stream_widths(config: LeanVAEConfig) -> dict[str, int]:
+    """Channels of the tokens, by stream."""
+    if config.streams == "joint":
+        return {"joint": config.hidden_channels}
+    return {"low": config.low_channels, "high": config.high_channels}
+
+
+def image_and_video_patches(config: LeanVAEConfig) -> tuple[Patches, Patches]:
+    """The patches that a configuration cuts from the image frame and from the video frames."""
+    frames, height, width = config.patch_size
+    factor, image_bands, video_bands = (1, 1, 1) if config.wavelet == "none" else (2, 4, 8)
+
+    def channels(num_bands: int) -> dict[str, int]:
         if config.streams == "joint":
-            self.widths = {"joint": config.hidden_channels}
-            self.image_channels = {"joint": image_bands * COLOURS}
-            self.video_channels = {"joint": video_bands * COLOURS}
-        else:
-            self.widths = {"low": config.low_channels, "high": config.high_channels}
-            self.image_channels = {"low": COLOURS, "high": (image_bands - 1) * COLOURS}
-            self.video_channels = {"low": COLOURS, "high": (video_bands - 1) * COLOURS}
+            return {"joint": num_bands * COLOURS}
+        return {"low": COLOURS, "high": (num_bands - 1) * COLOURS}
+
+    area = (height // factor, width // factor)
+    return Patches((1, *area), channels(image_bands)), Patches((frames // factor, *area), channels(video_bands))
 
 
 def to_patches(bands: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -115,34 +129,22 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, config: LeanVAEConfig) -> None:
         super().__init__()
-        self.layout = layout = PatchLayout(config)
-        image_area = layout.image_patch[1] * layout.image_patch[2]
-        video_volume = layout.video_patch[0] * image_area
-
-        def projections(channels: dict[str, int], volume: int) -> nn.ModuleDict:
-            return nn.ModuleDict(
-                {
-                    name: _projection(channels[name] * volume, width, config.patch_norm)
-                    for name, width in layout.widths.items()
-                }
-            )
-
-        self.image = projections(layout.image_channels, image_area)
-        self.video = projections(layout.video_channels, video_volume)
+        widths, norm = stream_widths(config), config.patch_norm
+        self._image_patches, self._video_patches = image, video = image_and_video_patches(config)
+        self.image = nn.ModuleDict({name: _projection(image.vector_size(name), widths[name], norm) for name in widths})
+        self.video = nn.ModuleDict({name: _projection(video.vector_size(name), widths[name], norm) for name in widths})
 
     def forward(self, bands: Bands) -> dict[str, Tensor]:
         """Tokens `(B, T', H', W', width)` by stream."""
-        parts: dict[str, list[Tensor]] = {name: [] for name in self.layout.widths}
-        for frames, patch, channels, projections in (
-            (bands.image, self.layout.image_patch, self.layout.image_channels, self.image),
-            (bands.video, self.layout.video_patch, self.layout.video_channels, self.video),
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.image}
+        for frames, patches, projections in (
+            (bands.image, self._image_patches, self.image),
+            (bands.video, self._video_patches, self.video),
         ):
-            if frames is None:
-                continue
-            for (name, part), of_stream in zip(
-                parts.items(), frames.split(list(channels.values()), dim=1), strict=True
-            ):
-                part.append(projections[name](to_patches(of_stream, patch)))
+            if frames is not None:
+                of_streams = frames.split(list(patches.channels.values()), dim=1)
+                for name, part in zip(patches.channels, of_streams, strict=True):
+                    parts[name].append(projections[name](to_patches(part, patches.shape)))
         return {name: torch.cat(part, dim=1) for name, part in parts.items()}
 
 
@@ -151,29 +153,22 @@ class PatchProjection(nn.Module):
 
     def __init__(self, config: LeanVAEConfig) -> None:
         super().__init__()
-        self.layout = layout = PatchLayout(config)
-        image_area = layout.image_patch[1] * layout.image_patch[2]
-        video_volume = layout.video_patch[0] * image_area
-
-        def projections(channels: dict[str, int], volume: int) -> nn.ModuleDict:
-            return nn.ModuleDict(
-                {name: nn.Linear(width, channels[name] * volume) for name, width in layout.widths.items()}
-            )
-
-        self.image = projections(layout.image_channels, image_area)
-        self.video = projections(layout.video_channels, video_volume)
+        widths = stream_widths(config)
+        self._image_patches, self._video_patches = image, video = image_and_video_patches(config)
+        self.image = nn.ModuleDict({name: nn.Linear(widths[name], image.vector_size(name)) for name in widths})
+        self.video = nn.ModuleDict({name: nn.Linear(widths[name], video.vector_size(name)) for name in widths})
 
     def forward(self, tokens: dict[str, Tensor], starts_clip: bool = True) -> Bands:
         """Bands of tokens by stream; `starts_clip` tells whether the first of them is the image frame's."""
 
-        def bands(part: slice, patch: tuple[int, int, int], projections: nn.ModuleDict) -> Tensor | None:
+        def bands(part: slice, patches: Patches, projections: nn.ModuleDict) -> Tensor | None:
             chosen = {name: of_stream[:, part] for name, of_stream in tokens.items()}
             if not next(iter(chosen.values())).shape[1]:
                 return None
-            return torch.cat([from_patches(projections[name](x), patch) for name, x in chosen.items()], dim=1)
+            return torch.cat([from_patches(projections[name](x), patches.shape) for name, x in chosen.items()], dim=1)
 
         num_image_frames = int(starts_clip)
         return Bands(
-            bands(slice(0, num_image_frames), self.layout.image_patch, self.image),
-            bands(slice(num_image_frames, None), self.layout.video_patch, self.video),
+            bands(slice(0, num_image_frames), self._image_patches, self.image),
+            bands(slice(num_image_frames, None), self._video_patches, self.video),
         )

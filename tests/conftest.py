@@ -5,6 +5,9 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the tensors are small, and other processes may want the other cores
 
 
 @pytest.fixture
