@@ -10,8 +10,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from leanvae import metrics
 from leanvae.metrics import FrameMetrics, psnr, ssim
 
-torch.set_num_threads(1)
-
 
 def _pair(*shape: int, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)

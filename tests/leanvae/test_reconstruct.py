@@ -16,7 +16,6 @@ from leanvae.metrics import psnr
 from leanvae.reconstruct import ReconstructionError, frames_per_chunk, reconstruct
 from leanvae.writer import VideoWriter, write_png
 
-torch.set_num_threads(1)
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 VFR = [33, 66, 100, 250, 251, 900, 1400, 1433, 1466, 1600]
 

@@ -28,7 +28,6 @@ EXACT = ("loss", "l1", "kl", "discriminator", "lecam", "logits_real", "learning_
 @pytest.fixture
 def run(tmp_path, write_clip):
     """A function that trains on six small clips and one that is none, in plain torch."""
-    torch.set_num_threads(1)
     folder = tmp_path / "clips"
     folder.mkdir()
     for index in range(6):
