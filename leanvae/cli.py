@@ -126,6 +126,10 @@ def _run_reconstruct(args: argparse.Namespace) -> int:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     dtype = getattr(torch, args.dtype) if args.dtype else None
     report = reconstruct(args.checkpoint, args.input, args.output, device, dtype, strict=args.strict)
     total = report["total"]

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    BaseModel,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -63,16 +64,35 @@ def parse_config(config_class: type[ConfigT], tree: dict[str, Any], origin: str)
     try:
         return config_class.model_validate(tree)
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"]) or "(whole configuration)"
-            if item["type"] == "extra_forbidden":
-                lines.append(f"  {key}: unknown key")
-            elif item["type"] == "missing":
-                lines.append(f"  {key}: missing")
-            else:
-                lines.append(f"  {key}: got {item['input']!r}: {item['msg']}")
-        raise ConfigError(f"{origin}:\n" + "\n".join(lines)) from error
+        raise ConfigError(f"{origin}:{describe_errors(error, config_class)}") from error
+
+
+def describe_errors(error: ValidationError, config_class: type[BaseModel] | None = None) -> str:
+    """A line for each error, with its key, the value and the rule; with the class, also the keys that exist."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        prefix = f"\n  {key}: " if key else "\n  "
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(config_class, item["loc"][:-1])
+            lines.append(f"{prefix}unknown key" + (f"; there are {', '.join(known)}" if known else ""))
+        elif item["type"] == "missing":
+            lines.append(f"{prefix}missing")
+        elif isinstance(item["input"], dict):
+            lines.append(f"{prefix}{item['msg']}")
+        else:
+            lines.append(f"{prefix}got {item['input']!r}: {item['msg']}")
+    return "".join(lines)
+
+
+def _known_keys(config_class: type[BaseModel] | None, path: tuple[int | str, ...]) -> list[str]:
+    """Keys of the block at a path; none where it leads through something other than blocks."""
+    for part in path:
+        field = config_class.model_fields.get(str(part)) if config_class else None
+        candidates = [field.annotation, *get_args(field.annotation)] if field else []
+        blocks = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        config_class = blocks[0] if blocks else None
+    return list(config_class.model_fields) if config_class else []
 
 
 def load_config(config_class: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:

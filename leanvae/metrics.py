@@ -119,12 +119,6 @@ class FrameMetrics:
         self.psnr_sum += psnr_values.double().sum().item()
         self.ssim_sum += ssim_values.double().sum().item()
 
-    def merge(self, other: "FrameMetrics") -> None:
-        """Adds the frames that another one saw."""
-        self.num_frames += other.num_frames
-        self.psnr_sum += other.psnr_sum
-        self.ssim_sum += other.ssim_sum
-
     @property
     def psnr(self) -> float | None:
         """Mean PSNR over frames in decibels; None where it is infinite or there are no frames."""

@@ -101,7 +101,8 @@ def reconstruct(
 
     Returns:
         The content of `metrics.json`: `files` (a `Result` each), `skipped` (`input` and `reason` each) and
-        `total` (`files`, `skipped`, `frames`, and `psnr` and `ssim` as means over all frames).
+        `total` (`files`, `skipped`, `frames`, and `psnr` and `ssim` as means over the frames of the files that
+        have a finite value, with the number of those that do not).
 
     Raises:
         FileNotFoundError: there is no such input or checkpoint.
@@ -115,39 +116,37 @@ def reconstruct(
     output.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     skipped: list[dict[str, str]] = []
-    total = FrameMetrics()
-    for number, job in enumerate(jobs, start=1):
-        label = f"[{number}/{len(jobs)}] {job.name}"
-        try:
-            result, metrics = reconstruct_file(vae, job, output, chunk, label)
-        except MediaError as error:
-            skipped.append({"input": job.name, "reason": error.reason})
-            logger.warning("%s: skipped: %s", label, error.reason)
-            continue
-        results.append(result)
-        total.merge(metrics)
-        logger.info("%s: %s", label, _describe(result))
-    report = {
-        "checkpoint": str(checkpoint),
-        "input": str(inputs),
-        "total": _total(len(results), len(skipped), total),
-        "files": [asdict(result) for result in results],
-        "skipped": skipped,
-    }
-    write_text(output / METRICS_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    report: dict[str, Any] = {"checkpoint": str(checkpoint), "input": str(inputs)}
+    try:
+        for number, job in enumerate(jobs, start=1):
+            label = f"[{number}/{len(jobs)}] {job.name}"
+            try:
+                result = reconstruct_file(vae, job, output, chunk, label)
+            except MediaError as error:
+                skipped.append({"input": job.name, "reason": error.reason})
+                logger.warning("%s: skipped: %s", label, error.reason)
+                continue
+            results.append(result)
+            logger.info("%s: %s", label, _describe(result))
+    finally:  # also when it is interrupted
+        files = [asdict(result) for result in results]
+        report.update(total=_total(results, len(skipped)), files=files, skipped=skipped)
+        write_text(output / METRICS_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
     if skipped and (strict or not results):
         raise ReconstructionError(f"{len(skipped)} of {len(jobs)} files could not be reconstructed: {_list(skipped)}")
     return report
 
 
-def _total(num_files: int, num_skipped: int, metrics: FrameMetrics) -> dict[str, Any]:
-    return {
-        "files": num_files,
-        "skipped": num_skipped,
-        "frames": metrics.num_frames,
-        "psnr": metrics.psnr,
-        "ssim": metrics.ssim,
-    }
+def _total(results: list[Result], num_skipped: int) -> dict[str, Any]:
+    """Totals of all files; the measures are means over the frames of the files that have them."""
+    total: dict[str, Any] = {"files": len(results), "skipped": num_skipped}
+    total["frames"] = sum(result.frames for result in results)
+    for name in ("psnr", "ssim"):
+        measured = [(getattr(result, name), result.frames) for result in results if getattr(result, name) is not None]
+        num_frames = sum(frames for _, frames in measured)
+        total[name] = sum(value * frames for value, frames in measured) / num_frames if measured else None
+        total[f"files_without_{name}"] = len(results) - len(measured)
+    return total
 
 
 def _list(skipped: list[dict[str, str]], shown: int = 5) -> str:
@@ -156,9 +155,7 @@ def _list(skipped: list[dict[str, str]], shown: int = 5) -> str:
     return names + (f"; and {len(skipped) - shown} more" if len(skipped) > shown else "")
 
 
-def reconstruct_file(
-    vae: LeanVAE, job: Job, output: Path, chunk: int | None, label: str
-) -> tuple[Result, FrameMetrics]:
+def reconstruct_file(vae: LeanVAE, job: Job, output: Path, chunk: int | None, label: str) -> Result:
     """Reconstructs one file and writes its outputs.
 
     Raises:
@@ -175,7 +172,7 @@ def reconstruct_file(
             raise MediaError(job.source, f"cannot be written as mp4: {error.strerror}") from error
 
 
-def _reconstruct_image(vae: LeanVAE, job: Job, output: Path) -> tuple[Result, FrameMetrics]:
+def _reconstruct_image(vae: LeanVAE, job: Job, output: Path) -> Result:
     source = read_image(job.source)
     height, width = source.shape[:2]
     x = _to_unit([source], vae)
@@ -187,17 +184,16 @@ def _reconstruct_image(vae: LeanVAE, job: Job, output: Path) -> tuple[Result, Fr
     names = _output_names(job, ".png")
     write_png(output / names[0], recon)
     write_png(output / names[1], np.concatenate((source, recon), axis=1))
-    return Result(job.name, "image", *names, width, height, 1, None, metrics.psnr, metrics.ssim), metrics
+    return Result(job.name, "image", *names, width, height, 1, None, metrics.psnr, metrics.ssim)
 
 
-def _reconstruct_clip(
-    vae: LeanVAE, job: Job, output: Path, chunk: int | None, label: str
-) -> tuple[Result, FrameMetrics]:
+def _reconstruct_clip(vae: LeanVAE, job: Job, output: Path, chunk: int | None, label: str) -> Result:
     info = probe(job.source)
     origin, pixel_aspect = _clock_and_aspect(info)
     names = _output_names(job, ".mp4")
     metrics = FrameMetrics()
     waiting: deque[Frame] = deque()  # read, and not decoded yet
+    last_time = 0.0
     chunk = chunk or frames_per_chunk(info.width, info.height, vae.config.patch_size[0])
     chunks = _read_chunks(vae, info, chunk, waiting)
     shared: dict[str, Any] = {
@@ -224,8 +220,12 @@ def _reconstruct_clip(
                     recon.write(image, frame.pts)
                     side_by_side.write(np.concatenate((frame.image, image), axis=1), frame.pts)
             progress.update(len(frames))
+            last_time = frames[-1].time
         assert not waiting
-    result = Result(
+    notes = recon.notes
+    if info.duration and last_time < 0.9 * info.duration - 1:
+        notes = [*notes, f"the file is cut: its frames end at {last_time:.1f} s of {info.duration:.1f} s"]
+    return Result(
         job.name,
         "video",
         *names,
@@ -235,9 +235,8 @@ def _reconstruct_clip(
         float(info.fps) if info.fps else None,
         metrics.psnr,
         metrics.ssim,
-        recon.notes,
+        notes,
     )
-    return result, metrics
 
 
 def frames_per_chunk(width: int, height: int, group: int) -> int:

@@ -93,7 +93,7 @@ def make_builtin_clips(cache_folder: Path) -> list[Path]:
             if not clip.is_file():
                 _write_clip(clip, moving_views(read_image(clips[clip]), clip.stem))
     except OSError as error:
-        raise OSError(f"data.cache_dir: {folder} cannot be written: {error}") from error
+        raise OSError(error.errno, f"data.cache_dir: cannot be written: {error.strerror}", str(folder)) from error
     return list(clips)
 
 

@@ -1,5 +1,6 @@
 """Reading of training clips: a window of frames, resized, cropped and flipped by a seeded generator; no torch."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,5 +94,10 @@ def decode_sample(clip: Clip, config: DataConfig, seed: Sequence[int] | None) ->
 
 
 def warm_up() -> None:
-    """Prepares a decoder process: one thread each, since there are several processes."""
+    """Prepares a decoder process.
+
+    It leaves the run's process group, so that a signal to the group lets the trainer alone decide what happens, and
+    takes one thread, since there are several processes.
+    """
+    os.setsid()
     cv2.setNumThreads(1)

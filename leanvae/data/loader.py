@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as DecodingTimeout
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # So many bad clips in a row at one position mean that hardly any is good; trying them all could take hours.
 _MAX_ATTEMPTS = 32
+# Decoder processes that all die before one clip is decoded do not die of the clips.
+_MAX_RESTARTS = 5
 
 
 class _DecoderTerminated(Exception):
@@ -52,6 +55,7 @@ class Rejection:
         path: the file.
         reason: what is wrong with it.
         substitute: the file tried in its place.
+        modified: time at which the file was last changed, in nanoseconds; -1 where it could not be read.
     """
 
     position: int
@@ -60,6 +64,7 @@ class Rejection:
     path: str
     reason: str
     substitute: str
+    modified: int
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class QuarantineRecord:
     """The rejections of a run: one JSON object a line, in one file a rank, kept over resumes.
 
     Decisions already recorded, by any rank of any earlier start, are replayed, because whether a clip runs out
-    of time is not the same every time.
+    of time is not the same every time. What is recorded of a file that has changed since counts no more.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,7 +118,8 @@ class QuarantineRecord:
         self._known: dict[tuple[int, int], Rejection] = {}
         for file in sorted({*path.parent.glob("quarantine.rank*.jsonl"), path}):
             for rejection in _read_rejections(file):
-                self._known[rejection.position, rejection.attempt] = rejection
+                if rejection.modified == _modified(rejection.path):
+                    self._known[rejection.position, rejection.attempt] = rejection
         if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             # A line torn by a crash must not swallow the next one.
             self._append(b"\n")
@@ -138,6 +144,14 @@ class QuarantineRecord:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _modified(path: str) -> int:
+    """Time of a file's last change in nanoseconds, or -1."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return -1
 
 
 def _read_rejections(path: Path) -> Iterator[Rejection]:
@@ -198,6 +212,7 @@ class ClipLoader:
         self._order: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None = None
         self._ahead: deque[list[_Pending]] = deque()
         self._next_step = start_step
+        self._restarts = 0
         self._pool: ProcessPool | None = _decoder_pool(config.num_workers)
 
     @property
@@ -277,7 +292,20 @@ class ClipLoader:
             clip = self._substitute(item, known.path, known.reason)
         seed = (self.seed, *divmod(item.position, self.batch_size))
         item.clip = clip
-        item.future = self._pool.schedule(decode_sample, args=(clip, self.config, seed), timeout=self.config.timeout)
+        arguments = (clip, self.config, seed)
+        try:
+            item.future = self._pool.schedule(decode_sample, args=arguments, timeout=self.config.timeout)
+        except RuntimeError:  # all decoder processes died, and pebble gave the pool up
+            self._restart()
+            item.future = self._pool.schedule(decode_sample, args=arguments, timeout=self.config.timeout)
+
+    def _restart(self) -> None:
+        """Replaces the decoder processes; what they had not finished is scheduled again when it is waited for."""
+        if self._restarts == _MAX_RESTARTS:
+            raise RuntimeError(f"all decoder processes died {_MAX_RESTARTS + 1} times in a row, before any result")
+        self._restarts += 1
+        self.close()
+        self._pool = _decoder_pool(self.config.num_workers)
 
     def _wait(self, item: "_Pending") -> tuple[ClipSample, list[Rejection]]:
         """A position's sample, after as many substitutes as it takes."""
@@ -290,9 +318,12 @@ class ClipLoader:
             except _DecoderTerminated:
                 self._schedule(item, bad)
                 continue
+            self._restarts = 0
             if isinstance(outcome, ClipSample):
                 return outcome, item.rejections
-            rejection = Rejection(item.position, item.epoch, len(item.rejections), bad.path, outcome, "")
+            rejection = Rejection(
+                item.position, item.epoch, len(item.rejections), bad.path, outcome, "", _modified(bad.path)
+            )
             item.rejections.append(rejection)
             clip = self._substitute(item, bad.path, outcome)
             item.rejections[-1] = Rejection(**{**asdict(rejection), "substitute": clip.path})
@@ -362,8 +393,8 @@ def _outcome(future: "ProcessFuture[ClipSample]", timeout: float) -> ClipSample 
         if abs(error.exitcode) == signal.SIGTERM:
             raise _DecoderTerminated from error
         return f"the decoder process died (exit code {error.exitcode})"
-    except CancelledError:
-        raise
+    except (BrokenProcessPool, CancelledError) as error:
+        raise _DecoderTerminated from error
     except Exception as error:
         # Whatever else a file makes the decoders do, it must not end the run; many of them will.
         return f"{type(error).__name__}: {error}"

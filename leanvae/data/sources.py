@@ -3,9 +3,10 @@
 import csv
 import glob
 import hashlib
+import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,19 +106,19 @@ def _read_text(path: Path) -> str:
 
 
 def _read_list(path: Path, source: int) -> list[Clip]:
-    """One path a line, relative to the list's folder; empty lines are passed over."""
+    """One path a line, relative to the list's folder; empty lines and those that begin with # are passed over."""
     lines = [line.strip() for line in _read_text(path).splitlines()]
-    return _to_clips((path.parent / Path(line).expanduser() for line in lines if line), source)
+    return _to_clips((path.parent / Path(line).expanduser() for line in lines if line and line[0] != "#"), source)
 
 
 def _read_csv(path: Path, source: int) -> list[Clip]:
     """Columns ``path`` (relative to the file's folder) and, if present, ``start``, ``end``, ``caption``."""
-    reader = csv.DictReader(_read_text(path).splitlines(keepends=True), skipinitialspace=True)
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), skipinitialspace=True)
     columns = reader.fieldnames or []
     if "path" not in columns:
         raise SourceError(f"data.sources: {path}: a column named 'path' is missing; found {list(columns)}")
     clips = []
-    for row in reader:
+    for row in _rows(reader, path):
         place = f"data.sources: {path}: line {reader.line_num}"
         if not row["path"]:
             raise SourceError(f"{place}: the path is empty")
@@ -128,6 +129,13 @@ def _read_csv(path: Path, source: int) -> list[Clip]:
         location = path.parent / Path(row["path"]).expanduser()
         clips.append(Clip(str(location), start or 0.0, end, row.get("caption") or None, source))
     return clips
+
+
+def _rows(reader: "csv.DictReader[str]", path: Path) -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise SourceError(f"data.sources: {path}: line {reader.line_num}: {error}") from error
 
 
 def _seconds(text: str | None, place: str) -> float | None:

@@ -1,6 +1,6 @@
 """Configuration of a training run: one YAML file."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
@@ -9,6 +9,8 @@ from leanvae.config import ConfigError, LeanVAEConfig
 from leanvae.data.config import DataConfig
 from litevae.config import StrictConfig
 from litevae.discriminators import DiscriminatorConfig
+
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 # What DeepSpeed also wants to be told, and the field of ours that tells it.
 _KEYS_OF_OURS = {
@@ -76,7 +78,7 @@ class GANConfig(StrictConfig):
     start_step: NonNegativeInt = 0
     warmup_steps: NonNegativeInt = 0
     lecam: NonNegativeFloat = 0.005
-    lecam_decay: float = Field(default=0.999, ge=0.0, lt=1.0)
+    lecam_decay: Decay = 0.999
     learning_rate: PositiveFloat = 1e-5
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
@@ -95,7 +97,7 @@ class OptimizerConfig(StrictConfig):
     learning_rate: PositiveFloat = 5e-5
     final_learning_rate: NonNegativeFloat = 1e-5
     warmup_steps: NonNegativeInt = 5000
-    betas: tuple[float, float] = (0.5, 0.9)
+    betas: tuple[Decay, Decay] = (0.5, 0.9)
     weight_decay: NonNegativeFloat = 0.0
 
 
@@ -123,7 +125,7 @@ class TrainingConfig(StrictConfig):
     batch_size: PositiveInt = 40
     micro_batch_size: PositiveInt | None = None
     gradient_clipping: NonNegativeFloat = 1.0
-    ema_decay: float = Field(default=0.999, ge=0.0, lt=1.0)
+    ema_decay: Decay = 0.999
     seed: NonNegativeInt = 0
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     log_every: PositiveInt = 50

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from leanvae.config import ConfigError, describe_errors
 from leanvae.training.config import OptimizerConfig, TrainingConfig
 
 
@@ -157,7 +159,10 @@ class DeepSpeedEngine:
             "steps_per_print": deepspeed.get("steps_per_print", 10**9),
         }
         module.to(device)
-        self._engine: Any = initialize(model=module, optimizer=adam(module, optimizer), config=config)[0]
+        try:
+            self._engine: Any = initialize(model=module, optimizer=adam(module, optimizer), config=config)[0]
+        except ValidationError as error:
+            raise ConfigError(f"deepspeed block: {describe_errors(error)}") from error
         self._engine.checkpoint_engine = _safe_checkpoint_engine(self._engine.checkpoint_engine)
         self.module: nn.Module = self._engine.module
         self.dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32

@@ -3,13 +3,16 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -119,8 +122,10 @@ def load_run(
     Raises:
         ConfigError: the checkpoint is of another model, engine or number of ranks.
     """
-    state = RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-    before = yaml.safe_load((folder / RESOLVED_CONFIG).read_text(encoding="utf-8"))
+    with _naming(folder / STATE_FILE):
+        state = RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    with _naming(folder / RESOLVED_CONFIG):
+        before = yaml.safe_load((folder / RESOLVED_CONFIG).read_text(encoding="utf-8"))
     now = config.model_dump(mode="json")
     _check_same_run(folder, before, now, state)
     changes = _changes(before, now)
@@ -131,14 +136,37 @@ def load_run(
         changes.append("the list of training clips, and with it the order of the data")
     if changes and rank() == 0:
         logger.warning("not the run that wrote %s; changed: %s", folder, "; ".join(changes))
-    take_step.vae.load(folder / "vae")
+    with _naming(folder / "vae"):
+        take_step.vae.load(folder / "vae")
     if take_step.discriminator:
-        take_step.discriminator.load(folder / "discriminator")
+        with _naming(folder / "discriminator"):
+            take_step.discriminator.load(folder / "discriminator")
     take_step.lecam = LeCamAverages(**state.lecam)
-    average = {name: value.to(device) for name, value in load_file(folder / WEIGHTS_FILE).items()}
+    with _naming(folder / WEIGHTS_FILE):
+        average = {name: value.to(device) for name, value in load_file(folder / WEIGHTS_FILE).items()}
     if rank() == 0:
         logger.info("resuming from %s (step %d)", folder, state.step)
     return state.step, average
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Tells of which part of a checkpoint an error in reading it is."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        EOFError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error}): name an older checkpoint with --resume"
+        ) from error
 
 
 def _check_finite(average: dict[str, Tensor], step: int) -> None:

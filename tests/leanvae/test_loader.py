@@ -1,6 +1,8 @@
 """Batches depend on the data, the seed and the step alone; bad clips are replaced, recorded and replayed."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -9,6 +11,7 @@ from itertools import chain, islice
 
 import av
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -154,7 +157,7 @@ def test_rejections_are_recorded_once_and_replayed_on_any_number_of_ranks(one_po
     recorded = [json.loads(line) for line in lines.splitlines()]
     rejected = [rejection for step in whole for rejection in step.rejected]
     assert [entry["position"] for entry in recorded] == [rejection.position for rejection in rejected]
-    assert set(recorded[0]) == {"position", "epoch", "attempt", "path", "reason", "substitute"}
+    assert set(recorded[0]) == {"position", "epoch", "attempt", "path", "reason", "substitute", "modified"}
     assert_same(batches(config, tmp_path), whole)
     assert record.read_text() == lines
     parts = [batches(config, tmp_path, rank=rank, world_size=2) for rank in range(2)]
@@ -171,6 +174,7 @@ def test_a_recorded_decision_is_replayed_though_the_clip_is_good(one_pool, confi
     attempt = sum(rejection.position == BATCH + index for rejection in whole[1].rejected)
     entry = {"position": BATCH + index, "epoch": 0, "attempt": attempt, "path": path}
     entry |= {"reason": "decoding took longer than 30 s", "substitute": "it is worked out again"}
+    entry["modified"] = os.stat(path).st_mtime_ns
     for other in ("quarantine.rank3.jsonl", "unrelated.jsonl"):
         (tmp_path / "b").mkdir(exist_ok=True)
         (tmp_path / "b" / other).write_text(json.dumps(entry) + '\n{"position": 5, "torn')
@@ -186,12 +190,30 @@ def test_a_recorded_decision_is_replayed_though_the_clip_is_good(one_pool, confi
 def test_a_torn_line_does_not_swallow_the_next(tmp_path):
     path = tmp_path / "quarantine.rank0.jsonl"
     path.write_text('{"position": 1, "ep')
-    rejection = loader_module.Rejection(7, 0, 0, "a.mp4", "empty file", "b.mp4")
+    rejection = loader_module.Rejection(7, 0, 0, "a.mp4", "empty file", "b.mp4", -1)
     loader_module.QuarantineRecord(path).add(rejection)
     again = loader_module.QuarantineRecord(path)
     assert again.find(7, 0, "a.mp4") == rejection
     assert again.find(7, 0, "other.mp4") is None
     assert again.reasons() == {"a.mp4": "empty file"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_decoders_that_die_while_idle_are_replaced_and_no_clip_is_blamed(config, tmp_path, number):
+    whole = batches(config, tmp_path / "whole", stop=6)
+    others = psutil.Process().children()
+    record = tmp_path / "killed" / "quarantine.rank0.jsonl"
+    with ClipLoader(config, list_clips(config), seed=0, batch_size=BATCH, record=record) as loader:
+        steps = iter(loader)
+        got = [next(steps)]
+        time.sleep(1)  # all that was begun is decoded by now
+        decoders = [child for child in psutil.Process().children() if child not in others]
+        assert decoders
+        for child in decoders:
+            child.send_signal(number)
+        time.sleep(0.5)
+        got += [next(steps) for _ in range(5)]
+    assert_same(got, whole)
 
 
 def test_slow_and_crashing_decoders_are_replaced_within_the_time_limit(config, tmp_path, monkeypatch):

@@ -169,11 +169,19 @@ def is_rank(process):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_signals_save_and_exit(command, tmp_path, number, status):
-    line = command("stopped", 0, "training.max_steps=100000")
-    process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+@pytest.mark.parametrize("to_group", [False, True])
+def test_signals_save_and_exit(command, tmp_path, number, status, to_group):
+    # Long steps: the decoders are idle when the signal comes.
+    wide = ["model.low_channels=64", "model.high_channels=192", "data.resolution=[64,64]"]
+    line = command("stopped", 0, "training.max_steps=100000", *wide)
+    process = subprocess.Popen(
+        line, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     wait_for_step(tmp_path / "stopped", 3, process)
-    process.send_signal(number)
+    if to_group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     assert process.wait(timeout=60) == status
     state = json.loads((tmp_path / "stopped" / "checkpoints" / "latest" / "trainer.json").read_text())
     assert state["step"] == len(metrics(tmp_path / "stopped"))
