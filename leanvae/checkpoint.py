@@ -86,7 +86,9 @@ def load_vae(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
 def _read_folder(folder: Path) -> tuple[LeanVAEConfig, dict[str, Tensor]]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: {name} is missing; a checkpoint folder holds it")
+            latest = folder / "checkpoints" / "latest"
+            hint = f"; the run's newest checkpoint is {latest}" if latest.is_dir() else ""
+            raise FileNotFoundError(f"{folder}: {name} is missing; a checkpoint folder holds it{hint}")
     try:
         tree = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -107,7 +109,8 @@ def _read_published(path: Path) -> tuple[LeanVAEConfig, dict[str, Tensor]]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read as a checkpoint of plain tensors: {error}") from error
+        reason = str(error).split(". ")[0].splitlines()[0]  # torch goes on to advise unsafe loading
+        raise ValueError(f"{path}: cannot be read as a checkpoint of plain tensors: {reason}") from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: a published checkpoint holds a dictionary of tensors under 'state_dict'")

@@ -90,5 +90,8 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
         return existing[-1] if existing else None
     folder = Path(resume)
     if not (folder / STATE_FILE).is_file():
-        raise FileNotFoundError(f"--resume {resume}: no training checkpoint there ({STATE_FILE} is missing)")
+        raise FileNotFoundError(
+            f"--resume {resume}: {STATE_FILE} is missing, so it is no training checkpoint; name one, as in "
+            f"RUN/checkpoints/{LATEST}"
+        )
     return folder.resolve()
