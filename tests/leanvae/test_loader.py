@@ -206,7 +206,8 @@ def test_decoders_that_die_while_idle_are_replaced_and_no_clip_is_blamed(config,
     with ClipLoader(config, list_clips(config), seed=0, batch_size=BATCH, record=record) as loader:
         steps = iter(loader)
         got = [next(steps)]
-        time.sleep(1)  # all that was begun is decoded by now
+        while not all(item.future.done() for step in loader._ahead for item in step):
+            time.sleep(0.05)
         decoders = [child for child in psutil.Process().children() if child not in others]
         assert decoders
         for child in decoders:
