@@ -1,8 +1,8 @@
 """The latent channel bottleneck: compressed sensing by unrolled ISTA-Net+, or plain linear maps.
 
 The encoder measures the features with a matrix `phi`; the decoder recovers them by iterating a gradient step on
-the measurement error and a proximal step whose sparsifying transform is learned (LeanVAE, Section 3; ISTA-Net+,
-Zhang and Ghanem 2018, Equations 9 to 12).
+the measurement error and a proximal step whose sparsifying transform is learned (LeanVAE, Figure 1b; ISTA-Net+,
+Zhang and Ghanem, 2018).
 """
 
 from collections.abc import Sequence

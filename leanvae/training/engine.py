@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from leanvae.config import ConfigError, describe_errors
-from leanvae.training.config import OptimizerConfig, TrainingConfig
+from leanvae.training.config import OptimizerConfig, TrainVideoConfig
 
 
 class Engine(Protocol):
@@ -63,16 +63,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def build_engine(
-    module: nn.Module,
-    optimizer: OptimizerConfig,
-    training: TrainingConfig,
-    deepspeed: dict[str, Any],
-    device: torch.device,
-) -> Engine:
+def build_engine(module: nn.Module, config: TrainVideoConfig, device: torch.device) -> Engine:
     """Puts a network on its device, with AdamW, under the engine that `training.engine` names."""
-    build = PlainEngine if training.engine == "plain" else DeepSpeedEngine
-    return build(module, optimizer, training, deepspeed, device)
+    build = PlainEngine if config.training.engine == "plain" else DeepSpeedEngine
+    return build(module, config, device)
 
 
 def adam(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -87,20 +81,13 @@ class PlainEngine:
 
     dtype = torch.float32
 
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: OptimizerConfig,
-        training: TrainingConfig,
-        deepspeed: dict[str, Any],
-        device: torch.device,
-    ) -> None:
-        if deepspeed.get("bf16", {}).get("enabled"):
+    def __init__(self, module: nn.Module, config: TrainVideoConfig, device: torch.device) -> None:
+        if config.deepspeed.get("bf16", {}).get("enabled"):
             raise ValueError("training.engine is plain, which trains in float32: turn deepspeed.bf16 off")
         self.module = module.to(device)
-        self._optimizer = adam(module, optimizer)
-        self._passes_a_step = training.passes(1)
-        self._clipping = training.gradient_clipping
+        self._optimizer = adam(module, config.optimizer)
+        self._passes_a_step = config.training.passes(1)
+        self._clipping = config.training.gradient_clipping
         self._passes = 0
 
     def __call__(self, *args: Any) -> Any:
@@ -138,29 +125,22 @@ class DeepSpeedEngine:
 
     _TAG = "state"
 
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: OptimizerConfig,
-        training: TrainingConfig,
-        deepspeed: dict[str, Any],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, module: nn.Module, config: TrainVideoConfig, device: torch.device) -> None:
         from deepspeed import initialize
 
-        world_size = dist.get_world_size()
+        training, world_size = config.training, dist.get_world_size()
         passes = training.passes(world_size)
-        config = {
+        settings = {
             "zero_force_ds_cpu_optimizer": False,  # ours is fused, also on CPUs
-            **deepspeed,
+            **config.deepspeed,
             "train_micro_batch_size_per_gpu": training.batch_size // (world_size * passes),
             "gradient_accumulation_steps": passes,
             "gradient_clipping": training.gradient_clipping,
-            "steps_per_print": deepspeed.get("steps_per_print", 10**9),
+            "steps_per_print": config.deepspeed.get("steps_per_print", 10**9),
         }
         module.to(device)
         try:
-            self._engine: Any = initialize(model=module, optimizer=adam(module, optimizer), config=config)[0]
+            self._engine: Any = initialize(model=module, optimizer=adam(module, config.optimizer), config=settings)[0]
         except ValidationError as error:
             raise ConfigError(f"deepspeed block: {describe_errors(error)}") from error
         self._engine.checkpoint_engine = _safe_checkpoint_engine(self._engine.checkpoint_engine)

@@ -200,9 +200,7 @@ class Trainer:
         if config.gan:
             networks.append(PatchDiscriminator(**config.gan.discriminator.model_dump()))
         average = {name: value.detach().clone().to(device) for name, value in model.named_parameters()}
-        engines = [
-            build_engine(network, config.optimizer, config.training, config.deepspeed, device) for network in networks
-        ]
+        engines = [build_engine(network, config, device) for network in networks]
         discriminator = engines[1] if config.gan else None
         return TrainingStep(config, engines[0], discriminator, perceptual, device), average
 

@@ -34,9 +34,7 @@ def make_step(config):
     torch.manual_seed(0)
     vae = LeanVAE(config.model)
     discriminator = PatchDiscriminator(**config.gan.discriminator.model_dump()) if config.gan else None
-    engines = [
-        module and PlainEngine(module, config.optimizer, config.training, {}, CPU) for module in (vae, discriminator)
-    ]
+    engines = [module and PlainEngine(module, config, CPU) for module in (vae, discriminator)]
     return TrainingStep(config, engines[0], engines[1], None, CPU)
 
 
