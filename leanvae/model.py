@@ -11,6 +11,7 @@ from leanvae.bottleneck import ISTABottleneck, LinearBottleneck
 from leanvae.config import LeanVAEConfig
 from leanvae.naf import PAST_FRAMES, NAFLayers, Past, init_linear_maps
 from leanvae.patchify import Bands, PatchEmbedding, PatchProjection, analyse, stream_widths, synthesise
+from litevae.pixels import check_pixels, crop
 from litevae.posterior import DiagonalGaussian
 
 
@@ -136,7 +137,11 @@ class LeanVAE(nn.Module):
         features, _ = self.bottleneck.recover(latent.movedim(1, -1))
         bands, _ = self.decoder(features)
         clip = synthesise(bands, self.config.wavelet) / self.config.data_scale
-        return clip if size is None else crop(clip, size, self.config.patch_size)
+        if size is None:
+            return clip
+        frames_and_area = (1, *size) if len(size) == 2 else size
+        clip = crop(clip, frames_and_area, self.config.patch_size)
+        return clip[:, :, 0] if len(size) == 2 else clip
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruction of `x` from a sample of its posterior, and the posterior.
@@ -213,6 +218,11 @@ class LeanVAE(nn.Module):
             -(-width // patch_width),
         )
 
+    @property
+    def last_weights(self) -> list[Tensor]:
+        """Weights of the decoder's last layer, at whose gradients an adaptive GAN weight looks."""
+        return [weight for name, weight in self.decoder.projection.named_parameters() if name.endswith("weight")]
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into a folder, each atomically."""
         from leanvae.checkpoint import save_pretrained
@@ -253,14 +263,6 @@ class LeanVAE(nn.Module):
             )
 
 
-def check_pixels(x: Tensor) -> None:
-    """Raises `ValueError` unless `x` is a floating-point image `(B, 3, H, W)` or clip `(B, 3, T, H, W)`."""
-    if x.ndim not in (4, 5) or x.shape[1] != 3 or 0 in x.shape:
-        raise ValueError(f"input has shape {tuple(x.shape)}: expected (B, 3, H, W) or (B, 3, T, H, W)")
-    if not x.is_floating_point():
-        raise ValueError(f"input has dtype {x.dtype}: expected floating point in [-1, 1]")
-
-
 def check_chunk(chunk: Tensor, waiting: Tensor | None) -> None:
     """Raises `ValueError` unless `chunk` is a clip that continues `waiting`."""
     check_pixels(chunk)
@@ -287,27 +289,3 @@ def pad_to_patches(clip: Tensor, patch_size: Sequence[int], starts_clip: bool = 
         return clip
     right, bottom, after = padding
     return F.pad(clip, (0, right, 0, bottom, 0, after), mode="replicate")
-
-
-def crop(clip: Tensor, size: Sequence[int], patch_size: Sequence[int]) -> Tensor:
-    """Cuts the padding of a decoded clip `(B, C, T, H, W)` away.
-
-    Args:
-        clip: the padded clip.
-        size: `(T, H, W)`, or `(H, W)` for an image, whose time axis is dropped.
-        patch_size: bound of the padding: more is never cut.
-
-    Raises:
-        ValueError: no clip of this size has a latent of this shape.
-    """
-    true = (1, *size) if len(size) == 2 else tuple(size)
-    padded = tuple(clip.shape[2:])
-    if len(true) != 3 or any(
-        not 0 <= have - want < step for have, want, step in zip(padded, true, patch_size, strict=True)
-    ):
-        raise ValueError(
-            f"size {tuple(size)} does not fit this latent: it decodes to {padded} before cropping, "
-            f"and less than {tuple(patch_size)} can be cropped away"
-        )
-    clip = clip[:, :, : true[0], : true[1], : true[2]]
-    return clip[:, :, 0] if len(size) == 2 else clip

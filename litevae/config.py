@@ -1,9 +1,109 @@
-"""The base of every configuration class: frozen, and strict about unknown keys."""
+"""Configuration: the base of every configuration class, and the image autoencoder's own."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from typing_extensions import Self
+
+NUM_LEVELS = 3
+DOWNSAMPLING = 2**NUM_LEVELS  # pixels a latent element, in each direction
+
+# Widths: S, B, M, L by LiteVAE, Tables 23 and 24; the paper gives none for its VAE-Small, only 6.75M parameters.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "S": {"extraction_channels": 16, "extraction_multipliers": (1, 2, 2)}
+    | {"aggregation_channels": 16, "aggregation_multipliers": (1, 2, 2)},
+    "B": {},
+    "M": {"extraction_channels": 64, "extraction_multipliers": (1, 2, 4)},
+    "L": {"extraction_channels": 64, "extraction_multipliers": (1, 2, 4)}
+    | {"aggregation_channels": 64, "aggregation_multipliers": (1, 2, 4)},
+    "SD-VAE": {"encoder": "sd"},
+    "VAE-Small": {"encoder": "sd", "encoder_channels": 64, "encoder_multipliers": (1, 1, 3, 4)},
+}
+_FIXED_LATENT_CHANNELS = {"dwt": 12, "dwt2": 48}
 
 
 class StrictConfig(BaseModel):
     """A frozen configuration whose unknown keys and bad values are errors that name the key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class LiteVAEConfig(StrictConfig):
+    """Architecture of `LiteVAE`; the defaults are LiteVAE-B with 4 latent channels and the SD-VAE's decoder.
+
+    Attributes:
+        latent_channels: channels Z of the latent.
+        encoder: `wavelet` (LiteVAE), `sd` (the SD-VAE's convolutional one, the baseline), or one without weights:
+            `dwt`, the bands of the third wavelet level (Z = 12; Table 11), or `dwt2`, with the high bands of the
+            second level besides (Z = 48; Table 12).
+        levels: wavelet levels that features are extracted from (Table 21); level l has bands of 1/2^l the size.
+        extraction: network on the bands of a level, `unet` or `naf` (NAFNet, Table 18).
+        extraction_channels: base width of it.
+        extraction_multipliers: its widths over the base width, level by level of the UNet; NAFNet has the widest.
+        shared_extraction: one such network for all levels (Table 19).
+        aggregation: network on the concatenated features, `unet` or `vit` (Table 20), which works at one size.
+        aggregation_channels: base width of the UNet.
+        aggregation_multipliers: its widths over the base width.
+        vit_grid: height and width of the latents that a `vit` aggregation is built for.
+        num_res_blocks: residual blocks of a level on each path of a UNet.
+        encoder_norm: `group` (GroupNorm) or `smc` (self-modulated convolutions and no norms) in the UNets.
+        encoder_channels: base width of the `sd` encoder.
+        encoder_multipliers: its widths over the base width, from full to 1/8 of the size.
+        latent_conv: 1x1 convolutions after the encoder and before the decoder (Table 17; the SD-VAE has them).
+        decoder_channels: base width of the decoder.
+        decoder_multipliers: its widths over the base width, from full to 1/8 of the size.
+        decoder_norm: `group` or `smc` (Table 4).
+        decoder_attention: self-attention over all positions in the decoder's middle.
+        output_type: `image`, or `wavelet`: the decoder upsamples one time less and gives the bands of level 1.
+    """
+
+    latent_channels: PositiveInt = 4
+    encoder: Literal["wavelet", "sd", "dwt", "dwt2"] = "wavelet"
+    levels: tuple[int, ...] = (1, 2, 3)
+    extraction: Literal["unet", "naf"] = "unet"
+    extraction_channels: PositiveInt = 32
+    extraction_multipliers: tuple[PositiveInt, ...] = Field(default=(1, 2, 3), min_length=1)
+    shared_extraction: bool = False
+    aggregation: Literal["unet", "vit"] = "unet"
+    aggregation_channels: PositiveInt = 32
+    aggregation_multipliers: tuple[PositiveInt, ...] = Field(default=(1, 2, 3), min_length=1)
+    vit_grid: tuple[PositiveInt, PositiveInt] = (16, 16)
+    num_res_blocks: PositiveInt = 2
+    encoder_norm: Literal["group", "smc"] = "group"
+    encoder_channels: PositiveInt = 128
+    encoder_multipliers: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (1, 2, 4, 4)
+    latent_conv: bool = False
+    decoder_channels: PositiveInt = 128
+    decoder_multipliers: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (1, 2, 4, 4)
+    decoder_norm: Literal["group", "smc"] = "group"
+    decoder_attention: bool = True
+    output_type: Literal["image", "wavelet"] = "image"
+
+    @field_validator("levels")
+    @classmethod
+    def _levels_exist(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        if not levels or tuple(sorted(set(levels) & set(range(1, NUM_LEVELS + 1)))) != levels:
+            raise ValueError(f"expected one or more of the levels 1, 2 and {NUM_LEVELS}, ascending")
+        return levels
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        fixed = _FIXED_LATENT_CHANNELS.get(self.encoder, self.latent_channels)
+        if self.latent_channels != fixed:
+            raise ValueError(f"encoder {self.encoder!r} gives {fixed} channels: set latent_channels to {fixed}")
+        return self
+
+    @classmethod
+    def preset(cls, name: str, **fields: Any) -> Self:
+        """A configuration of the paper.
+
+        Args:
+            name: `S`, `B`, `M` or `L` (LiteVAE, Tables 23 and 24), `SD-VAE`, or `VAE-Small` (Table 2b).
+            fields: what to set besides.
+
+        Raises:
+            ValueError: there is no such preset, or a field is wrong.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"preset {name!r} does not exist: there are {', '.join(_PRESETS)}")
+        return cls(**_PRESETS[name] | fields)

@@ -1,13 +1,20 @@
 """Losses as pure functions of tensors, computed in float32 at least.
 
-They know of no processes: what is averaged over ranks is averaged by the caller.
+They know of no processes: what is averaged over ranks is averaged by the caller. Losses of a discriminator's
+logits take one tensor; where a discriminator has several outputs, the caller sums over them.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from litevae.posterior import DiagonalGaussian
+from litevae.wavelet import dwt2d
+
+_MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 def _in_full_precision(x: Tensor) -> Tensor:
@@ -19,6 +26,21 @@ def _expect_same_shape(prediction: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"prediction has shape {tuple(prediction.shape)}: it must be the target's, {tuple(target.shape)}"
         )
+
+
+def _difference(prediction: Tensor, target: Tensor) -> Tensor:
+    _expect_same_shape(prediction, target)
+    return _in_full_precision(prediction) - _in_full_precision(target)
+
+
+def _expect_images(prediction: Tensor) -> None:
+    if prediction.ndim != 4:
+        raise ValueError(f"prediction has shape {tuple(prediction.shape)}: images (N, C, H, W) are needed")
+
+
+def _expect_odd(name: str, value: int) -> None:
+    if value < 1 or value % 2 == 0:
+        raise ValueError(f"{name} is {value}: it must be odd and positive")
 
 
 def l1(prediction: Tensor, target: Tensor) -> Tensor:
@@ -34,8 +56,144 @@ def l1(prediction: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
     """
-    _expect_same_shape(prediction, target)
-    return (_in_full_precision(prediction) - _in_full_precision(target)).abs().mean()
+    return _difference(prediction, target).abs().mean()
+
+
+def charbonnier(prediction: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
+    """Smooth absolute difference, `mean sqrt((prediction - target)^2 + eps^2)`.
+
+    Source: the Charbonnier loss, as in Barron, "A general and adaptive robust loss function" (2019), up to a
+    factor and an offset.
+
+    Args:
+        prediction: any shape.
+        target: the same shape.
+        eps: what a difference must exceed to count as in L1; also the loss of equal tensors. Positive.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the shapes differ, or `eps` is not positive.
+    """
+    return _charbonnier(_difference(prediction, target), eps)
+
+
+def _charbonnier(difference: Tensor, eps: float) -> Tensor:
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}: it must be positive, or equal pixels have no gradient")
+    return (difference.square() + eps**2).sqrt().mean()
+
+
+def wavelet_charbonnier(prediction: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
+    """Charbonnier loss between the three high sub-bands of one Haar level, divided by 2.
+
+    Source: LiteVAE, Section 4.3, with the scale of its listing, `dwt(level=1) / 2`. The transform is linear, so
+    the difference alone is transformed.
+
+    Args:
+        prediction: `(N, C, H, W)`, H and W even.
+        target: the same shape.
+        eps: as in `charbonnier`.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the shapes differ or are not those of images, H or W is odd, or `eps` is not positive.
+    """
+    difference = _difference(prediction, target)
+    _expect_images(difference)
+    return _charbonnier(dwt2d(difference)[:, difference.shape[1] :] / 2, eps)
+
+
+def _gaussian_blur(images: Tensor, kernel_size: int, sigma: float) -> Tensor:
+    """Gaussian filter along the last two axes, with edge pixels repeated; the shape stays."""
+    radius = kernel_size // 2
+    weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
+    blurred = images
+    for axis in (-2, -1):
+        length = blurred.shape[axis]
+        first, last = blurred.narrow(axis, 0, 1), blurred.narrow(axis, length - 1, 1)
+        # Not by F.pad, whose gradient depends on the order of additions on GPUs, nor by a convolution, which
+        # may be computed in lower precision there.
+        padded = torch.cat([first] * radius + [blurred] + [last] * radius, dim=axis)
+        taps = [padded.narrow(axis, start, length) * (w / sum(weights)) for start, w in enumerate(weights)]
+        blurred = torch.stack(taps).sum(0)
+    return blurred
+
+
+def gaussian_high_frequency_l1(prediction: Tensor, target: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
+    """L1 between what a Gaussian filter h removes: `mean |(x - h(x)) - (y - h(y))|`.
+
+    Source: LiteVAE, Section 4.3. The paper does not give the filter; five taps with a standard deviation of one
+    pixel are our choice. The filter is linear, so the difference alone is filtered. Edge pixels are repeated.
+
+    Args:
+        prediction: `(N, C, H, W)`.
+        target: the same shape.
+        kernel_size: taps along each axis, odd.
+        sigma: standard deviation in pixels.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the shapes differ or are not those of images, or the filter is impossible.
+    """
+    _expect_odd("kernel_size", kernel_size)
+    if not sigma > 0:
+        raise ValueError(f"sigma is {sigma}: it must be positive")
+    difference = _difference(prediction, target)
+    _expect_images(difference)
+    return (difference - _gaussian_blur(difference, kernel_size, sigma)).abs().mean()
+
+
+def _local_variance(x: Tensor, kernel_size: int) -> Tensor:
+    """Population variance of the window around each pixel of `(N, 1, H, W)`, reflected at the edges."""
+    # The mean of squares minus the square of the mean loses few digits only for values around zero.
+    centred = x - x.mean(dim=(1, 2, 3), keepdim=True)
+    padded = F.pad(centred, [kernel_size // 2] * 4, mode="reflect")
+    mean = F.avg_pool2d(padded, kernel_size, stride=1)
+    return (F.avg_pool2d(padded.square(), kernel_size, stride=1) - mean.square()).clamp_min(0)
+
+
+def ldl(prediction: Tensor, average_prediction: Tensor, target: Tensor, kernel_size: int = 7) -> Tensor:
+    """L1 where the prediction looks like an artifact: locally discriminative learning, `mean |M * (x - y)|`.
+
+    Source: Liang et al., "Details or artifacts: a locally discriminative learning approach to realistic image
+    super-resolution" (2022), Section 3. With the residuals R1 = |target - prediction| and
+    R2 = |target - average_prediction|, summed over the channels, the map M is the variance of R1 in the window
+    around each pixel times the fifth root of its variance over the image, and zero where R1 < R2. Both are
+    population variances. The map carries no gradient.
+
+    Args:
+        prediction: `(N, C, H, W)`.
+        average_prediction: the same from the model's averaged (EMA) weights, in the same shape.
+        target: the same shape.
+        kernel_size: side of the window, odd.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the shapes differ or are not those of images larger than half the window, or the window is
+            even.
+    """
+    _expect_odd("kernel_size", kernel_size)
+    difference = _difference(prediction, target)
+    _expect_images(difference)
+    if min(difference.shape[-2:]) <= kernel_size // 2:
+        raise ValueError(
+            f"prediction has shape {tuple(prediction.shape)}: a window of {kernel_size} needs "
+            f"H and W of at least {kernel_size // 2 + 1}"
+        )
+    with torch.no_grad():
+        residual = difference.abs().sum(1, keepdim=True)
+        average_residual = _difference(average_prediction, target).abs().sum(1, keepdim=True)
+        scale = residual.var(dim=(1, 2, 3), correction=0, keepdim=True) ** 0.2
+        artifacts = _local_variance(residual, kernel_size) * scale * (residual >= average_residual)
+    return (artifacts * difference).abs().mean()
 
 
 def kl(posterior: DiagonalGaussian) -> Tensor:
@@ -120,3 +278,43 @@ def lecam_penalty(real_logits: Tensor, fake_logits: Tensor, average_real: Tensor
     real = F.relu(_in_full_precision(real_logits) - average_fake).square().mean()
     fake = F.relu(average_real - _in_full_precision(fake_logits)).square().mean()
     return real + fake
+
+
+@torch.no_grad()
+def gradient_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all tensors together, computed in float32 at least, without a gradient: a scalar.
+
+    Args:
+        tensors: at least one, of any shapes, on one device.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not tensors:
+        raise ValueError("tensors is empty: a norm needs at least one gradient")
+    norms = [torch.linalg.vector_norm(_in_full_precision(tensor)) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def adaptive_weight(
+    reconstruction_gradients: Sequence[Tensor], adversarial_gradients: Sequence[Tensor], delta: float = 1e-6
+) -> Tensor:
+    """Weight that brings the adversarial gradient to half the norm of the reconstruction's.
+
+    `|g_rec| / (2 * (|g_adv| + delta))`, at most 10,000. Source: LiteVAE, Equation 2, after Esser et al., "Taming
+    transformers for high-resolution image synthesis" (2021); the bound is ours.
+
+    Args:
+        reconstruction_gradients: gradients of the reconstruction loss, usually for the last layer's weight.
+        adversarial_gradients: gradients of the adversarial loss for the same parameters.
+        delta: what keeps the weight finite without an adversarial gradient.
+
+    Returns:
+        A scalar without a gradient.
+
+    Raises:
+        ValueError: one of the sequences is empty.
+    """
+    ratio = gradient_norm(reconstruction_gradients) / (gradient_norm(adversarial_gradients) + delta)
+    return (0.5 * ratio).clamp_max(_MAX_ADAPTIVE_WEIGHT)

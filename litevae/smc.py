@@ -1,12 +1,13 @@
 """Self-modulated convolution (LiteVAE, Section 4.2), for pointwise maps and for 1D, 2D and 3D kernels."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLUTIONS = {1: (F.conv1d, nn.Conv1d), 2: (F.conv2d, nn.Conv2d), 3: (F.conv3d, nn.Conv3d)}
 
 
 def modulated_weight(weight: Tensor, scale: Tensor, gain: Tensor, eps: float = 1e-8) -> Tensor:
@@ -69,6 +70,12 @@ class _SelfModulated(nn.Module):
         """
         return self._plain_weight()
 
+    def _filled(self, plain: nn.Module) -> nn.Module:
+        """Gives the plain map of this one's shape the weight and bias with which it computes the same."""
+        state = {"weight": self.fold()} | ({} if self.bias is None else {"bias": self.bias.detach().clone()})
+        plain.load_state_dict(state, strict=True, assign=True)
+        return plain.train(self.training)
+
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}, bias={self.bias is not None}, gain_init={self.gain_init}"
 
@@ -89,6 +96,11 @@ class SelfModulatedLinear(_SelfModulated):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self._plain_weight(), self.bias)
+
+    def folded(self) -> nn.Module:
+        """The plain map that computes the same, with parameters of its own."""
+        out_channels, in_channels = self.weight.shape
+        return self._filled(nn.Linear(in_channels, out_channels, bias=self.bias is not None, device="meta"))
 
 
 class SelfModulatedConv(_SelfModulated):
@@ -124,10 +136,30 @@ class SelfModulatedConv(_SelfModulated):
         super().__init__(in_channels, out_channels, kernel_size, bias, gain_init)
         self.stride = stride
         self.padding = padding
-        self._convolve = _CONVOLUTIONS[len(kernel_size)]
+        self._convolve, self._plain_class = _CONVOLUTIONS[len(kernel_size)]
 
     def forward(self, x: Tensor) -> Tensor:
         return self._convolve(x, self._plain_weight(), self.bias, stride=self.stride, padding=self.padding)
 
+    def folded(self) -> nn.Module:
+        """The plain convolution that computes the same, with parameters of its own."""
+        out_channels, in_channels, *kernel_size = self.weight.shape
+        shape: Any = {"kernel_size": tuple(kernel_size), "stride": self.stride, "padding": self.padding}
+        return self._filled(
+            self._plain_class(in_channels, out_channels, **shape, bias=self.bias is not None, device="meta")
+        )
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}"
+
+
+def fold_self_modulation(module: nn.Module) -> None:
+    """Replaces every self-modulated map below `module` by the plain one that computes the same, for inference.
+
+    The scales and gains are gone afterwards: it is not undone, and the module no longer loads its own state dict.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, SelfModulatedLinear | SelfModulatedConv):
+            setattr(module, name, child.folded())
+        else:
+            fold_self_modulation(child)

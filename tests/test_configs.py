@@ -63,7 +63,7 @@ def test_ablations_differ_from_the_published_model(path):
     ("overrides", "message"),
     [
         (["training.steps=3"], r"training\.steps: unknown key; there are max_steps, batch_size"),
-        (["gan.discriminator.width=3"], r"gan\.discriminator\.width: unknown key; there are base_channels"),
+        (["gan.discriminator.width=3"], r"gan\.discriminator\.width: unknown key; there are kind, base_channels"),
         (["optimizer.betas=[0.5,1.5]"], r"optimizer\.betas\.1: got 1\.5: .*less than 1"),
         (["training.batch_size=0"], r"training\.batch_size: got 0"),
         (["model.bottleneck=vq"], r"model\.bottleneck: got 'vq'.*'ista' or 'linear'"),

@@ -25,7 +25,7 @@ from leanvae.training.schedule import ema_decay
 from leanvae.training.state import RESOLVED_CONFIG, clips_digest, load_run, resolved_config, save_run
 from leanvae.training.step import TrainingStep, update_average
 from leanvae.training.validation import Validation
-from litevae.discriminators import PatchDiscriminator
+from litevae.discriminators import build_discriminator
 from litevae.perceptual import PerceptualDistance, find_backbone, load_lpips, missing_backbone_message
 
 logger = logging.getLogger("leanvae")
@@ -198,7 +198,7 @@ class Trainer:
         model = LeanVAE(config.model)
         networks: list[torch.nn.Module] = [model]
         if config.gan:
-            networks.append(PatchDiscriminator(**config.gan.discriminator.model_dump()))
+            networks.append(build_discriminator(config.gan.discriminator))
         average = {name: value.detach().clone().to(device) for name, value in model.named_parameters()}
         engines = [build_engine(network, config, device) for network in networks]
         discriminator = engines[1] if config.gan else None

@@ -1,7 +1,8 @@
 """One training step: forward passes, losses, backward passes and updates of both networks."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -72,15 +73,29 @@ def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
 
 @dataclass
 class LeCamAverages:
-    """Running means of the discriminator's logits over all ranks (LeCam regularisation)."""
+    """Running means of the discriminator's logits over all ranks (LeCam regularisation).
 
-    real: float = 0.0
-    fake: float = 0.0
+    Attributes:
+        real: of real images, one number an output of the discriminator; empty before the first step.
+        fake: of reconstructions, likewise.
+    """
 
-    def update(self, real: float, fake: float, decay: float) -> None:
-        """Takes in a step's means, which must already be those of all ranks."""
-        self.real = decay * self.real + (1.0 - decay) * real
-        self.fake = decay * self.fake + (1.0 - decay) * fake
+    real: list[float] = field(default_factory=list)
+    fake: list[float] = field(default_factory=list)
+
+    def of_output(self, output: int) -> tuple[float, float]:
+        """Averages `(real, fake)` of an output, 0 before the first step."""
+        return (self.real[output], self.fake[output]) if self.real else (0.0, 0.0)
+
+    def update(self, real: Sequence[float], fake: Sequence[float], decay: float) -> None:
+        """Takes in a step's means by output, which must already be those of all ranks."""
+        self.real = _moved(self.real, real, decay)
+        self.fake = _moved(self.fake, fake, decay)
+
+
+def _moved(averages: Sequence[float], values: Sequence[float], decay: float) -> list[float]:
+    before = averages or [0.0] * len(values)
+    return [decay * average + (1.0 - decay) * value for average, value in zip(before, values, strict=True)]
 
 
 class TrainingStep:
@@ -145,7 +160,11 @@ class TrainingStep:
                 self._train_discriminator(clip, reconstruction, logs)
         means = mean_over_ranks({name: torch.stack(values).mean() for name, values in logs.items()})
         if gan_weight and (gan := self.config.gan):
-            self.lecam.update(means["logits_real"], means["logits_fake"], gan.lecam_decay)
+            real, fake = (
+                [value for name, value in means.items() if name.startswith(kind)]
+                for kind in ("logits_real", "logits_fake")
+            )
+            self.lecam.update(real, fake, gan.lecam_decay)
         return {**means, **rates}
 
     def _train_vae(
@@ -179,25 +198,26 @@ class TrainingStep:
 
     def _adversarial(self, reconstruction: Tensor) -> Tensor:
         gan, discriminator = self._gan()
-        logits = discriminator.module(as_images(reconstruction).to(discriminator.dtype))
-        return _GENERATOR_LOSSES[gan.generator_loss](logits)
+        outputs = discriminator.module(as_images(reconstruction).to(discriminator.dtype))
+        return torch.stack([_GENERATOR_LOSSES[gan.generator_loss](logits) for logits in outputs]).sum()
 
     def _train_discriminator(self, clip: Tensor, reconstruction: Tensor, logs: dict[str, list[Tensor]]) -> None:
         """Accumulates (and after the last pass applies) the discriminator's gradient."""
         gan, discriminator = self._gan()
         images = torch.cat((as_images(clip), as_images(reconstruction)))
-        real, fake = discriminator(images.to(discriminator.dtype)).float().chunk(2)
-        loss = _DISCRIMINATOR_LOSSES[gan.loss](real, fake)
-        average_real, average_fake = real.new_tensor(self.lecam.real), real.new_tensor(self.lecam.fake)
-        penalty = lecam_penalty(real, fake, average_real, average_fake)
+        losses, penalties = [], []
+        for number, logits in enumerate(discriminator(images.to(discriminator.dtype))):
+            real, fake = logits.float().chunk(2)
+            losses.append(_DISCRIMINATOR_LOSSES[gan.loss](real, fake))
+            average_real, average_fake = map(real.new_tensor, self.lecam.of_output(number))
+            penalties.append(lecam_penalty(real, fake, average_real, average_fake))
+            suffix = f"_{number}" if number else ""
+            logs.setdefault(f"logits_real{suffix}", []).append(real.mean().detach())
+            logs.setdefault(f"logits_fake{suffix}", []).append(fake.mean().detach())
+        loss, penalty = torch.stack(losses).sum(), torch.stack(penalties).sum()
         discriminator.backward(loss + gan.lecam * penalty)
-        for name, value in (
-            ("discriminator", loss),
-            ("lecam", penalty),
-            ("logits_real", real.mean()),
-            ("logits_fake", fake.mean()),
-        ):
-            logs.setdefault(name, []).append(value.detach())
+        logs.setdefault("discriminator", []).append(loss.detach())
+        logs.setdefault("lecam", []).append(penalty.detach())
 
     def _gan(self) -> tuple[GANConfig, Engine]:
         assert self.config.gan is not None

@@ -11,15 +11,24 @@ from litevae.posterior import DiagonalGaussian
 
 LOGITS = torch.tensor([-3.0, -0.5, 0.25, 2.0])
 OTHER_LOGITS = torch.tensor([[-2.0, 1.0], [0.0, 0.5]])
+IMAGE_LOSSES = [losses.l1, losses.charbonnier, losses.wavelet_charbonnier, losses.gaussian_high_frequency_l1]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 def test_l1_is_the_mean_absolute_difference():
     assert losses.l1(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, 1.0]])).item() == 1.25
 
 
-def test_l1_refuses_shapes_that_would_broadcast():
-    with pytest.raises(ValueError, match=r"prediction has shape \(2, 1\): it must be the target's, \(2, 3\)"):
-        losses.l1(torch.zeros(2, 1), torch.zeros(2, 3))
+@pytest.mark.parametrize("loss", IMAGE_LOSSES)
+def test_image_losses_refuse_shapes_that_would_broadcast(loss):
+    with pytest.raises(
+        ValueError, match=r"prediction has shape \(2, 1, 4, 4\): it must be the target's, \(2, 3, 4, 4\)"
+    ):
+        loss(torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, 4, 4))
 
 
 def test_kl_sums_over_the_latent_and_averages_over_the_batch():
@@ -89,14 +98,19 @@ def test_gradients_are_right():
     assert torch.autograd.gradcheck(losses.hinge_d_loss, (real, fake))
     assert torch.autograd.gradcheck(losses.logistic_d_loss, (real, fake))
     assert torch.autograd.gradcheck(lambda r, f: losses.lecam_penalty(r, f, *averages), (real, fake))
-    assert torch.autograd.gradcheck(losses.l1, (real, fake))
+    images = [torch.randn(1, 2, 4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    for loss in IMAGE_LOSSES:
+        assert torch.autograd.gradcheck(loss, images)
 
 
 def test_losses_of_bfloat16_are_computed_in_float32():
     real, fake = torch.randn(1000).bfloat16(), torch.randn(1000).bfloat16()
     average = torch.tensor(0.1)
+    images = [torch.randn(2, 3, 8, 8).bfloat16() for _ in range(2)]
     results = [
         losses.l1(real, fake),
+        *(loss(*images) for loss in IMAGE_LOSSES),
+        losses.adaptive_weight([real], [fake]),
         losses.hinge_d_loss(real, fake),
         losses.hinge_g_loss(fake),
         losses.logistic_d_loss(real, fake),

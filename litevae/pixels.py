@@ -1,0 +1,54 @@
+"""Pixels at the border of a model: what it takes, and how sizes that it does not divide are padded and cropped."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_SHAPES = {4: "(B, 3, H, W)", 5: "(B, 3, T, H, W)"}
+
+
+def check_pixels(x: Tensor, num_axes: Collection[int] = (4, 5)) -> None:
+    """Raises `ValueError` unless `x` holds finite floating-point images or clips of three colours.
+
+    Args:
+        x: `(B, 3, H, W)` or `(B, 3, T, H, W)` in [-1, 1].
+        num_axes: which of the two are allowed, by their number of axes.
+    """
+    if x.ndim not in num_axes or x.shape[1] != 3 or 0 in x.shape:
+        expected = " or ".join(_SHAPES[number] for number in num_axes)
+        raise ValueError(f"input has shape {tuple(x.shape)}: expected {expected}")
+    if not x.is_floating_point():
+        raise ValueError(f"input has dtype {x.dtype}: expected floating point in [-1, 1]")
+    # Looking at values would break a compiled graph; on the meta device there are none.
+    if not (torch.compiler.is_compiling() or x.is_meta or x.isfinite().all()):
+        raise ValueError("input holds values that are not finite: expected pixels in [-1, 1]")
+
+
+def pad_to_multiple(x: Tensor, step: int) -> Tensor:
+    """Replicates the last row and column of `(B, C, H, W)` until `step` divides H and W."""
+    right, bottom = -x.shape[3] % step, -x.shape[2] % step
+    return F.pad(x, (0, right, 0, bottom), mode="replicate") if right or bottom else x
+
+
+def crop(x: Tensor, size: Sequence[int], step: Sequence[int]) -> Tensor:
+    """Cuts the padding at the end of the last axes away.
+
+    Args:
+        x: `(B, C, H, W)` or `(B, C, T, H, W)`, padded.
+        size: true size of these axes, `(H, W)` or `(T, H, W)`.
+        step: bound of the padding of each: more is never cut.
+
+    Raises:
+        ValueError: nothing of this size is padded to the shape of `x`.
+    """
+    padded = tuple(x.shape[2:])
+    if len(size) != len(padded) or any(
+        not 0 <= have - want < most for have, want, most in zip(padded, size, step, strict=True)
+    ):
+        raise ValueError(
+            f"size {tuple(size)} does not fit this latent: it decodes to {padded} before cropping, "
+            f"and less than {tuple(step)} can be cropped away"
+        )
+    return x[(..., *(slice(length) for length in size))]
