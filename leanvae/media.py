@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from leanvae.image_headers import EXIF_TURNS, exif_orientation, has_alpha, is_png, is_webp, jpeg_is_complete
+
 try:
     import av
     import cv2
@@ -311,10 +313,7 @@ def frame_to_rgb(path: str | Path, frame: VideoFrame) -> NDArray[np.uint8]:
         threads=1,
     )
     image = np.asarray(converted, np.uint8)
-    transpose, flip_x, flip_y = _orientation(frame)
-    if transpose:
-        image = image.transpose(1, 0, 2)
-    return np.ascontiguousarray(image[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+    return _turn(image, *_orientation(frame))
 
 
 def refuse_hdr(path: str | Path, transfer: int) -> None:
@@ -333,42 +332,66 @@ def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     return (True, c < 0, b < 0) if abs(b) > abs(a) else (False, a < 0, d < 0)
 
 
+def _turn(image: NDArray[np.uint8], transpose: bool, flip_x: bool, flip_y: bool) -> NDArray[np.uint8]:
+    if transpose:
+        image = image.transpose(1, 0, 2)
+    return np.ascontiguousarray(image[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+
+
 def read_image(path: str | Path) -> NDArray[np.uint8]:
     """Reads a photograph as (H, W, 3) uint8 RGB, by its content whatever its name says.
 
-    EXIF rotation is applied, grey becomes RGB, 16 bits become 8, CMYK becomes RGB, alpha is dropped.
+    See :func:`decode_image` for what becomes of other kinds of images.
 
     Raises:
-        MediaError: no such file, no image, or one that ends early.
+        MediaError: no such file, no image, or one that is damaged or ends early.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise MediaError(path, error.strerror or str(error)) from error
+    return decode_image(data, path)
+
+
+def decode_image(data: bytes, name: str | Path) -> NDArray[np.uint8]:
+    """Decodes a photograph as (H, W, 3) uint8 RGB.
+
+    EXIF rotation is applied (OpenCV leaves out AVIF's), grey becomes RGB, 16 bits become 8, CMYK becomes RGB.
+    Transparent PNG, WebP and AVIF images are laid over white: what stands under transparent pixels is arbitrary.
+
+    Args:
+        data: the whole file's content, which alone decides on the format.
+        name: what errors call it.
+
+    Raises:
+        MediaError: empty, no image, or one that is damaged or ends early.
+    """
     if not data:
-        raise MediaError(path, "empty file")
-    if data[:2] == b"\xff\xd8" and not _jpeg_is_complete(data):
-        raise MediaError(path, "truncated: the JPEG data end before the end-of-image marker")
+        raise MediaError(name, "empty file")
+    if data[:2] == b"\xff\xd8" and not jpeg_is_complete(data):
+        raise MediaError(name, "truncated: the JPEG data end before the end-of-image marker")
+    encoded = np.frombuffer(data, np.uint8)
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        image = _decode_over_white(data, encoded)
+        if image is None:
+            # Whether OpenCV turns these two depends on its version.
+            unturned = cv2.IMREAD_IGNORE_ORIENTATION if is_png(data) or is_webp(data) else 0
+            image = cv2.imdecode(encoded, cv2.IMREAD_COLOR | unturned)
     except cv2.error as error:
-        raise MediaError(path, f"cannot be decoded: {error.err}") from error
+        raise MediaError(name, f"cannot be decoded: {error.err}") from error
     if image is None:
-        raise MediaError(path, "no image that can be decoded")
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+        raise MediaError(name, "no image that can be decoded")
+    rgb = np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+    return _turn(rgb, *EXIF_TURNS[exif_orientation(data)])
 
 
-def _jpeg_is_complete(data: bytes) -> bool:
-    """Walks the JPEG's markers (ITU-T T.81, annex B) to the end of image; libjpeg would fill with grey."""
-    position = 2
-    while True:
-        position = data.find(b"\xff", position)
-        if position < 0 or position + 3 >= len(data):
-            return data[position : position + 2] == b"\xff\xd9" if position >= 0 else False
-        marker = data[position + 1]
-        if marker == 0xD9:
-            return True
-        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD7:
-            position += 1 if marker == 0xFF else 2
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+def _decode_over_white(data: bytes, encoded: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+    """Decodes an image with an alpha channel as (H, W, 3) BGR over white, not yet turned; None if it has none."""
+    if not has_alpha(data):
+        return None
+    image = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
+    if image is None or image.ndim < 3 or image.shape[2] != 4:
+        return None
+    peak = 65535 if image.dtype == np.uint16 else 255
+    colour, alpha = image[..., :3].astype(np.float32), image[..., 3:].astype(np.float32) / peak
+    return np.rint((colour * alpha + peak * (1 - alpha)) * (255 / peak)).astype(np.uint8)

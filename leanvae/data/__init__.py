@@ -1,1 +1,1 @@
-"""Clips for training: sources, the order of an epoch, decoding, and the loader."""
+"""Clips and images for training: sources, the order of an epoch, decoding, and the loader."""

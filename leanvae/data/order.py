@@ -1,10 +1,13 @@
-"""The order of training clips: pure functions of the seed, the epoch and the position.
+"""The order of training samples: pure functions of the seed, the epoch and the position.
 
-A *position* counts clips from the start of training over all ranks: position = step * batch + index. Ranks take
-slices of it, so the order is the same on any number of them, and resuming is to start at a later position.
+A *position* counts samples from the start of training over all ranks; a training step takes the next ones, as many
+as its phase's batch. Ranks take slices of it, so the order is the same on any number of them, and resuming is to
+start at a later position. The text says clips; images are ordered the same way.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -12,6 +15,65 @@ from numpy.typing import NDArray
 
 # Separate the random streams that share a seed.
 _SHUFFLE, _PERMUTATION, _SUBSTITUTE = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one batch size and one resolution.
+
+    Attributes:
+        first_step: its first training step.
+        first_position: position of that step's first sample.
+        steps: how many steps it has; the last phase of a run goes on for ever.
+        batch_size: samples a step, of all ranks together.
+        resolution: (height, width) in pixels.
+    """
+
+    first_step: int
+    first_position: int
+    steps: int
+    batch_size: int
+    resolution: tuple[int, int]
+
+    def position(self, step: int, index: int) -> int:
+        """The position of a step's sample ``index``, for steps of this phase."""
+        return self.first_position + (step - self.first_step) * self.batch_size + index
+
+
+def phases_of(stretches: Iterable[tuple[int, int, tuple[int, int]]]) -> tuple[Phase, ...]:
+    """Lays phases one behind the other; no position is left out or taken twice between them.
+
+    Args:
+        stretches: (steps, batch size, resolution) of each.
+
+    Raises:
+        ValueError: no phases, or a number of steps, batch size, height or width below 1.
+    """
+    phases: list[Phase] = []
+    step = position = 0
+    for steps, batch_size, resolution in stretches:
+        if min(steps, batch_size, *resolution) < 1:
+            raise ValueError(
+                f"phase {len(phases)}: steps, batch size, height and width must be at least 1, "
+                f"got {steps}, {batch_size}, {resolution[0]} and {resolution[1]}"
+            )
+        phases.append(Phase(step, position, steps, batch_size, resolution))
+        step += steps
+        position += steps * batch_size
+    if not phases:
+        raise ValueError("expected at least one phase")
+    return tuple(phases)
+
+
+def phase_at(phases: Sequence[Phase], step: int) -> Phase:
+    """The phase that a step belongs to: the last one also for the steps behind its end.
+
+    Raises:
+        ValueError: a negative step.
+    """
+    if step < 0:
+        raise ValueError(f"steps count from 0, got {step}")
+    return phases[bisect_right([phase.first_step for phase in phases], step) - 1]
 
 
 def source_shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:

@@ -8,7 +8,7 @@ import pytest
 
 from leanvae.data import builtin
 from leanvae.data.builtin import PHOTOGRAPHS, find_photographs, make_builtin_clips, moving_views
-from leanvae.data.config import DataConfig
+from leanvae.data.config import ClipDataConfig
 from leanvae.data.sources import Clip, list_clips, split_held_out
 from leanvae.media import iter_frames, probe, read_image
 
@@ -28,7 +28,7 @@ def test_photographs_are_found_in_the_installed_packages():
 
 def test_default_share_holds_out_natural_colour_photographs_of_their_own():
     clips = [Clip(f"photo_{name}.mp4") for name in PHOTOGRAPHS]
-    training, held_out = split_held_out(clips, DataConfig().held_out)
+    training, held_out = split_held_out(clips, ClipDataConfig().held_out)
     assert [clip.path for clip in held_out] == ["photo_flower.mp4", "photo_hubble_deep_field.mp4"]
     assert len(training) == len(PHOTOGRAPHS) - 2
 
@@ -50,7 +50,7 @@ def test_clips_are_written_once_and_look_like_the_views(few_frames, tmp_path):
 
 
 def test_a_missing_clip_is_made_again_and_the_source_lists_them(few_frames, tmp_path):
-    config = DataConfig(sources=["builtin"], cache_dir=str(tmp_path))
+    config = ClipDataConfig(sources=["builtin"], cache_dir=str(tmp_path))
     clips = list_clips(config)
     first = [Path(clip.path).read_bytes() for clip in clips]
     (tmp_path / "builtin-v1" / "photo_coffee.mp4").unlink()

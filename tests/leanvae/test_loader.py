@@ -1,32 +1,36 @@
-"""Batches depend on the data, the seed and the step alone; bad clips are replaced, recorded and replayed."""
+"""Batches depend on the data, the seed and the step alone; bad files are replaced, recorded and replayed.
+
+Most tests run three times: on clips, on image files, and on images in tars.
+"""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from itertools import chain, islice
 
 import av
+import cv2
 import numpy as np
 import psutil
 import pytest
 import torch
 
 from leanvae.data import loader as loader_module
-from leanvae.data.config import DataConfig
-from leanvae.data.loader import (
-    ClipLoader,
-    TooManyBadClips,
-    check_bad_share,
-    read_held_out,
-)
-from leanvae.data.sources import list_clips
+from leanvae.data.config import ClipDataConfig, ImageDataConfig
+from leanvae.data.loader import Loader, read_held_out
+from leanvae.data.order import locate, phase_at, phases_of
+from leanvae.data.quarantine import QuarantineRecord, TooManyBadClips
+from leanvae.data.sources import list_clips, list_pictures
+from leanvae.data.workers import decode_sample
 
 NUM_STEPS = 6
 BATCH = 4
+PHASES = phases_of([(2, BATCH, (32, 32)), (3, 2 * BATCH, (16, 24)), (1, BATCH, (24, 16))])
 
 
 def write_video(path, number, count=9):
@@ -40,54 +44,77 @@ def write_video(path, number, count=9):
         container.mux(stream.encode(None))
 
 
+def write_image(path, number):
+    """An image that shows its number in red."""
+    cv2.imwrite(str(path), np.full((40, 48, 3), (60, 100, 20 * number), np.uint8))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two sources; three of fifteen files are bad."""
-    folder = tmp_path_factory.mktemp("clips")
+    """Two sources; three of fifteen files of each kind are bad."""
+    folder = tmp_path_factory.mktemp("data")
     for source, count in (("one", 8), ("two", 4)):
         (folder / source).mkdir()
         for number in range(count):
             write_video(folder / source / f"good_{number}.mp4", number)
-    (folder / "one" / "empty.mp4").touch()
-    (folder / "two" / "text.mp4").write_text("no video " * 100)
+            write_image(folder / source / f"good_{number}.png", number)
+    for suffix in ("mp4", "png"):
+        (folder / "one" / f"empty.{suffix}").touch()
+        (folder / "two" / f"text.{suffix}").write_text("no data " * 100)
     write_video(folder / "one" / "short.mp4", 1, count=3)
+    png = (folder / "one" / "good_1.png").read_bytes()
+    (folder / "one" / "short.png").write_bytes(png[:-20])
+    for source in ("one", "two"):
+        with tarfile.open(folder / f"{source}.tar", "w") as tar:
+            for path in sorted((folder / source).glob("*.png")):
+                tar.add(path, path.name)
     return folder
 
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = loader_module._decoder_pool(1)
+    pool = loader_module.start_decoders(1)
     yield pool
-    loader_module._stop(pool)
+    loader_module.stop_decoders(pool)
 
 
 @pytest.fixture
 def one_pool(pool, monkeypatch):
     """All loaders of a test share the module's decoder process, which takes a while to start."""
-    monkeypatch.setattr(loader_module, "_decoder_pool", lambda _: pool)
-    monkeypatch.setattr(loader_module, "_stop", lambda _: None)
+    monkeypatch.setattr(loader_module, "start_decoders", lambda _: pool)
+    monkeypatch.setattr(loader_module, "stop_decoders", lambda _: None)
+
+
+COMMON = {"num_workers": 1, "max_bad_share": 0.5, "prefetch": 1}
 
 
 @pytest.fixture
-def config(folder):
-    return DataConfig(
-        sources=[str(folder / "one"), str(folder / "two")],
-        num_frames=5,
-        resolution=(32, 32),
-        num_workers=1,
-        max_bad_share=0.5,
-        prefetch=1,
-    )
+def clip_config(folder):
+    return ClipDataConfig(sources=[str(folder / "one"), str(folder / "two")], num_frames=5, **COMMON)
+
+
+@pytest.fixture(params=["clips", "images", "tars"])
+def config(request, folder, clip_config):
+    if request.param == "clips":
+        return clip_config
+    suffix = ".tar" if request.param == "tars" else ""
+    return ImageDataConfig(sources=[f"{folder}/one{suffix}", f"{folder}/two{suffix}"], **COMMON)
+
+
+clips_only = pytest.mark.parametrize("config", ["clips"], indirect=True)
+
+
+def list_items(config):
+    return list_clips(config) if isinstance(config, ClipDataConfig) else list_pictures(config)
 
 
 def batches(config, tmp_path, *, start=0, rank=0, world_size=1, stop=NUM_STEPS, seed=0):
-    clips = list_clips(config)
     record = tmp_path / f"quarantine.rank{rank}.jsonl"
-    with ClipLoader(
+    with Loader(
         config,
-        clips,
+        list_items(config),
         seed=seed,
-        batch_size=BATCH,
+        phases=PHASES,
         rank=rank,
         world_size=world_size,
         start_step=start,
@@ -102,34 +129,73 @@ def assert_same(ours, theirs):
         assert a.paths == b.paths
         assert a.indices == b.indices
         assert a.rejected == b.rejected
-        assert torch.equal(a.clips, b.clips)
+        assert torch.equal(a.pixels, b.pixels)
 
 
-def test_batches_hold_clips_of_the_asked_shape_without_the_bad_ones(one_pool, config, tmp_path):
-    steps = batches(config, tmp_path)
-    for step in steps:
-        assert step.clips.shape == (BATCH, 3, 5, 32, 32)
-        assert step.clips.dtype == torch.uint8
-        assert step.indices == [0, 1, 2, 3]
-        for clip, path in zip(step.clips, step.paths, strict=True):
+def test_batches_hold_clips_of_the_asked_shape_without_the_bad_ones(one_pool, clip_config, tmp_path):
+    for number, step in enumerate(batches(clip_config, tmp_path)):
+        phase = phase_at(PHASES, number)
+        assert step.pixels.shape == (phase.batch_size, 3, 5, *phase.resolution)
+        assert step.pixels.dtype == torch.uint8
+        assert step.indices == list(range(phase.batch_size))
+        for clip, path in zip(step.pixels, step.paths, strict=True):
             assert "good" in path
             number = int(path.rsplit("_")[-1].removesuffix(".mp4"))
             assert (clip[0].float() - 20 * number).abs().mean() < 6
             green = clip[1].float().mean(dim=(1, 2))
             assert ((green.diff() - 20).abs() < 4).all()
-    rejected = [rejection for step in steps for rejection in step.rejected]
-    reasons = {rejection.path.rsplit("/")[-1]: rejection.reason for rejection in rejected}
-    assert reasons["short.mp4"] == "too short: 3 frames, 5 needed"
-    assert reasons["empty.mp4"] == "empty file"
-    assert reasons["text.mp4"].startswith("cannot be decoded")
+
+
+def test_batches_hold_images_of_the_asked_shape_without_the_bad_ones(one_pool, folder, tmp_path):
+    loaded = []
+    for suffix in ("", ".tar"):
+        config = ImageDataConfig(sources=[f"{folder}/one{suffix}", f"{folder}/two{suffix}"], **COMMON)
+        steps = batches(config, tmp_path / f"as{suffix}")
+        loaded.append(steps)
+        for number, step in enumerate(steps):
+            phase = phase_at(PHASES, number)
+            assert step.pixels.shape == (phase.batch_size, 3, *phase.resolution)
+            assert step.pixels.dtype == torch.uint8
+            assert step.pixels.is_contiguous()
+            numbers = [int(path.rsplit("_")[-1].removesuffix(".png")) for path in step.paths]
+            assert step.pixels[:, 0, 0, 0].tolist() == [20 * number for number in numbers]
+            assert step.pixels[0, 1:, 3, 2].tolist() == [100, 60]
+    for files, tars in zip(*loaded, strict=True):
+        assert [path.replace("one.tar", "one").replace("two.tar", "two") for path in tars.paths] == files.paths
+        assert torch.equal(files.pixels, tars.pixels)
+
+
+def test_bad_files_are_replaced_within_their_source_and_say_why(one_pool, config, tmp_path):
+    rejected = [rejection for step in batches(config, tmp_path) for rejection in step.rejected]
+    reasons = {rejection.path.rsplit("/")[-1].split(".")[0]: rejection.reason for rejection in rejected}
+    is_clips = isinstance(config, ClipDataConfig)
+    assert reasons["short"] == ("too short: 3 frames, 5 needed" if is_clips else "no image that can be decoded")
+    assert reasons["empty"] == "empty file"
+    assert reasons["text"].startswith("cannot be decoded" if is_clips else "no image")
     for rejection in rejected:
         source = rejection.path.rsplit("/", 1)[0]
         assert rejection.substitute.startswith(source)
+        assert rejection.file == (source if source.endswith(".tar") else "")
+
+
+def test_an_epoch_over_phases_takes_each_file_once(one_pool, config, tmp_path):
+    """What the order names, before substitution: nothing is lost or repeated where the batch size changes."""
+    named = []
+    for step in batches(config, tmp_path):
+        first = {rejection.position: rejection.path for rejection in step.rejected if rejection.attempt == 0}
+        start = len(named)
+        named += [first.get(start + index, path) for index, path in zip(step.indices, step.paths, strict=True)]
+    length = len(list_items(config))
+    assert locate(len(named), length)[0] == 2
+    for epoch in range(2):
+        assert len(set(named[epoch * length : (epoch + 1) * length])) == length
 
 
 def test_a_resumed_loader_yields_what_an_undisturbed_one_does(one_pool, config, tmp_path):
     whole = batches(config, tmp_path / "a")
-    assert_same(batches(config, tmp_path / "b", start=3), whole[3:])
+    # Inside each phase, at their borders, and across them.
+    for start in range(1, NUM_STEPS):
+        assert_same(batches(config, tmp_path / str(start), start=start), whole[start:])
     assert_same(batches(config, tmp_path / "a", start=1), whole[1:])
     assert any(step.rejected for step in whole[3:])
 
@@ -147,7 +213,7 @@ def test_ranks_together_yield_the_batches_of_one_rank(one_pool, config, tmp_path
         assert list(chain.from_iterable(part.paths for part in ranks)) == step.paths
         assert list(chain.from_iterable(part.indices for part in ranks)) == step.indices
         assert list(chain.from_iterable(part.rejected for part in ranks)) == step.rejected
-        assert torch.equal(torch.cat([part.clips for part in ranks]), step.clips)
+        assert torch.equal(torch.cat([part.pixels for part in ranks]), step.pixels)
 
 
 def test_rejections_are_recorded_once_and_replayed_on_any_number_of_ranks(one_pool, config, tmp_path):
@@ -157,7 +223,7 @@ def test_rejections_are_recorded_once_and_replayed_on_any_number_of_ranks(one_po
     recorded = [json.loads(line) for line in lines.splitlines()]
     rejected = [rejection for step in whole for rejection in step.rejected]
     assert [entry["position"] for entry in recorded] == [rejection.position for rejection in rejected]
-    assert set(recorded[0]) == {"position", "epoch", "attempt", "path", "reason", "substitute", "modified"}
+    assert set(recorded[0]) == {"position", "epoch", "attempt", "path", "reason", "substitute", "modified", "file"}
     assert_same(batches(config, tmp_path), whole)
     assert record.read_text() == lines
     parts = [batches(config, tmp_path, rank=rank, world_size=2) for rank in range(2)]
@@ -166,15 +232,18 @@ def test_rejections_are_recorded_once_and_replayed_on_any_number_of_ranks(one_po
     assert not (tmp_path / "quarantine.rank1.jsonl").exists()
 
 
-def test_a_recorded_decision_is_replayed_though_the_clip_is_good(one_pool, config, tmp_path):
-    """A clip that ran out of time once would decode today; the run must go on as it did."""
+def test_a_recorded_decision_is_replayed_though_the_file_is_good(one_pool, config, tmp_path):
+    """What ran out of time once would decode today; the run must go on as it did."""
     whole = batches(config, tmp_path / "a", stop=2)
     index = 0
     path = whole[1].paths[index]
     attempt = sum(rejection.position == BATCH + index for rejection in whole[1].rejected)
     entry = {"position": BATCH + index, "epoch": 0, "attempt": attempt, "path": path}
     entry |= {"reason": "decoding took longer than 30 s", "substitute": "it is worked out again"}
-    entry["modified"] = os.stat(path).st_mtime_ns
+    archive = path.rsplit("/", 1)[0] if ".tar/" in path else ""
+    # Records of clips from before there were images have no "file".
+    entry |= {"file": archive} if archive else {}
+    entry["modified"] = os.stat(archive or path).st_mtime_ns
     for other in ("quarantine.rank3.jsonl", "unrelated.jsonl"):
         (tmp_path / "b").mkdir(exist_ok=True)
         (tmp_path / "b" / other).write_text(json.dumps(entry) + '\n{"position": 5, "torn')
@@ -187,23 +256,13 @@ def test_a_recorded_decision_is_replayed_though_the_clip_is_good(one_pool, confi
     assert "decoding took longer than 30 s" in [rejection.reason for rejection in replayed[1].rejected]
 
 
-def test_a_torn_line_does_not_swallow_the_next(tmp_path):
-    path = tmp_path / "quarantine.rank0.jsonl"
-    path.write_text('{"position": 1, "ep')
-    rejection = loader_module.Rejection(7, 0, 0, "a.mp4", "empty file", "b.mp4", -1)
-    loader_module.QuarantineRecord(path).add(rejection)
-    again = loader_module.QuarantineRecord(path)
-    assert again.find(7, 0, "a.mp4") == rejection
-    assert again.find(7, 0, "other.mp4") is None
-    assert again.reasons() == {"a.mp4": "empty file"}
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@clips_only
 def test_decoders_that_die_while_idle_are_replaced_and_no_clip_is_blamed(config, tmp_path, number):
-    whole = batches(config, tmp_path / "whole", stop=6)
+    whole = batches(config, tmp_path / "whole")
     others = psutil.Process().children()
     record = tmp_path / "killed" / "quarantine.rank0.jsonl"
-    with ClipLoader(config, list_clips(config), seed=0, batch_size=BATCH, record=record) as loader:
+    with Loader(config, list_clips(config), seed=0, phases=PHASES, record=record) as loader:
         steps = iter(loader)
         got = [next(steps)]
         while not all(item.future.done() for step in loader._ahead for item in step):
@@ -217,13 +276,14 @@ def test_decoders_that_die_while_idle_are_replaced_and_no_clip_is_blamed(config,
     assert_same(got, whole)
 
 
+@clips_only
 def test_slow_and_crashing_decoders_are_replaced_within_the_time_limit(config, tmp_path, monkeypatch):
     (tmp_path / "odd_decoder.py").write_text(
         textwrap.dedent("""
             import os, signal, time
-            from leanvae.data.clips import decode_sample as decode
+            from leanvae.data.workers import decode_sample as decode
 
-            def decode_sample(clip, config, seed):
+            def decode_sample(clip, config, resolution, seed):
                 if "good_1" in clip.path:
                     time.sleep(60)
                 if "good_2" in clip.path:
@@ -234,7 +294,7 @@ def test_slow_and_crashing_decoders_are_replaced_within_the_time_limit(config, t
                     time.sleep(60)
                 if "good_3" in clip.path:
                     raise RuntimeError("unforeseen")
-                return decode(clip, config, seed)
+                return decode(clip, config, resolution, seed)
         """)
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -244,7 +304,7 @@ def test_slow_and_crashing_decoders_are_replaced_within_the_time_limit(config, t
     config = config.model_copy(update={"timeout": 0.5, "max_bad_share": 0.9, "sources": config.sources[:1]})
     clips = list_clips(config)
     record = tmp_path / "quarantine.rank0.jsonl"
-    with ClipLoader(config, clips, seed=0, batch_size=5, record=record) as loader:
+    with Loader(config, clips, seed=0, phases=phases_of([(1, 5, (32, 32))]), record=record) as loader:
         steps = list(islice(loader, 2))
         reasons = {path.rsplit("/")[-1]: reason for path, reason in loader.rejected_paths.items()}
     assert reasons["good_1.mp4"] == "decoding took longer than 0.5 s"
@@ -256,8 +316,15 @@ def test_slow_and_crashing_decoders_are_replaced_within_the_time_limit(config, t
         assert not {"good_1", "good_2", "good_3"} & {path.rsplit("/")[-1][:6] for path in step.paths}
 
 
+@clips_only
 def test_decoder_processes_import_no_torch_and_end_with_the_loader(config, tmp_path):
-    loader = ClipLoader(config, list_clips(config), seed=0, batch_size=2, record=tmp_path / "quarantine.rank0.jsonl")
+    loader = Loader(
+        config,
+        list_clips(config),
+        seed=0,
+        phases=phases_of([(1, 2, (32, 32))]),
+        record=tmp_path / "quarantine.rank0.jsonl",
+    )
     with loader:
         next(iter(loader))
         pool = loader._pool
@@ -273,63 +340,88 @@ def test_decoder_processes_import_no_torch_and_end_with_the_loader(config, tmp_p
 
 def test_too_many_bad_clips_stop_the_loader(one_pool, config, tmp_path):
     strict = config.model_copy(update={"max_bad_share": 0.1})
-    with pytest.raises(TooManyBadClips, match=r"2 of 15 training files.*max_bad_share allows 10%:\n  .*mp4: "):
+    with pytest.raises(TooManyBadClips, match=r"2 of 15 training files.*max_bad_share allows 10%:\n  .*: "):
         batches(strict, tmp_path)
 
 
 def test_a_source_of_bad_clips_alone_stops_the_loader(one_pool, config, tmp_path):
     for number in range(4):
-        (tmp_path / f"{number}.mp4").touch()
-    bad = config.model_copy(update={"max_bad_share": 1.0, "sources": DataConfig(sources=[str(tmp_path)]).sources})
-    with pytest.raises(TooManyBadClips, match=r"4 clips tried one after another.*: empty file"):
+        for suffix in ("mp4", "png"):
+            (tmp_path / f"{number}.{suffix}").touch()
+    bad = config.model_copy(update={"max_bad_share": 1.0, "sources": ClipDataConfig(sources=[str(tmp_path)]).sources})
+    with pytest.raises(TooManyBadClips, match=r"4 files tried one after another.*: empty file"):
         batches(bad, tmp_path / "record")
 
 
-def test_check_bad_share_allows_the_share_and_lists_files():
-    bad = {f"{n:02}.mp4": "empty file" for n in range(12)}
-    check_bad_share({}, 0, 0.0)
-    check_bad_share(bad, 48, 0.25)
-    with pytest.raises(TooManyBadClips) as caught:
-        check_bad_share(bad, 47, 0.25)
-    assert "12 of 47" in str(caught.value)
-    assert "  00.mp4: empty file\n" in str(caught.value)
-    assert str(caught.value).endswith("and 2 more")
-
-
+@clips_only
 def test_loader_refuses_what_it_cannot_share(one_pool, config, tmp_path):
     record = tmp_path / "quarantine.rank0.jsonl"
     clips = list_clips(config)
-    with pytest.raises(ValueError, match="batch size 4 cannot be shared by 3 ranks"):
-        ClipLoader(config, clips, seed=0, batch_size=4, world_size=3, record=record)
-    with pytest.raises(ValueError, match="two: no clips are left for training"):
-        ClipLoader(config, clips[:3], seed=0, batch_size=4, record=record)
+    with pytest.raises(ValueError, match=r"phase 0 \(from step 0\): batch size 4 cannot be shared by 3 ranks"):
+        Loader(config, clips, seed=0, phases=PHASES, world_size=3, record=record)
+    with pytest.raises(ValueError, match="two: nothing is left for training"):
+        Loader(config, clips[:3], seed=0, phases=PHASES, record=record)
+    phases = phases_of([(5, 6, (8, 8)), (5, 4, (8, 8))])
+    with pytest.raises(ValueError, match=r"phase 1 \(from step 5\): batch size 4"):
+        Loader(config, clips, seed=0, phases=phases, world_size=3, record=record)
+    with pytest.raises(ValueError, match="at least one phase"):
+        Loader(config, clips, seed=0, phases=[], record=record)
 
 
+@clips_only
 def test_read_held_out_takes_central_windows_and_passes_over_bad_files(one_pool, config, caplog):
     clips = [clip for clip in list_clips(config) if clip.source == 1][::-1]
     assert clips[0].path.endswith("text.mp4")
-    samples = read_held_out(clips, config, limit=2)
-    assert [sample.clip for sample in samples] == clips[1:3]
+    samples = read_held_out(clips, config, (16, 24), limit=2)
+    assert [sample.item for sample in samples] == clips[1:3]
+    assert samples[0].frames.shape == (5, 16, 24, 3)
     assert samples[0].times == pytest.approx(np.arange(2, 7) / 30, abs=1e-3)
-    assert "held-out clip not used: cannot be decoded" in caplog.text
-    assert len(read_held_out(clips, config, limit=100)) == 4
+    assert "held out, but not used: cannot be decoded" in caplog.text
+    assert len(read_held_out(clips, config, (16, 24), limit=100)) == 4
+
+
+def test_read_held_out_reads_images(one_pool, folder, caplog):
+    config = ImageDataConfig(sources=[f"{folder}/two.tar"], **COMMON)
+    pictures = list_pictures(config)[::-1]
+    samples = read_held_out(pictures, config, (16, 24), limit=2)
+    assert [sample.item for sample in samples] == pictures[1:3]
+    assert samples[0].frames.shape == (16, 24, 3)
+    assert "two.tar/text.png: held out, but not used: no image" in caplog.text
+
+
+def test_a_changed_tar_makes_its_records_void(one_pool, folder, tmp_path):
+    shard = tmp_path / "one.tar"
+    shard.write_bytes((folder / "one.tar").read_bytes())
+    config = ImageDataConfig(sources=[str(shard)], **COMMON)
+    batches(config, tmp_path / "run")
+    record = tmp_path / "run" / "quarantine.rank0.jsonl"
+    assert set(QuarantineRecord(record).reasons()) == {f"{shard}/empty.png", f"{shard}/short.png"}
+    os.utime(shard, (1, 1))
+    assert not QuarantineRecord(record).reasons()
+
+
+def test_clips_with_a_configuration_of_images_say_so(one_pool, clip_config, tmp_path):
+    with pytest.raises(TypeError, match="ClipDataConfig, got ImageDataConfig"):
+        decode_sample(list_clips(clip_config)[0], ImageDataConfig(), (16, 24), None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["raise RuntimeError('oh')", "raise KeyboardInterrupt", "pass"])
+@clips_only
 def test_a_program_that_leaves_the_loader_open_still_ends(config, tmp_path, ending):
     script = f"""
         from pathlib import Path
-        from leanvae.data.config import DataConfig
+        from leanvae.data.config import ClipDataConfig
 
         if __name__ == "__main__":
-            from leanvae.data.loader import ClipLoader
+            from leanvae.data.loader import Loader
+            from leanvae.data.order import phases_of
             from leanvae.data.sources import list_clips
 
-            config = DataConfig.model_validate_json({config.model_dump_json()!r})
+            config = ClipDataConfig.model_validate_json({config.model_dump_json()!r})
             record = Path({str(tmp_path)!r}) / "quarantine.rank0.jsonl"
-            loader = ClipLoader(config, list_clips(config), seed=0, batch_size=2, record=record)
-            print(next(iter(loader)).clips.shape)
+            loader = Loader(config, list_clips(config), seed=0, phases=phases_of([(1, 2, (32, 32))]), record=record)
+            print(next(iter(loader)).pixels.shape)
             {ending}
     """
     (tmp_path / "program.py").write_text(textwrap.dedent(script))

@@ -1,6 +1,8 @@
 """Videos and images come out upright, in full-range RGB by their own tags, or are refused with the reason."""
 
+import io
 import struct
+import zlib
 from pathlib import Path
 
 import av
@@ -8,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from leanvae.media import MediaError, iter_frames, probe, read_image
+from leanvae.media import MediaError, decode_image, iter_frames, probe, read_image
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the shared clips are not beside the checkout")
@@ -230,6 +232,23 @@ def test_names_with_colons_quotes_and_percents_are_files(tmp_path):
     assert len(list(iter_frames(path))) == 3
 
 
+def png_data(png: bytes) -> bytes:
+    """The compressed data of a PNG."""
+    chunks, position = b"", 8
+    while position < len(png):
+        (size,) = struct.unpack_from(">I", png, position)
+        if png[position + 4 : position + 8] == b"IDAT":
+            chunks += png[position + 8 : position + 8 + size]
+        position += 12 + size
+    return chunks
+
+
+def with_data(png: bytes, data: bytes) -> bytes:
+    """A PNG with other compressed data, in one chunk with a correct checksum."""
+    chunk = b"IDAT" + data
+    return png[:33] + struct.pack(">I", len(data)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[-12:]
+
+
 def with_orientation(jpeg: bytes, orientation: int) -> bytes:
     """Inserts an EXIF segment with tag 0x0112 behind the start of a JPEG."""
     tiff = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
@@ -248,11 +267,78 @@ def test_images_of_other_depths_and_channels_become_rgb(tmp_path):
     ramp = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
     cv2.imwrite(str(tmp_path / "grey.png"), ramp)
     cv2.imwrite(str(tmp_path / "deep.png"), np.repeat(ramp[..., None], 3, 2).astype(np.uint16) * 257)
-    cv2.imwrite(str(tmp_path / "alpha.png"), np.dstack([ramp, ramp, ramp, np.full_like(ramp, 128)]))
-    for name in ("grey", "deep", "alpha"):
+    cv2.imwrite(str(tmp_path / "opaque.png"), np.dstack([ramp, ramp, ramp, np.full_like(ramp, 255)]))
+    for name in ("grey", "deep", "opaque"):
         image = read_image(tmp_path / f"{name}.png")
         assert image.dtype == np.uint8
         assert np.array_equal(image, np.repeat(ramp[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_transparent_images_are_laid_over_white(depth, suffix):
+    if (depth, suffix) == (np.uint16, ".webp"):
+        pytest.skip("WebP has 8 bits")
+    alpha = np.repeat(np.array([[0, 51, 204, 255]]), 4, axis=0)
+    colour = np.broadcast_to([10, 110, 210], (4, 4, 3))
+    scale = np.iinfo(depth).max // 255
+    bgra = np.dstack([colour[..., ::-1], alpha]) * scale
+    data = cv2.imencode(suffix, bgra.astype(depth), [cv2.IMWRITE_WEBP_QUALITY, 101] if suffix == ".webp" else [])[1]
+    expected = np.rint((colour * alpha[..., None] + 255 * (255 - alpha[..., None])) / 255)
+    assert np.array_equal(decode_image(data.tobytes(), "photo"), expected)
+
+
+def test_transparent_palettes_and_grey_are_laid_over_white():
+    image_module = pytest.importorskip("PIL.Image")
+    rgba = image_module.fromarray(np.dstack([corners(), np.where(corners()[..., :1] > 0, 255, 0)]).astype(np.uint8))
+    expected = np.where(corners()[..., :1] > 0, corners(), 255)
+    assert np.array_equal(decode_image(encoded(rgba.quantize(8), "PNG"), "palette"), expected)
+    grey = np.asarray(rgba.convert("RGB").convert("L"))
+    expected = np.where(corners()[..., 0] > 0, grey, 255)
+    assert np.array_equal(decode_image(encoded(rgba.convert("LA"), "PNG"), "grey")[..., 0], expected)
+
+
+def encoded(image, file_format, **options):
+    """A Pillow image as the bytes of a file."""
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_of_other_formats_are_turned_by_exif_transparent_or_not(file_format, orientation):
+    image_module = pytest.importorskip("PIL.Image")
+    ops_module = pytest.importorskip("PIL.ImageOps")
+    exif = image_module.Exif()
+    exif[0x010E] = "an entry before"
+    exif[0x0112] = orientation
+    almost = np.full((30, 40), 255, np.uint8)
+    almost[0, 0] = 254
+    for pixels in (corners(30, 40), np.dstack([corners(30, 40), almost])):
+        image = image_module.fromarray(pixels)
+        seen = decode_image(encoded(image, file_format, lossless=True, exif=exif), "photo")
+        image.getexif()[0x0112] = orientation
+        expected = np.asarray(ops_module.exif_transpose(image).convert("RGB"))
+        assert seen.shape == expected.shape
+        assert np.abs(seen.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("exif", [b"", b"MM", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"II*\0\xff\xff\xff\xff"])
+def test_broken_exif_of_transparent_images_turns_nothing(exif):
+    rgba = np.dstack([corners(), np.full((48, 64), 200, np.uint8)])
+    png = cv2.imencode(".png", rgba)[1].tobytes()
+    chunk = struct.pack(">I", len(exif)) + b"eXIf" + exif
+    png = png[:33] + chunk + struct.pack(">I", zlib.crc32(chunk[4:])) + png[33:]
+    assert decode_image(png, "photo").shape == (48, 64, 3)
+
+
+def test_cmyk_becomes_the_rgb_that_pillow_makes_of_it():
+    image_module = pytest.importorskip("PIL.Image")
+    data = encoded(image_module.fromarray(corners()).convert("CMYK"), "JPEG", quality=95)
+    reference = np.asarray(image_module.open(io.BytesIO(data)).convert("RGB"))
+    assert np.abs(decode_image(data, "photo").astype(int) - reference).mean() < 1
+    assert corner_colours(decode_image(data, "photo")) == ["red", "green", "blue", "white"]
 
 
 def test_broken_images_are_refused_with_their_reason(tmp_path):
@@ -260,11 +346,18 @@ def test_broken_images_are_refused_with_their_reason(tmp_path):
     jpeg = with_orientation(cv2.imencode(".jpg", noise)[1].tobytes(), 1)
     progressive = cv2.imencode(".jpg", noise, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
     png = cv2.imencode(".png", noise)[1].tobytes()
+    transparent = cv2.imencode(".png", np.dstack([noise, noise[..., :1]]))[1].tobytes()
+    webp = cv2.imencode(".webp", noise)[1].tobytes()
     contents = {
         "half.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "half_progressive.jpg": (progressive[: len(progressive) // 2], "truncated"),
         "no_end.jpg": (jpeg[:-2], "truncated"),
         "half.png": (png[: len(png) // 2], "no image"),
+        "no_end.png": (png[:-12], "no image"),
+        "short.png": (with_data(png, zlib.compress(zlib.decompress(png_data(png))[:-100])), "no image"),
+        "bad_sum.png": (png[:5000] + bytes([png[5000] ^ 1]) + png[5001:], "no image"),
+        "half_alpha.png": (transparent[: len(transparent) // 2], "no image"),
+        "half.webp": (webp[: len(webp) - 10], "no image"),
         "text.png": (b"not an image " * 100, "no image"),
         "empty.jpg": (b"", "empty file"),
     }

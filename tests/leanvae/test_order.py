@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from leanvae.data.order import epoch_order, locate, source_shares, substitute
+from leanvae.data.order import epoch_order, locate, phase_at, phases_of, source_shares, substitute
 
 SIZES = (7, 5, 20)
 
@@ -72,6 +72,54 @@ def test_ranks_slices_make_up_the_same_steps(world_size):
                 epoch, place = locate(step * batch + index, length)
                 parts.append(epoch_order(SIZES, SIZES, 0, epoch)[place])
         assert np.array_equal(parts, whole[step * batch : (step + 1) * batch])
+
+
+STRETCHES = [(3, 8, (16, 16)), (2, 4, (32, 32)), (4, 12, (8, 24))]
+
+
+def test_phases_follow_each_other_and_the_last_goes_on():
+    phases = phases_of(STRETCHES)
+    assert [phase.first_step for phase in phases] == [0, 3, 5]
+    assert [phase.first_position for phase in phases] == [0, 24, 32]
+    found = [phases.index(phase_at(phases, step)) for step in (0, 2, 3, 4, 5, 8, 9, 1000)]
+    assert found == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert phase_at(phases, 9).resolution == (8, 24)
+
+
+def slices(phases, rank=0, world_size=1, start=0, stop=12):
+    """The positions of a rank's steps."""
+    for step in range(start, stop):
+        phase = phase_at(phases, step)
+        local = phase.batch_size // world_size
+        yield [phase.position(step, index) for index in range(rank * local, (rank + 1) * local)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_positions_run_on_over_phases_whatever_the_number_of_ranks(world_size):
+    phases = phases_of(STRETCHES)
+    parts = [list(slices(phases, rank, world_size)) for rank in range(world_size)]
+    positions = [position for step in zip(*parts, strict=True) for part in step for position in part]
+    assert positions == list(range(len(positions)))
+
+
+@pytest.mark.parametrize("start", range(12))
+def test_resuming_at_a_step_drops_the_first_ones_across_phases(start):
+    phases = phases_of(STRETCHES)
+    assert list(slices(phases, start=start)) == list(slices(phases))[start:]
+
+
+def test_a_first_phase_stays_as_it_is_when_others_are_added():
+    assert phases_of(STRETCHES[:1])[0] == phases_of(STRETCHES)[0]
+
+
+@pytest.mark.parametrize("stretch", [(0, 8, (8, 8)), (1, 0, (8, 8)), (1, 8, (0, 8)), (1, 8, (8, -8))])
+def test_phases_refuse_what_is_not_positive(stretch):
+    with pytest.raises(ValueError, match="phase 1: steps, batch size, height and width must be at least 1, got"):
+        phases_of([(1, 1, (1, 1)), stretch])
+    with pytest.raises(ValueError, match="at least one phase"):
+        phases_of([])
+    with pytest.raises(ValueError, match="count from 0, got -1"):
+        phase_at(phases_of(STRETCHES), -1)
 
 
 def test_substitutes_are_all_the_other_clips_of_the_source_each_once():

@@ -3,7 +3,7 @@
 import pytest
 
 from leanvae.config import ConfigError, parse_config
-from leanvae.data.config import DataConfig, source_weights
+from leanvae.data.config import ClipDataConfig, source_weights
 from leanvae.data.sources import Clip, SourceError, list_clips, split_held_out
 
 
@@ -20,7 +20,7 @@ def names(clips, folder):
 
 
 def listed(*sources):
-    return list_clips(DataConfig(sources=sources))
+    return list_clips(ClipDataConfig(sources=sources))
 
 
 def test_folders_are_read_recursively_sorted_and_without_hidden_files(folder):
@@ -124,12 +124,12 @@ def test_parts_of_a_file_stand_on_one_side():
 )
 def test_config_errors_name_the_key_and_the_rule(tree, message):
     with pytest.raises(ConfigError, match=message):
-        parse_config(DataConfig, tree, "run.yaml")
+        parse_config(ClipDataConfig, tree, "run.yaml")
 
 
 def test_config_takes_paths_and_weights_and_survives_its_own_dump():
-    config = DataConfig.model_validate({"sources": [{"path": "a", "weight": 2}, {"path": "b", "weight": 1}]})
+    config = ClipDataConfig.model_validate({"sources": [{"path": "a", "weight": 2}, {"path": "b", "weight": 1}]})
     assert source_weights(config, [10, 20]) == [2.0, 1.0]
-    assert source_weights(DataConfig(sources=["a", "b"]), [10, 20]) == [10.0, 20.0]
-    assert DataConfig.model_validate(config.model_dump(mode="json")) == config
-    assert DataConfig().sources[0].path == "builtin"
+    assert source_weights(ClipDataConfig(sources=["a", "b"]), [10, 20]) == [10.0, 20.0]
+    assert ClipDataConfig.model_validate(config.model_dump(mode="json")) == config
+    assert ClipDataConfig().sources[0].path == "builtin"

@@ -1,0 +1,45 @@
+"""Reading of training images, from files or out of tars; no torch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leanvae.data.cutting import cut_picture, draw_cut
+from leanvae.data.shards import read_member
+from leanvae.data.sources import Picture
+from leanvae.media import decode_image, read_image
+
+
+@dataclass(frozen=True)
+class PictureSample:
+    """A decoded image.
+
+    Attributes:
+        item: the picture that it comes from.
+        frames: (H, W, 3) uint8, full-range RGB.
+    """
+
+    item: Picture
+    frames: NDArray[np.uint8]
+
+
+def read_picture(
+    picture: Picture, resolution: tuple[int, int], flip: bool, generator: np.random.Generator | None
+) -> PictureSample:
+    """Reads an image, resized to cover ``resolution`` (smaller ones are enlarged), and cropped.
+
+    Args:
+        resolution: (height, width) in pixels.
+        flip: let the generator mirror half of the images left to right.
+        generator: draws the crop and the flip; None takes the central crop, unflipped.
+
+    Raises:
+        MediaError: the file or the tar's member is no usable image; the reason says what is wrong.
+    """
+    if picture.archive is None:
+        image = read_image(picture.path)
+    else:
+        data = read_member(picture.archive, picture.offset, picture.size, picture.path)
+        image = decode_image(data, picture.path)
+    return PictureSample(picture, cut_picture(image, resolution, draw_cut(generator, flip)))
