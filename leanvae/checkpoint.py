@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from leanvae.config import LeanVAEConfig, parse_config
-from leanvae.files import atomic_path, write_text
 from leanvae.model import LeanVAE
+from litevae.baselines import from_diffusers
+from litevae.config import LiteVAEConfig
+from litevae.model import LiteVAE
+from litevae.pretrained import CONFIG_FILE, WEIGHTS_FILE
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
+_CONFIGS: dict[str, type[LeanVAEConfig] | type[LiteVAEConfig]] = {"LeanVAE": LeanVAEConfig, "LiteVAE": LiteVAEConfig}
+_DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 TRAINING_PREFIX = "autoencoder."
 
 # Published names to ours, applied in turn.
@@ -40,29 +43,19 @@ _RENAMINGS = [
 ]
 
 
-def save_pretrained(vae: LeanVAE, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-    """Writes a model's `config.json` and `model.safetensors`, each atomically.
-
-    Args:
-        vae: the model.
-        folder: made if missing.
-        state: weights to write instead of the model's own, by the model's names.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().contiguous() for name, value in (state or vae.state_dict()).items()}
-    with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        temporary.write_bytes(save(weights))  # save_file would make it readable by its owner alone
-    config = {"model": "LeanVAE", **vae.config.model_dump(mode="json")}
-    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+def build_vae(config: LeanVAEConfig | LiteVAEConfig) -> LeanVAE | LiteVAE:
+    """The model that a configuration is of, with fresh weights."""
+    return LeanVAE(config) if isinstance(config, LeanVAEConfig) else LiteVAE(config)
 
 
-def load_vae(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LeanVAE:
+def load_vae(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LeanVAE | LiteVAE:
     """Loads an autoencoder, ready for inference.
 
     Args:
-        path: a folder with `config.json` and `model.safetensors` (a training checkpoint is one), or a published
-            LeanVAE checkpoint file.
+        path: a folder with `config.json` and `model.safetensors` (a training checkpoint is one), a folder that
+            diffusers wrote an `AutoencoderKL` of the SD-VAE's architecture to, or a published LeanVAE checkpoint file.
         device: where the weights go.
         dtype: their type; as stored if `None`.
 
@@ -75,7 +68,7 @@ def load_vae(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
         raise FileNotFoundError(f"no checkpoint at {path}")
     config, state = _read_folder(path) if path.is_dir() else _read_published(path)
     with torch.device("meta"):
-        vae = LeanVAE(config)
+        vae = build_vae(config)
     try:
         vae.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
@@ -83,7 +76,9 @@ def load_vae(path: str | Path, device: str | torch.device = "cpu", dtype: torch.
     return vae.requires_grad_(True).to(device, dtype).eval()
 
 
-def _read_folder(folder: Path) -> tuple[LeanVAEConfig, dict[str, Tensor]]:
+def _read_folder(folder: Path) -> tuple[LeanVAEConfig | LiteVAEConfig, dict[str, Tensor]]:
+    if not (folder / WEIGHTS_FILE).is_file() and (folder / _DIFFUSERS_WEIGHTS_FILE).is_file():
+        return _read_diffusers(folder / _DIFFUSERS_WEIGHTS_FILE)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             latest = folder / "checkpoints" / "latest"
@@ -93,13 +88,24 @@ def _read_folder(folder: Path) -> tuple[LeanVAEConfig, dict[str, Tensor]]:
         tree = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: no valid JSON: {error}") from error
-    if not isinstance(tree, dict) or tree.pop("model", None) != "LeanVAE":
-        raise ValueError(f"{folder / CONFIG_FILE}: the field 'model' must be 'LeanVAE'")
+    model = tree.pop("model", None) if isinstance(tree, dict) else None
+    if model not in _CONFIGS:
+        raise ValueError(f"{folder / CONFIG_FILE}: the field 'model' must be one of {', '.join(_CONFIGS)}")
+    return parse_config(_CONFIGS[model], tree, str(folder / CONFIG_FILE)), _read_weights(folder / WEIGHTS_FILE)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        state = load_file(folder / WEIGHTS_FILE)
+        return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: no valid safetensors file: {error}") from error
-    return parse_config(LeanVAEConfig, tree, str(folder / CONFIG_FILE)), state
+        raise ValueError(f"{path}: no valid safetensors file: {error}") from error
+
+
+def _read_diffusers(path: Path) -> tuple[LiteVAEConfig, dict[str, Tensor]]:
+    try:
+        return from_diffusers(_read_weights(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_published(path: Path) -> tuple[LeanVAEConfig, dict[str, Tensor]]:

@@ -144,7 +144,7 @@ def _run_reconstruct(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_train_video_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
     parser.add_argument(
         "--set",
@@ -162,13 +162,27 @@ def _add_train_video_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_train_video(args: argparse.Namespace) -> int:
-    # Decoder processes share a CPU's cores with torch, whose threads would spin through their share while waiting
-    # for each other; it reads this when it is first imported.
+    _keep_threads_from_spinning()
+
+    from leanvae.training.config import TrainVideoConfig
+    from leanvae.training.loop import train
+
+    return train(TrainVideoConfig, args.config, args.set, args.output, args.resume)
+
+
+def _run_train_image(args: argparse.Namespace) -> int:
+    _keep_threads_from_spinning()
+
+    from leanvae.training.config import TrainImageConfig
+    from leanvae.training.loop import train
+
+    return train(TrainImageConfig, args.config, args.set, args.output, args.resume)
+
+
+def _keep_threads_from_spinning() -> None:
+    """Decoder processes share a CPU's cores with torch, whose threads would spin through their share while waiting
+    for each other; it reads this when it is first imported."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-    from leanvae.training.loop import train_video
-
-    return train_video(config=args.config, overrides=args.set, output=args.output, resume=args.resume)
 
 
 COMMANDS = {
@@ -179,7 +193,12 @@ COMMANDS = {
     ),
     "train_video": Command(
         "Train a video autoencoder; start it with deepspeed, torchrun or plain python.",
-        _add_train_video_arguments,
+        _add_train_arguments,
         _run_train_video,
+    ),
+    "train_image": Command(
+        "Train an image autoencoder; start it with deepspeed, torchrun or plain python.",
+        _add_train_arguments,
+        _run_train_image,
     ),
 }

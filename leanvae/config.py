@@ -98,20 +98,45 @@ def _known_keys(config_class: type[BaseModel] | None, path: tuple[int | str, ...
 def load_config(config_class: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
     """Reads a YAML file, applies dotted overrides and validates the result.
 
+    A key `base` at the top names another YAML file, relative to this one, whose keys this one overrides.
+
     Raises:
-        ConfigError: the file is missing or no YAML mapping, or its content or an override is wrong.
+        ConfigError: a file is missing or no YAML mapping, or its content or an override is wrong.
     """
+    tree = _read_tree(Path(path), ())
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(config_class, tree, str(path))
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """A nested dictionary in which `over` replaces what `base` has; mappings are merged, all else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        before = merged.get(key)
+        merged[key] = merge(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _read_tree(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping in a YAML file, merged over that of its base; `readers` are the files that led here."""
+    if path.resolve() in readers:
+        raise ConfigError(f"{path}: is its own base, by way of {', '.join(str(reader) for reader in readers)}")
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        named_by = f" (the base of {readers[-1]})" if readers else ""
+        raise ConfigError(f"{path}{named_by}: cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: no valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top, got {type(tree).__name__}")
-    for override in overrides:
-        apply_override(tree, override)
-    return parse_config(config_class, tree, str(path))
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: expected the path of a YAML file, got {base!r}")
+    return merge(_read_tree(path.parent / base, (*readers, path.resolve())), tree)
 
 
 class LeanVAEConfig(StrictConfig):

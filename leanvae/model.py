@@ -225,9 +225,9 @@ class LeanVAE(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into a folder, each atomically."""
-        from leanvae.checkpoint import save_pretrained
+        from litevae.pretrained import save_pretrained
 
-        save_pretrained(self, folder)
+        save_pretrained("LeanVAE", self.config, self.state_dict(), folder)
 
     @property
     def _decoder_stacks(self) -> list[NAFLayers]:

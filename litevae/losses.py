@@ -298,16 +298,20 @@ def gradient_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def adaptive_weight(
-    reconstruction_gradients: Sequence[Tensor], adversarial_gradients: Sequence[Tensor], delta: float = 1e-6
+    reconstruction_gradients: Sequence[Tensor],
+    adversarial_gradients: Sequence[Tensor],
+    factor: float = 0.5,
+    delta: float = 1e-6,
 ) -> Tensor:
-    """Weight that brings the adversarial gradient to half the norm of the reconstruction's.
+    """Weight that brings the adversarial gradient to a share of the norm of the reconstruction's.
 
-    `|g_rec| / (2 * (|g_adv| + delta))`, at most 10,000. Source: LiteVAE, Equation 2, after Esser et al., "Taming
+    `factor * |g_rec| / (|g_adv| + delta)`, at most 10,000. Source: LiteVAE, Equation 2, after Esser et al., "Taming
     transformers for high-resolution image synthesis" (2021); the bound is ours.
 
     Args:
         reconstruction_gradients: gradients of the reconstruction loss, usually for the last layer's weight.
         adversarial_gradients: gradients of the adversarial loss for the same parameters.
+        factor: the share; the equation's 1/2.
         delta: what keeps the weight finite without an adversarial gradient.
 
     Returns:
@@ -317,4 +321,4 @@ def adaptive_weight(
         ValueError: one of the sequences is empty.
     """
     ratio = gradient_norm(reconstruction_gradients) / (gradient_norm(adversarial_gradients) + delta)
-    return (0.5 * ratio).clamp_max(_MAX_ADAPTIVE_WEIGHT)
+    return (factor * ratio).clamp_max(_MAX_ADAPTIVE_WEIGHT)

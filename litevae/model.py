@@ -1,6 +1,7 @@
 """LiteVAE: the image autoencoder (LiteVAE, Figure 1), and the SD-VAE that it is compared with."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,12 @@ class LiteVAE(nn.Module):
         posterior = self.encode(x)
         latent = posterior.mode() if noise is None else posterior.sample_with(noise)
         return self.decode(latent, tuple(x.shape[2:])), posterior
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors` into a folder, each atomically."""
+        from litevae.pretrained import save_pretrained
+
+        save_pretrained("LiteVAE", self.config, self.state_dict(), folder)
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, int, int]:
         """Shape `(Z, H', W')` of the latent of an image `(H, W)`."""

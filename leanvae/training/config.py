@@ -1,13 +1,22 @@
 """Configuration of a training run: one YAML file."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_serializer,
+    model_validator,
+)
 from typing_extensions import Self
 
-from leanvae.config import ConfigError, LeanVAEConfig
-from leanvae.data.config import DataConfig
-from litevae.config import StrictConfig
+from leanvae.config import LeanVAEConfig, merge
+from leanvae.data.config import ClipDataConfig, DataConfig, ImageDataConfig
+from leanvae.training.phases import Curriculum, PhaseConfig, lay_out
+from litevae.config import DOWNSAMPLING, LiteVAEConfig, StrictConfig
 from litevae.discriminators import DiscriminatorConfig
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -31,37 +40,80 @@ _DEEPSPEED_KEYS = frozenset(
 )
 
 
-class LossConfig(StrictConfig):
-    """Weights of the reconstruction losses, for pixels in [-1, 1].
+class LossTerm(StrictConfig):
+    """A term of the loss: a number, or a mapping with these fields.
 
-    The defaults are the published recipe's, whose data are in [-0.5, 0.5], rescaled.
+    Attributes:
+        weight: what it is multiplied with; 0 leaves it out.
+        start_step: first step in which it counts.
+    """
+
+    weight: NonNegativeFloat
+    start_step: NonNegativeInt = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_number_is_a_weight(cls, value: Any) -> Any:
+        return {"weight": value} if isinstance(value, int | float) else value
+
+    @model_serializer
+    def _as_short_as_it_was(self) -> float | dict[str, Any]:
+        return {"weight": self.weight, "start_step": self.start_step} if self.start_step else self.weight
+
+    def at(self, step: int) -> float:
+        """The weight in a step."""
+        return self.weight if step >= self.start_step else 0.0
+
+
+def _term(weight: float) -> LossTerm:
+    return LossTerm(weight=weight)
+
+
+class LossConfig(StrictConfig):
+    """Terms of the reconstruction loss, for pixels in [-1, 1]; each a weight, or `{weight: ..., start_step: ...}`.
+
+    The defaults are the published recipe's of LeanVAE, whose data are in [-0.5, 0.5], rescaled.
 
     Attributes:
         l1: mean absolute error of pixels.
-        lpips: LPIPS of the first frame and one group of frames a clip.
+        lpips: LPIPS; of a clip's first frame and one group of frames.
+        vgg: features of VGG19 before the activation (ESRGAN; LiteVAE, Table 14), of the same frames.
         low_bands: mean absolute error of the low Haar bands (whatever the model's wavelet), image frame plus
             video frames.
         high_bands: the same of the high bands.
+        wavelet: Charbonnier loss of the high Haar bands of each frame (LiteVAE, Table 9).
+        gaussian: mean absolute error of what a Gaussian blur takes away, of each frame (LiteVAE, Table 9).
+        ldl: locally discriminative learning, of each frame (LiteVAE, Table 15); takes another pass, of the averaged
+            weights.
         kl: KL divergence to a standard normal, summed over the latent.
-        perceptual: `auto` uses LPIPS if the backbone's weights are found and warns otherwise, `lpips` insists,
-            `none` goes without.
-        perceptual_weights: file of the VGG16 backbone's weights; the torch cache is searched without it.
+        perceptual: `auto` uses the perceptual terms whose backbone's weights are found and warns of the others,
+            `required` insists on them, `none` goes without.
+        lpips_backbone: file of VGG16's weights; the torch cache is searched without it.
+        vgg_backbone: file of VGG19's weights, likewise.
     """
 
-    l1: NonNegativeFloat = 2.0
-    lpips: NonNegativeFloat = 4.0
-    low_bands: NonNegativeFloat = 0.1
-    high_bands: NonNegativeFloat = 0.2
-    kl: NonNegativeFloat = 1e-7
-    perceptual: Literal["auto", "lpips", "none"] = "auto"
-    perceptual_weights: str | None = None
+    l1: LossTerm = _term(2.0)
+    lpips: LossTerm = _term(4.0)
+    vgg: LossTerm = _term(0.0)
+    low_bands: LossTerm = _term(0.1)
+    high_bands: LossTerm = _term(0.2)
+    wavelet: LossTerm = _term(0.0)
+    gaussian: LossTerm = _term(0.0)
+    ldl: LossTerm = _term(0.0)
+    kl: LossTerm = _term(1e-7)
+    perceptual: Literal["auto", "required", "none"] = "auto"
+    lpips_backbone: str | None = None
+    vgg_backbone: str | None = None
 
 
 class GANConfig(StrictConfig):
-    """The adversarial loss: a PatchGAN on single frames.
+    """The adversarial loss, on single frames.
 
     Attributes:
         weight: of the generator's adversarial loss.
+        weighting: `constant`, or `adaptive`: the weight is multiplied with the ratio of the gradients' norms of the
+            reconstruction loss and the adversarial one at the decoder's last layer (LiteVAE, Equation 2, in which it
+            is 1/2).
         loss: of the discriminator.
         generator_loss: `non_saturating`, mean softplus(-logits), or `hinge`, -mean(logits).
         start_step: first step in which the discriminator trains and counts.
@@ -69,10 +121,13 @@ class GANConfig(StrictConfig):
         lecam: weight of the LeCam regularisation of the discriminator.
         lecam_decay: decay of its running averages of the logits.
         learning_rate: of the discriminator.
+        gradient_ratio_every: steps between measurements of the gradients' ratio, weight included (LiteVAE, Figure 7);
+            0 for none.
         discriminator: its architecture.
     """
 
     weight: NonNegativeFloat = 0.2
+    weighting: Literal["constant", "adaptive"] = "constant"
     loss: Literal["hinge", "logistic"] = "hinge"
     generator_loss: Literal["non_saturating", "hinge"] = "non_saturating"
     start_step: NonNegativeInt = 0
@@ -80,7 +135,13 @@ class GANConfig(StrictConfig):
     lecam: NonNegativeFloat = 0.005
     lecam_decay: Decay = 0.999
     learning_rate: PositiveFloat = 1e-5
+    gradient_ratio_every: NonNegativeInt = 0
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+    def looks_at_gradients(self, step: int) -> bool:
+        """Whether the step needs the gradients at the decoder's last layer."""
+        every = self.gradient_ratio_every
+        return self.weighting == "adaptive" or bool(every and step % every == 0)
 
 
 class OptimizerConfig(StrictConfig):
@@ -105,10 +166,10 @@ class TrainingConfig(StrictConfig):
     """The course of a run.
 
     Attributes:
-        max_steps: optimizer steps in all.
-        batch_size: clips a step, over all ranks and passes.
-        micro_batch_size: clips that a rank takes in one pass; the gradients of several passes are accumulated.
-            Without it a rank takes its whole share at once. It bounds memory and changes no result.
+        max_steps: optimizer steps in all; with phases, where to stop before their end.
+        batch_size: clips or images a step, over all ranks and passes.
+        micro_batch_size: clips or images that a rank takes in one pass; the gradients of several passes are
+            accumulated. Without it a rank takes its whole share at once. It bounds memory and changes no result.
         gradient_clipping: highest norm of each network's gradient; 0 turns clipping off.
         ema_decay: decay of the averaged weights (rises to it over the first steps).
         seed: of weights, data order, crops, noise.
@@ -116,12 +177,12 @@ class TrainingConfig(StrictConfig):
         log_every: steps between log lines.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         keep_checkpoints: newest checkpoints kept.
-        validate_every: steps between evaluations on held-out clips; also before the first step and at the end.
-        validation_clips: held-out clips evaluated.
+        validate_every: steps between evaluations on held-out data; also before the first step and at the end.
+        validation_clips: held-out clips or images evaluated.
         output: folder of the run, unless the command line names one.
     """
 
-    max_steps: PositiveInt = 700_000
+    max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 40
     micro_batch_size: PositiveInt | None = None
     gradient_clipping: NonNegativeFloat = 1.0
@@ -135,42 +196,31 @@ class TrainingConfig(StrictConfig):
     validation_clips: PositiveInt = 4
     output: str = "runs/video"
 
-    def passes(self, world_size: int) -> int:
-        """Passes a step on each of `world_size` ranks.
 
-        Raises:
-            ConfigError: the batch does not divide among the ranks, or a rank's share into its passes.
-        """
-        share, rest = divmod(self.batch_size, world_size)
-        if rest:
-            raise ConfigError(
-                f"training.batch_size is {self.batch_size}: it must be divisible by the number of ranks, {world_size}"
-            )
-        passes, rest = divmod(share, min(share, self.micro_batch_size or share))
-        if rest:
-            raise ConfigError(
-                f"training.micro_batch_size is {self.micro_batch_size}: it must divide each rank's share "
-                f"of the batch, {share}"
-            )
-        return passes
+class TrainConfig(StrictConfig):
+    """What every run's YAML file may say.
 
-
-class TrainVideoConfig(StrictConfig):
-    """Everything that `scripts/train_video.py` reads from its YAML file.
-
-    `deepspeed` is DeepSpeed's own configuration (`zero_optimization`, `bf16`, ...), used for both networks.
+    Attributes:
+        model, data, losses, gan, optimizer, training: see there; `gan: null` trains without a discriminator.
+        phases: a curriculum of resolutions and batch sizes (LiteVAE, Section 4.3), one after the other; without it
+            the run has one phase, of `data.resolution` and `training.batch_size`.
+        deepspeed: DeepSpeed's own configuration (`zero_optimization`, `bf16`, ...), used for both networks.
     """
 
-    model: LeanVAEConfig = LeanVAEConfig()
+    model: LeanVAEConfig | LiteVAEConfig = LeanVAEConfig()
     data: DataConfig = DataConfig()
     losses: LossConfig = LossConfig()
     gan: GANConfig | None = GANConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    phases: tuple[PhaseConfig, ...] = ()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
 
+    default_steps: ClassVar[int] = 0
+    small_config: ClassVar[str] = ""
+
     @model_validator(mode="after")
-    def _fields_fit_together(self) -> Self:
+    def _deepspeed_is_told_once(self) -> Self:
         for key, field in _KEYS_OF_OURS.items():
             if key in self.deepspeed:
                 raise ValueError(f"deepspeed.{key} is set by {field}: remove it from the deepspeed block")
@@ -180,13 +230,105 @@ class TrainVideoConfig(StrictConfig):
             raise ValueError(
                 f"deepspeed.{unknown[0]}: unknown key; DeepSpeed's are {', '.join(sorted(_DEEPSPEED_KEYS))}"
             )
-        group, patch_height, patch_width = self.model.patch_size
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_can_be_looked_at(self) -> Self:
+        if self.gan and (self.gan.weighting == "adaptive" or self.gan.gradient_ratio_every):
+            field = "weighting is adaptive" if self.gan.weighting == "adaptive" else "gradient_ratio_every is set"
+            if self.deepspeed.get("zero_optimization", {}).get("stage") == 3:
+                raise ValueError(f"gan.{field}: that needs whole weights, which ZeRO stage 3 parts; use stage 0 to 2")
+        return self
+
+    @property
+    def stretches(self) -> list[PhaseConfig]:
+        """The phases with nothing left out; at least one."""
+        training = self.training
+        given = self.phases or (PhaseConfig(steps=training.max_steps or self.default_steps),)
+        return [
+            PhaseConfig(
+                steps=phase.steps,
+                resolution=phase.resolution or self.data.resolution,
+                batch=phase.batch or training.batch_size,
+                micro_batch=phase.micro_batch or training.micro_batch_size,
+            )
+            for phase in given
+        ]
+
+    @property
+    def curriculum(self) -> Curriculum:
+        """What depends on the number of a step alone."""
+        return lay_out(self.stretches, self.training.max_steps)
+
+
+class TrainVideoConfig(TrainConfig):
+    """Everything that `scripts/train_video.py` reads from its YAML file."""
+
+    model: LeanVAEConfig = LeanVAEConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    data: ClipDataConfig = ClipDataConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    default_steps: ClassVar[int] = 700_000
+    small_config: ClassVar[str] = "configs/demo_cpu.yaml"
+
+    @model_validator(mode="after")
+    def _patches_divide_clips(self) -> Self:
+        group, *patch = self.model.patch_size
         if (self.data.num_frames - 1) % group:
             raise ValueError(f"data.num_frames is {self.data.num_frames}: model.patch_size needs {group}n + 1")
-        height, width = self.data.resolution
-        if height % patch_height or width % patch_width:
-            raise ValueError(
-                f"data.resolution {self.data.resolution} is not divisible by model.patch_size "
-                f"{(patch_height, patch_width)}"
-            )
+        _check_resolutions(self, tuple(patch), "model.patch_size")
         return self
+
+
+# What differs from video: the paper's rates, batch and discriminator, and LDM's hinge loss. It gives no weights of
+# the losses: pixels count once and the GAN waits until half of the default steps, which are ours.
+_IMAGE_DEFAULTS: dict[str, Any] = {
+    "losses": {"l1": 1.0, "lpips": 1.0, "low_bands": 0.0, "high_bands": 0.0, "kl": 1e-7},
+    "gan": {
+        "weight": 0.1,
+        "generator_loss": "hinge",
+        "start_step": 50_000,
+        "lecam": 0.0,
+        "learning_rate": 1e-4,
+        "discriminator": {"kind": "unet"},
+    },
+    "optimizer": {"learning_rate": 1e-4, "final_learning_rate": 1e-4, "warmup_steps": 0},
+    "training": {"batch_size": 16, "output": "runs/image"},
+}
+
+
+class TrainImageConfig(TrainConfig):
+    """Everything that `scripts/train_image.py` reads from its YAML file.
+
+    Defaults that differ from those of the blocks are LiteVAE's: Adam at a constant 1e-4, batches of 16, a UNet
+    discriminator (Appendix F).
+    """
+
+    model: LiteVAEConfig = LiteVAEConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    data: ImageDataConfig = ImageDataConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    default_steps: ClassVar[int] = 200_000
+    small_config: ClassVar[str] = "configs/lite_demo_cpu.yaml"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_images(cls, tree: Any) -> Any:
+        return merge(_IMAGE_DEFAULTS, tree) if isinstance(tree, dict) else tree
+
+    @model_validator(mode="after")
+    def _latents_are_whole(self) -> Self:
+        _check_resolutions(self, (DOWNSAMPLING, DOWNSAMPLING), "the model's downsampling")
+        if self.model.aggregation == "vit" and self.model.encoder == "wavelet":
+            for phase in self.stretches:
+                grid = tuple(side // DOWNSAMPLING for side in phase.resolution or ())
+                if grid != self.model.vit_grid:
+                    raise ValueError(
+                        f"model.vit_grid is {self.model.vit_grid}: images of {phase.resolution} need {grid}"
+                    )
+        return self
+
+
+def _check_resolutions(config: TrainConfig, step: tuple[int, ...], rule: str) -> None:
+    for phase in config.stretches:
+        assert phase.resolution is not None
+        if any(side % size for side, size in zip(phase.resolution, step, strict=True)):
+            raise ValueError(f"resolution {phase.resolution} is not divisible by {rule} {step}")

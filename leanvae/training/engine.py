@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from leanvae.config import ConfigError, describe_errors
-from leanvae.training.config import OptimizerConfig, TrainVideoConfig
+from leanvae.training.config import OptimizerConfig, TrainConfig
 
 
 class Engine(Protocol):
@@ -28,6 +28,9 @@ class Engine(Protocol):
 
     def __call__(self, *args: Any) -> Any:
         """Forward pass through the network."""
+
+    def start_phase(self, batch: int, passes: int) -> None:
+        """Tells the samples of all ranks in a step, and the passes that its gradients are accumulated over."""
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of one accumulation step's mean loss; after the last one the weights are updated."""
@@ -63,7 +66,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def build_engine(module: nn.Module, config: TrainVideoConfig, device: torch.device) -> Engine:
+def build_engine(module: nn.Module, config: TrainConfig, device: torch.device) -> Engine:
     """Puts a network on its device, with AdamW, under the engine that `training.engine` names."""
     build = PlainEngine if config.training.engine == "plain" else DeepSpeedEngine
     return build(module, config, device)
@@ -81,17 +84,19 @@ class PlainEngine:
 
     dtype = torch.float32
 
-    def __init__(self, module: nn.Module, config: TrainVideoConfig, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, config: TrainConfig, device: torch.device) -> None:
         if config.deepspeed.get("bf16", {}).get("enabled"):
             raise ValueError("training.engine is plain, which trains in float32: turn deepspeed.bf16 off")
         self.module = module.to(device)
         self._optimizer = adam(module, config.optimizer)
-        self._passes_a_step = config.training.passes(1)
         self._clipping = config.training.gradient_clipping
-        self._passes = 0
+        self._passes_a_step, self._passes = 1, 0
 
     def __call__(self, *args: Any) -> Any:
         return self.module(*args)
+
+    def start_phase(self, batch: int, passes: int) -> None:
+        self._passes_a_step, self._passes = passes, 0
 
     def backward(self, loss: Tensor) -> None:
         (loss / self._passes_a_step).backward()
@@ -125,16 +130,15 @@ class DeepSpeedEngine:
 
     _TAG = "state"
 
-    def __init__(self, module: nn.Module, config: TrainVideoConfig, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, config: TrainConfig, device: torch.device) -> None:
         from deepspeed import initialize
 
-        training, world_size = config.training, dist.get_world_size()
-        passes = training.passes(world_size)
+        training = config.training
         settings = {
             "zero_force_ds_cpu_optimizer": False,  # ours is fused, also on CPUs
             **config.deepspeed,
-            "train_micro_batch_size_per_gpu": training.batch_size // (world_size * passes),
-            "gradient_accumulation_steps": passes,
+            "train_micro_batch_size_per_gpu": 1,  # of the first phase, told before the first step
+            "gradient_accumulation_steps": 1,
             "gradient_clipping": training.gradient_clipping,
             "steps_per_print": config.deepspeed.get("steps_per_print", 10**9),
         }
@@ -155,6 +159,13 @@ class DeepSpeedEngine:
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
+
+    def start_phase(self, batch: int, passes: int) -> None:
+        self._engine.set_train_micro_batch_size(batch // (dist.get_world_size() * passes))
+        self._engine.set_train_batch_size(batch)
+        self._engine.micro_steps = 0  # by which the engine knows the last pass of a step
+        if hasattr(self._engine.optimizer, "gradient_accumulation_steps"):
+            self._engine.optimizer.gradient_accumulation_steps = passes  # ZeRO's copy
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)

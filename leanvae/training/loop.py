@@ -8,25 +8,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from leanvae.config import load_config
-from leanvae.data.loader import Batch, ClipLoader, check_bad_share
-from leanvae.data.sources import Clip, list_clips, split_held_out
+from leanvae.data.loader import Batch, Loader
+from leanvae.data.order import phase_at
+from leanvae.data.quarantine import check_bad_share
 from leanvae.files import write_text
-from leanvae.model import LeanVAE
+from leanvae.training.build import build_networks, check_passes, find_items
 from leanvae.training.checkpoints import clean, find_checkpoint
-from leanvae.training.config import TrainVideoConfig
-from leanvae.training.engine import build_engine, start_processes
+from leanvae.training.config import TrainConfig, TrainImageConfig, TrainVideoConfig
+from leanvae.training.engine import start_processes
 from leanvae.training.ranks import StopRequests, gather, highest, lock_folder, on_main, rank, world_size
 from leanvae.training.record import RunRecord
 from leanvae.training.schedule import ema_decay
-from leanvae.training.state import RESOLVED_CONFIG, clips_digest, load_run, resolved_config, save_run
-from leanvae.training.step import TrainingStep, update_average
+from leanvae.training.state import RESOLVED_CONFIG, items_digest, load_run, resolved_config, save_run
+from leanvae.training.step import update_average
 from leanvae.training.validation import Validation
-from litevae.discriminators import build_discriminator
-from litevae.perceptual import PerceptualDistance, find_backbone, load_lpips, missing_backbone_message
 
 logger = logging.getLogger("leanvae")
 
@@ -36,11 +34,18 @@ _LONG_RUN_SECONDS = 24 * 3600.0
 _STEPS_BEFORE_ESTIMATE = 4
 
 
-def train_video(config: str | Path, overrides: list[str], output: str | Path | None, resume: str = "auto") -> int:
-    """Trains a video autoencoder as a YAML file says.
+def train(
+    config_class: type[TrainVideoConfig] | type[TrainImageConfig],
+    config: str | Path,
+    overrides: list[str],
+    output: str | Path | None,
+    resume: str = "auto",
+) -> int:
+    """Trains an autoencoder as a YAML file says.
 
     Args:
-        config: the YAML file (`TrainVideoConfig`).
+        config_class: what the file is read as: `TrainVideoConfig` or `TrainImageConfig`.
+        config: the YAML file.
         overrides: dotted `key.path=value` settings.
         output: folder of the run; `training.output` if `None`.
         resume: `auto`, `none` or a checkpoint folder; see `find_checkpoint`.
@@ -51,7 +56,7 @@ def train_video(config: str | Path, overrides: list[str], output: str | Path | N
     Raises:
         ConfigError, ValueError, FileNotFoundError: the configuration, the data or the checkpoint is wrong.
     """
-    settings = load_config(TrainVideoConfig, config, overrides)
+    settings = load_config(config_class, config, overrides)
     device = start_processes(settings.training.engine)
     root = Path(output or settings.training.output)
     requests = StopRequests()
@@ -82,11 +87,11 @@ class Trainer:
         device: this rank's device.
 
     Raises:
-        ConfigError: the batch does not divide among the ranks and passes.
-        ValueError: the data sources hold no clip.
+        ConfigError: a batch does not divide among the ranks and passes.
+        ValueError: the data sources hold nothing to train on.
     """
 
-    def __init__(self, config: TrainVideoConfig, root: Path, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, root: Path, device: torch.device) -> None:
         self.config = config
         self.root = root
         self.device = device
@@ -94,11 +99,11 @@ class Trainer:
         self.step = 0
         self.bad_clips: dict[str, str] = {}
         self._first_step, self._busy_seconds = 0, 0.0
-        self.loader: ClipLoader | None = None
-        training = config.training
-        training.passes(world_size())
-        self.train_clips, self.held_out = self._find_clips()
-        self.take_step, self.average = self._build_networks()
+        self.loader: Loader | None = None
+        self.curriculum = config.curriculum
+        check_passes(config, world_size())
+        self.train_items, self.held_out = find_items(config.data)
+        self.take_step, self.average = build_networks(config, device)
         self.record = RunRecord(root) if self.is_main else None
         self.validation = Validation(config, self.held_out, device) if self.is_main else None
 
@@ -115,20 +120,21 @@ class Trainer:
         """Goes on from a checkpoint, or begins; see `find_checkpoint` for `resume`."""
         folder = on_main(lambda: find_checkpoint(self.root / CHECKPOINTS, resume))
         if folder:
-            self.step, self.average = load_run(
-                folder, self.config, self.take_step, clips_digest(self.train_clips), self.device
+            self.step, average = load_run(
+                folder, self.config, self.take_step, items_digest(self.train_items), self.device
             )
+            for name, value in average.items():
+                self.average[name].copy_(value)
         if self.record:
             clean(self.root / CHECKPOINTS)
             self.record.start(self.step if folder else None)
             write_text(self.root / RESOLVED_CONFIG, resolved_config(self.config))
-            write_text(self.root / HELD_OUT, "".join(f"{clip.path}\n" for clip in self.held_out))
-        training = self.config.training
-        self.loader = ClipLoader(
+            write_text(self.root / HELD_OUT, "".join(f"{item.path}\n" for item in self.held_out))
+        self.loader = Loader(
             self.config.data,
-            self.train_clips,
-            seed=training.seed,
-            batch_size=training.batch_size,
+            self.train_items,
+            seed=self.config.training.seed,
+            phases=self.curriculum.phases,
             rank=rank(),
             world_size=world_size(),
             start_step=self.step,
@@ -140,14 +146,14 @@ class Trainer:
     def run(self, requests: StopRequests) -> int:
         """Takes the remaining steps; returns the exit status."""
         assert self.loader is not None
-        training = self.config.training
+        training, max_steps = self.config.training, self.curriculum.max_steps
         self._first_step = self.step
         if self.step == 0:
             self._validate()
         batches = iter(self.loader)
-        bar = tqdm(total=training.max_steps, initial=self.step, unit="step", disable=None if self.is_main else True)
+        bar = tqdm(total=max_steps, initial=self.step, unit="step", disable=None if self.is_main else True)
         with bar, requests.listening():
-            while self.step < training.max_steps:
+            while self.step < max_steps:
                 started = time.monotonic()
                 batch = next(batches)
                 if stop := self._agree(requests, batch):
@@ -155,16 +161,16 @@ class Trainer:
                     logger.info("stopped by a signal after step %d; saved", self.step)
                     return 130 if stop == signal.SIGINT else 0
                 waited = time.monotonic() - started
-                logs = self.take_step(batch.clips, batch.indices, self.step)
+                logs = self.take_step(batch.pixels, batch.indices, self.step)
                 self._update_average()
                 self.step += 1
                 self._log(logs, time.monotonic() - started, waited)
                 bar.update()
                 bar.set_postfix(loss=f"{logs['loss']:.4f}")
                 # In this order a kill in between repeats the validation instead of leaving it out.
-                if self.step == training.max_steps or self.step % training.validate_every == 0:
+                if self.step == max_steps or self.step % training.validate_every == 0:
                     self._validate()
-                if self.step == training.max_steps or self.step % training.checkpoint_every == 0:
+                if self.step == max_steps or self.step % training.checkpoint_every == 0:
                     self._save()
         if self.record:
             if summary := self.record.write_summary():
@@ -172,66 +178,19 @@ class Trainer:
             logger.info("done: %s", self.root / CHECKPOINTS / "latest")
         return 0
 
-    def _find_clips(self) -> tuple[list[Clip], list[Clip]]:
-        """Lists the sources' clips, the same on all ranks, and splits the held-out ones off."""
-        data = self.config.data
-        clips = on_main(lambda: list_clips(data))
-        train, held_out = split_held_out(clips, data.held_out)
-        if not train:
-            raise ValueError(f"data.held_out is {data.held_out}: of {len(clips)} clips none is left to train on")
-        if self.is_main:
-            if any(source.path == "builtin" for source in data.sources):
-                logger.info(
-                    "training on the built-in clips (moving photographs); "
-                    "name your own with --set data.sources=[FOLDER]"
-                )
-            logger.info("%d clips to train on, %d held out", len(train), len(held_out))
-            if data.held_out and not held_out:
-                logger.warning("no clip is held out: data.held_out is %g of only %d clips", data.held_out, len(clips))
-        return train, held_out
-
-    def _build_networks(self) -> tuple[TrainingStep, dict[str, Tensor]]:
-        """Both networks under their engines, and the averaged weights, which the main rank keeps."""
-        config, device = self.config, self.device
-        perceptual = self._load_perceptual()
-        torch.manual_seed(config.training.seed)
-        model = LeanVAE(config.model)
-        networks: list[torch.nn.Module] = [model]
-        if config.gan:
-            networks.append(build_discriminator(config.gan.discriminator))
-        average = {name: value.detach().clone().to(device) for name, value in model.named_parameters()}
-        engines = [build_engine(network, config, device) for network in networks]
-        discriminator = engines[1] if config.gan else None
-        return TrainingStep(config, engines[0], discriminator, perceptual, device), average
-
-    def _load_perceptual(self) -> PerceptualDistance | None:
-        losses = self.config.losses
-        if losses.perceptual == "none" or not losses.lpips:
-            return None
-        try:
-            if losses.perceptual == "auto" and find_backbone(losses.perceptual_weights) is None:
-                raise FileNotFoundError(missing_backbone_message())
-            return load_lpips(losses.perceptual_weights).to(self.device)
-        except (FileNotFoundError, ImportError) as error:
-            if losses.perceptual == "lpips" or losses.perceptual_weights:
-                raise
-            if self.is_main:
-                logger.warning("training without the perceptual loss: %s", error)
-            return None
-
     def _update_average(self) -> None:
         weights = self.take_step.vae.full_weights()
-        if self.is_main:
+        if self.is_main or self.take_step.average:
             update_average(self.average, weights, ema_decay(self.step, self.config.training.ema_decay))
 
     def _agree(self, requests: StopRequests, batch: Batch) -> int:
-        """Tells all ranks what one has met: requests to stop and broken clips.
+        """Tells all ranks what one has met: requests to stop and broken files.
 
         Returns:
             The signal that stops the run, or 0.
 
         Raises:
-            TooManyBadClips: the share of broken clips is too large; on every rank at once.
+            TooManyBadClips: the share of broken files is too large; on every rank at once.
         """
         stop, num_rejected = highest([requests.pending(), len(batch.rejected)], self.device)
         if num_rejected:
@@ -239,8 +198,8 @@ class Trainer:
                 if rejection.path not in self.bad_clips:
                     self.bad_clips[rejection.path] = rejection.reason
                     if self.is_main:
-                        logger.warning("unusable clip %s: %s", rejection.path, rejection.reason)
-            num_files = len({clip.path for clip in self.train_clips})
+                        logger.warning("unusable file %s: %s", rejection.path, rejection.reason)
+            num_files = len({item.path for item in self.train_items})
             check_bad_share(self.bad_clips, num_files, self.config.data.max_bad_share)
         return stop
 
@@ -251,7 +210,7 @@ class Trainer:
             **logs,
             "seconds_per_step": seconds,
             "data_wait_share": waited / seconds,
-            "clips_per_second": training.batch_size / seconds,
+            "samples_per_second": phase_at(self.curriculum.phases, self.step - 1).batch_size / seconds,
             "bad_clips": len(self.bad_clips),
         }
         if not torch.tensor(logs["loss"]).isfinite():
@@ -263,24 +222,26 @@ class Trainer:
         self.record.log(self.step, logs, to_board=self.step % training.log_every == 0 or self.step == 1)
         taken = self.step - self._first_step
         mean_seconds = self._busy_seconds / taken
-        left = (training.max_steps - self.step) * mean_seconds
+        left = (self.curriculum.max_steps - self.step) * mean_seconds
         if self.step % training.log_every == 0:
             shown = " ".join(f"{name} {value:.4g}" for name, value in logs.items())
-            logger.info("step %d/%d %s, about %s left", self.step, training.max_steps, shown, duration(left))
+            logger.info("step %d/%d %s, about %s left", self.step, self.curriculum.max_steps, shown, duration(left))
         long = left > _LONG_RUN_SECONDS and self.device.type == "cpu"
         if taken == _STEPS_BEFORE_ESTIMATE or (taken == 1 and long):
-            logger.info("%.2f s a step, about %s in all", mean_seconds, duration(training.max_steps * mean_seconds))
+            logger.info(
+                "%.2f s a step, about %s in all", mean_seconds, duration(self.curriculum.max_steps * mean_seconds)
+            )
             if long:
-                logger.warning("this is a run for GPUs; configs/demo_cpu.yaml is made for a machine without one")
+                logger.warning("this is a run for GPUs; %s is made for a machine without one", self.config.small_config)
 
     def _validate(self) -> None:
-        """Measures the averaged weights on held-out clips, on the main rank."""
+        """Measures the averaged weights on held-out data, on the main rank."""
         if self.validation and self.record and (results := self.validation.run(self.average)):
             self.record.log_validation(self.step, results)
-            logger.info("step %d: held-out PSNR %.2f dB (%d clips)", self.step, results.mean_psnr, len(results.psnr))
+            logger.info("step %d: held-out PSNR %.2f dB (%d files)", self.step, results.mean_psnr, len(results.psnr))
 
     def _save(self) -> None:
-        digest = clips_digest(self.train_clips)
+        digest = items_digest(self.train_items)
         save_run(self.root / CHECKPOINTS, self.config, self.take_step, self.average, self.step, digest)
 
 

@@ -16,15 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from leanvae.checkpoint import WEIGHTS_FILE, save_pretrained
 from leanvae.config import ConfigError
-from leanvae.data.sources import Clip
+from leanvae.data.sources import Clip, Item
 from leanvae.files import write_text
-from leanvae.model import LeanVAE
 from leanvae.training.checkpoints import STATE_FILE, commit, new_checkpoint, temporary_folder
-from leanvae.training.config import TrainVideoConfig
+from leanvae.training.config import TrainConfig
 from leanvae.training.ranks import barrier, on_main, rank, world_size
 from leanvae.training.step import LeCamAverages, TrainingStep
+from litevae.pretrained import WEIGHTS_FILE, save_pretrained
 
 logger = logging.getLogger("leanvae")
 
@@ -37,34 +36,35 @@ class RunState:
 
     Attributes:
         step: steps taken.
-        perceptual: `lpips` or `none`, what was trained with.
-        clips: digest of the list of training clips, on which the order of the data depends.
+        perceptual: the perceptual terms that were trained with, `lpips` and `vgg`.
+        clips: digest of the list of training files, on which the order of the data depends.
         world_size: ranks that wrote the engines' state.
         lecam: running averages of the discriminator's logits.
         torch: version.
     """
 
     step: int
-    perceptual: str
+    perceptual: list[str]
     clips: str
     world_size: int
-    lecam: dict[str, float]
+    lecam: dict[str, list[float]]
     torch: str
 
 
-def clips_digest(clips: Sequence[Clip]) -> str:
-    """A short hash of a list of clips."""
-    text = "\n".join(f"{clip.path}\t{clip.start}\t{clip.end}" for clip in clips)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def items_digest(items: Sequence[Item]) -> str:
+    """A short hash of a list of clips or images."""
+    places = [(item.start, item.end) if isinstance(item, Clip) else (item.offset, item.size) for item in items]
+    text = "\n".join(f"{item.path}\t{start}\t{end}" for item, (start, end) in zip(items, places, strict=True))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def resolved_config(config: TrainVideoConfig) -> str:
+def resolved_config(config: TrainConfig) -> str:
     """A configuration with all its defaults, as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def save_run(
-    root: Path, config: TrainVideoConfig, take_step: TrainingStep, average: dict[str, Tensor], step: int, clips: str
+    root: Path, config: TrainConfig, take_step: TrainingStep, average: dict[str, Tensor], step: int, clips: str
 ) -> None:
     """Writes a checkpoint: averaged weights, both engines, and where the run stands; all ranks together.
 
@@ -74,7 +74,7 @@ def save_run(
         take_step: holds the engines.
         average: averaged weights; read on the main rank.
         step: steps taken.
-        clips: digest of the training clips.
+        clips: digest of the training files.
 
     Raises:
         ValueError: the weights are not finite; nothing is written then.
@@ -93,11 +93,10 @@ def save_run(
         take_step.discriminator.save(written / "discriminator")
     barrier()
     if rank() == 0:
-        perceptual = "lpips" if take_step.perceptual else "none"
-        state = RunState(step, perceptual, clips, world_size(), asdict(take_step.lecam), torch.__version__)
-        model = take_step.vae.module
-        assert isinstance(model, LeanVAE)
-        save_pretrained(model, written, average)
+        state = RunState(
+            step, sorted(take_step.perceptual), clips, world_size(), asdict(take_step.lecam), torch.__version__
+        )
+        save_pretrained(type(take_step.vae.module).__name__, config.model, average, written)
         write_text(written / RESOLVED_CONFIG, resolved_config(config))
         write_text(written / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
         commit(folder, config.training.keep_checkpoints)
@@ -105,7 +104,7 @@ def save_run(
 
 
 def load_run(
-    folder: Path, config: TrainVideoConfig, take_step: TrainingStep, clips: str, device: torch.device
+    folder: Path, config: TrainConfig, take_step: TrainingStep, clips: str, device: torch.device
 ) -> tuple[int, dict[str, Tensor]]:
     """Takes up a run where a checkpoint left it; all ranks together.
 
@@ -113,7 +112,7 @@ def load_run(
         folder: the checkpoint.
         config: the configuration of now.
         take_step: gets weights, optimizer states and LeCam's averages.
-        clips: digest of the training clips of now.
+        clips: digest of the training files of now.
         device: where the averaged weights go.
 
     Returns:
@@ -129,11 +128,11 @@ def load_run(
     now = config.model_dump(mode="json")
     _check_same_run(folder, before, now, state)
     changes = _changes(before, now)
-    perceptual = "lpips" if take_step.perceptual else "none"
+    perceptual = sorted(take_step.perceptual)
     if state.perceptual != perceptual:
-        changes.append(f"perceptual loss: {state.perceptual} -> {perceptual}")
+        changes.append(f"perceptual losses: {state.perceptual} -> {perceptual}")
     if state.clips != clips:
-        changes.append("the list of training clips, and with it the order of the data")
+        changes.append("the list of training files, and with it the order of the data")
     if changes and rank() == 0:
         logger.warning("not the run that wrote %s; changed: %s", folder, "; ".join(changes))
     with _naming(folder / "vae"):
@@ -194,9 +193,12 @@ def _check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any], s
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings that differ, as `block.field: old -> new`."""
-    return [
+    changes = [
         f"{block}.{field}: {(before[block] or {}).get(field)} -> {value}"
         for block in ("data", "losses", "gan", "optimizer", "training")
         for field, value in (now[block] or {}).items()
         if (before[block] or {}).get(field) != value
     ]
+    if before["phases"] != now["phases"]:
+        changes.append(f"phases: {before['phases']} -> {now['phases']}")
+    return changes

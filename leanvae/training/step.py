@@ -3,61 +3,39 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from leanvae.model import LeanVAE
-from leanvae.patchify import analyse
-from leanvae.training.config import GANConfig, TrainVideoConfig
+from leanvae.config import LeanVAEConfig
+from leanvae.training.config import GANConfig, TrainConfig
 from leanvae.training.engine import Engine, frozen
+from leanvae.training.ranks import world_size
 from leanvae.training.schedule import learning_rate, perceptual_frames, posterior_noise, ramp
+from leanvae.training.terms import Perceptual, as_images, reconstruction_terms, weighted_sum
 from litevae.losses import (
+    adaptive_weight,
+    gradient_norm,
     hinge_d_loss,
     hinge_g_loss,
-    kl,
-    l1,
     lecam_penalty,
     logistic_d_loss,
     logistic_g_loss,
 )
-from litevae.perceptual import PerceptualDistance
 
 _GENERATOR_LOSSES = {"hinge": hinge_g_loss, "non_saturating": logistic_g_loss}
 _DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "logistic": logistic_d_loss}
 
 
-def band_l1(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean absolute error of the low and of the high Haar bands (published recipe of LeanVAE).
-
-    Each is the mean over the image frame's bands plus the mean over the video frames' bands, in the published
-    scale of the bands.
-
-    Args:
-        prediction: clip `(B, 3, T, H, W)`, T odd, H and W even.
-        target: the same shape.
-
-    Returns:
-        Two scalars: low bands, high bands.
-    """
-    difference = analyse(prediction - target)
-    parts = [part.abs() for part in (difference.image, difference.video) if part is not None]
-    low = torch.stack([part[:, :3].mean() for part in parts]).sum()
-    high = torch.stack([part[:, 3:].mean() for part in parts]).sum()
-    return low, high
-
-
-def select_frames(clip: Tensor, frames: Tensor) -> Tensor:
-    """Frames `(B, n)` of a clip `(B, C, T, H, W)` as images `(B * n, C, H, W)`."""
-    batch = torch.arange(len(clip), device=clip.device)[:, None]
-    return rearrange(clip.movedim(2, 1)[batch, frames.to(clip.device)], "b n c h w -> (b n) c h w")
-
-
-def as_images(clip: Tensor) -> Tensor:
-    """All frames of a clip `(B, C, T, H, W)` as images `(B * T, C, H, W)`."""
-    return rearrange(clip, "b c t h w -> (b t) c h w")
+def mean_gradients(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Averages gradients over all ranks, in float32; every rank must pass the same shapes."""
+    packed = torch.cat([gradient.detach().float().flatten() for gradient in gradients])
+    if dist.is_initialized():
+        dist.all_reduce(packed)
+        packed /= dist.get_world_size()
+    return list(packed.split([gradient.numel() for gradient in gradients]))
 
 
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
@@ -108,56 +86,60 @@ class TrainingStep:
         config: the run's configuration.
         vae: engine of the autoencoder.
         discriminator: engine of the discriminator; `None` without a GAN.
-        perceptual: LPIPS; `None` to go without.
+        perceptual: networks of the perceptual losses, by the name of their term.
+        average: the autoencoder with the averaged weights; needed for the LDL loss.
         device: where to compute.
     """
 
     def __init__(
         self,
-        config: TrainVideoConfig,
+        config: TrainConfig,
         vae: Engine,
         discriminator: Engine | None,
-        perceptual: PerceptualDistance | None,
+        perceptual: Perceptual,
+        average: nn.Module | None,
         device: torch.device,
     ) -> None:
         self.config = config
         self.vae = vae
         self.discriminator = discriminator
         self.perceptual = perceptual
+        self.average = average
         self.device = device
         self.lecam = LeCamAverages()
-        model = vae.module
-        assert isinstance(model, LeanVAE)
+        self.curriculum = config.curriculum
+        self._phase: int | None = None
+        model: Any = vae.module
         self._latent_shape = model.latent_shape
-        self._frame_group = model.config.patch_size[0]
+        self._last_weights: list[Tensor] = model.last_weights
 
-    def __call__(self, clips: Tensor, indices: list[int], step: int) -> dict[str, float]:
+    def __call__(self, pixels: Tensor, indices: list[int], step: int) -> dict[str, float]:
         """Updates both networks.
 
         Args:
-            clips: this rank's part of the batch, uint8 `(n, 3, T, H, W)`.
-            indices: places of these clips in the global batch.
+            pixels: this rank's part of the batch, uint8 clips `(n, 3, T, H, W)` or images `(n, 3, H, W)`.
+            indices: places of these samples in the global batch.
             step: number of the step, from 0.
 
         Returns:
             Losses and rates, averaged over all ranks.
         """
+        size = self._start_phase(step) or len(pixels)
         rates = self._set_learning_rates(step)
-        size = self.config.training.micro_batch_size or len(clips)
         micro_batches = [
-            (self._to_pixels(clips[start : start + size]), indices[start : start + size])
-            for start in range(0, len(clips), size)
+            (self._to_pixels(pixels[start : start + size]), indices[start : start + size])
+            for start in range(0, len(pixels), size)
         ]
         logs: dict[str, list[Tensor]] = {}
         gan_weight = self._gan_weight(step)
         reconstructions = []
         # The autoencoder's pass through the discriminator must leave no gradients there.
         with frozen(self.discriminator.module) if self.discriminator else nullcontext():
-            for clip, places in micro_batches:
-                reconstructions.append(self._train_vae(clip, places, step, gan_weight, logs))
+            for target, places in micro_batches:
+                reconstructions.append(self._train_vae(target, places, step, gan_weight, logs))
         if gan_weight:
-            for (clip, _), reconstruction in zip(micro_batches, reconstructions, strict=True):
-                self._train_discriminator(clip, reconstruction, logs)
+            for (target, _), reconstruction in zip(micro_batches, reconstructions, strict=True):
+                self._train_discriminator(target, reconstruction, logs)
         means = mean_over_ranks({name: torch.stack(values).mean() for name, values in logs.items()})
         if gan_weight and (gan := self.config.gan):
             real, fake = (
@@ -167,44 +149,86 @@ class TrainingStep:
             self.lecam.update(real, fake, gan.lecam_decay)
         return {**means, **rates}
 
+    def _start_phase(self, step: int) -> int | None:
+        """Tells the engines when a phase begins; returns how many samples go into a pass, `None` for all."""
+        phase = self.curriculum.number_at(step)
+        if phase != self._phase:
+            self._phase = phase
+            for engine in (self.vae, self.discriminator):
+                if engine:
+                    passes = self.curriculum.passes(phase, world_size())
+                    engine.start_phase(self.curriculum.phases[phase].batch_size, passes)
+        return self.curriculum.micro_batches[phase]
+
     def _train_vae(
-        self, clip: Tensor, indices: list[int], step: int, gan_weight: float, logs: dict[str, list[Tensor]]
+        self, target: Tensor, indices: list[int], step: int, gan_weight: float, logs: dict[str, list[Tensor]]
     ) -> Tensor:
         """Accumulates (and after the last pass applies) the autoencoder's gradient; returns its output."""
-        weights = self.config.losses
         seed = self.config.training.seed
-        noise = posterior_noise(self._latent_shape(clip.shape[2:]), seed, step, indices)
-        reconstruction, posterior = self.vae(clip.to(self.vae.dtype), noise.to(self.device, self.vae.dtype))
-        reconstruction = reconstruction.float()
-        low, high = band_l1(reconstruction, clip)
-        terms = {
-            "l1": (weights.l1, l1(reconstruction, clip)),
-            "low_bands": (weights.low_bands, low),
-            "high_bands": (weights.high_bands, high),
-            "kl": (weights.kl, kl(posterior)),
-        }
-        if self.perceptual is not None:
-            frames = perceptual_frames(clip.shape[2], self._frame_group, seed, step, indices)
-            distance = self.perceptual(select_frames(reconstruction, frames), select_frames(clip, frames))
-            terms["lpips"] = (weights.lpips, distance.mean())
+        noise = posterior_noise(self._latent_shape(target.shape[2:]), seed, step, indices).to(self.device)
+        prediction, posterior = self.vae(target.to(self.vae.dtype), noise.to(self.vae.dtype))
+        prediction = prediction.float()
+        frames = None
+        if target.ndim == 5:
+            group = self.config.model.patch_size[0] if isinstance(self.config.model, LeanVAEConfig) else 1
+            frames = perceptual_frames(target.shape[2], group, seed, step, indices)
+        terms = reconstruction_terms(
+            self.config.losses,
+            step,
+            prediction,
+            target,
+            posterior,
+            self.perceptual,
+            frames,
+            lambda: self._average_prediction(target, noise),
+        )
+        loss = weighted_sum(terms)
+        values = {name: value for name, (_, value) in terms.items()}
         if gan_weight:
-            terms["adversarial"] = (gan_weight, self._adversarial(reconstruction))
-        loss = torch.stack([weight * value for weight, value in terms.values()]).sum()
-        self.vae.backward(loss)
-        for name, (_, value) in terms.items():
+            adversarial = values["adversarial"] = self._adversarial(prediction)
+            weight = self._balanced(loss, adversarial, gan_weight, step, values)
+            loss = loss + weight * adversarial
+        values["loss"] = loss
+        for name, value in values.items():
             logs.setdefault(name, []).append(value.detach())
-        logs.setdefault("loss", []).append(loss.detach())
-        return reconstruction.detach()
+        self.vae.backward(loss)
+        return prediction.detach()
 
-    def _adversarial(self, reconstruction: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _average_prediction(self, target: Tensor, noise: Tensor) -> Tensor:
+        assert self.average is not None
+        return self.average(target, noise)[0]
+
+    def _adversarial(self, prediction: Tensor) -> Tensor:
         gan, discriminator = self._gan()
-        outputs = discriminator.module(as_images(reconstruction).to(discriminator.dtype))
+        outputs = discriminator.module(as_images(prediction).to(discriminator.dtype))
         return torch.stack([_GENERATOR_LOSSES[gan.generator_loss](logits) for logits in outputs]).sum()
 
-    def _train_discriminator(self, clip: Tensor, reconstruction: Tensor, logs: dict[str, list[Tensor]]) -> None:
+    def _balanced(
+        self, reconstruction: Tensor, adversarial: Tensor, gan_weight: float, step: int, values: dict[str, Tensor]
+    ) -> Tensor | float:
+        """The adversarial loss's weight; records the ratio of the two gradients, if it is to be measured.
+
+        Gradients are those of the mean over all ranks, so that each of them finds the same.
+        """
+        gan, _ = self._gan()
+        if not gan.looks_at_gradients(step):
+            return gan_weight
+        gradients = [
+            mean_gradients(torch.autograd.grad(loss, self._last_weights, retain_graph=True))
+            for loss in (reconstruction, adversarial)
+        ]
+        weight: Tensor | float = gan_weight
+        if gan.weighting == "adaptive":
+            weight = values["adaptive_weight"] = adaptive_weight(*gradients, factor=gan_weight)
+        norms = [gradient_norm(part) for part in gradients]
+        values["gradient_ratio"] = weight * norms[1] / norms[0].clamp_min(1e-12)
+        return weight
+
+    def _train_discriminator(self, target: Tensor, prediction: Tensor, logs: dict[str, list[Tensor]]) -> None:
         """Accumulates (and after the last pass applies) the discriminator's gradient."""
         gan, discriminator = self._gan()
-        images = torch.cat((as_images(clip), as_images(reconstruction)))
+        images = torch.cat((as_images(target), as_images(prediction)))
         losses, penalties = [], []
         for number, logits in enumerate(discriminator(images.to(discriminator.dtype))):
             real, fake = logits.float().chunk(2)
@@ -229,7 +253,7 @@ class TrainingStep:
         return gan.weight * ramp(step, gan.start_step, gan.warmup_steps) if gan else 0.0
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
-        optimizer, max_steps = self.config.optimizer, self.config.training.max_steps
+        optimizer, max_steps = self.config.optimizer, self.curriculum.max_steps
         final, warmup = optimizer.final_learning_rate, optimizer.warmup_steps
         rates = {"learning_rate": learning_rate(step, optimizer.learning_rate, final, warmup, max_steps)}
         self.vae.set_learning_rate(rates["learning_rate"])
@@ -239,9 +263,9 @@ class TrainingStep:
             rates["discriminator_learning_rate"] = rate
         return rates
 
-    def _to_pixels(self, clips: Tensor) -> Tensor:
-        """uint8 frames to float32 in [-1, 1], on the device."""
-        return clips.to(self.device).float() / 127.5 - 1.0
+    def _to_pixels(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels to float32 in [-1, 1], on the device."""
+        return pixels.to(self.device).float() / 127.5 - 1.0
 
 
 def update_average(average: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -> None:

@@ -31,12 +31,13 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Calls of a stand-in for training."""
     calls: list[dict[str, Any]] = []
 
-    def train_video(**arguments: Any) -> int:
-        calls.append(arguments)
+    def train(config_class: type, *arguments: Any) -> int:
+        names = ("config", "overrides", "output", "resume")
+        calls.append({"class": config_class.__name__, **dict(zip(names, arguments, strict=True))})
         return 0
 
     loop = types.ModuleType("leanvae.training.loop")
-    loop.train_video = train_video  # pyright: ignore[reportAttributeAccessIssue]
+    loop.train = train  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "leanvae.training.loop", loop)
     return calls
 
@@ -50,12 +51,16 @@ def _use(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("fails", lambda _: None, run))
 
 
-@pytest.mark.parametrize("name", ["train_video", "train-video"])
-def test_main_passes_the_flags_of_training_on(trained: list[dict[str, Any]], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "config_class"),
+    [("train_video", "TrainVideoConfig"), ("train-video", "TrainVideoConfig"), ("train_image", "TrainImageConfig")],
+)
+def test_main_passes_the_flags_of_training_on(trained: list[dict[str, Any]], name: str, config_class: str) -> None:
     flags = ["--config", "a.yaml", "--set", "data.sources=[x]", "--set=training.seed=1", "--output", "out"]
     assert cli.main([name, *flags, "--resume", "none"]) == 0
     assert trained == [
         {
+            "class": config_class,
             "config": "a.yaml",
             "overrides": ["data.sources=[x]", "training.seed=1"],
             "output": "out",
@@ -67,7 +72,8 @@ def test_main_passes_the_flags_of_training_on(trained: list[dict[str, Any]], nam
 @pytest.mark.parametrize("flags", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"], []])
 def test_main_accepts_what_launchers_add(trained: list[dict[str, Any]], flags: list[str]) -> None:
     assert cli.main([*flags, "--config", "a.yaml"], command="train_video") == 0
-    assert trained == [{"config": "a.yaml", "overrides": [], "output": None, "resume": "auto"}]
+    (call,) = trained
+    assert (call["config"], call["overrides"], call["output"], call["resume"]) == ("a.yaml", [], None, "auto")
 
 
 def test_main_prints_expected_errors_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +124,9 @@ def test_cli_imports_nothing_heavy() -> None:
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize(("script", "flag"), [("reconstruct.py", "--strict"), ("train_video.py", "--resume")])
+@pytest.mark.parametrize(
+    ("script", "flag"), [("reconstruct.py", "--strict"), ("train_video.py", "--resume"), ("train_image.py", "--set")]
+)
 def test_scripts_show_their_flags(script: str, flag: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)

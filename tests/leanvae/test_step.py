@@ -9,7 +9,8 @@ from leanvae.patchify import analyse
 from leanvae.training.config import TrainVideoConfig
 from leanvae.training.engine import PlainEngine, frozen
 from leanvae.training.schedule import posterior_noise
-from leanvae.training.step import LeCamAverages, TrainingStep, as_images, band_l1, select_frames, update_average
+from leanvae.training.step import LeCamAverages, TrainingStep, update_average
+from leanvae.training.terms import as_images, band_l1, select_frames
 from litevae.discriminators import build_discriminator
 from litevae.wavelet import dwt2d, dwt3d
 
@@ -35,7 +36,7 @@ def make_step(config):
     vae = LeanVAE(config.model)
     discriminator = build_discriminator(config.gan.discriminator) if config.gan else None
     engines = [module and PlainEngine(module, config, CPU) for module in (vae, discriminator)]
-    return TrainingStep(config, engines[0], engines[1], None, CPU)
+    return TrainingStep(config, engines[0], engines[1], {}, None, CPU)
 
 
 def clips_of(step):
@@ -198,11 +199,11 @@ def test_bad_training_configurations_are_refused(fields, message):
 
 @pytest.mark.parametrize(("world", "micro", "passes"), [(1, None, 1), (1, 2, 4), (2, 2, 2), (4, 2, 1), (8, 2, 1)])
 def test_passes_divide_the_batch(world, micro, passes):
-    training = make_config(batch_size=8, micro_batch_size=micro).training
-    assert training.passes(world) == passes
+    config = make_config(batch_size=8, micro_batch_size=micro)
+    assert config.curriculum.passes(0, world) == passes
 
 
 @pytest.mark.parametrize(("world", "micro", "message"), [(3, None, "number of ranks, 3"), (2, 3, "share")])
 def test_batches_that_do_not_divide_are_refused(world, micro, message):
     with pytest.raises(ValueError, match=message):
-        make_config(batch_size=8, micro_batch_size=micro).training.passes(world)
+        make_config(batch_size=8, micro_batch_size=micro).curriculum.check(world)

@@ -11,7 +11,8 @@ import yaml
 from leanvae import load_vae
 from leanvae.config import ConfigError
 from leanvae.data.loader import TooManyBadClips
-from leanvae.training.loop import duration, train_video
+from leanvae.training.config import TrainImageConfig, TrainVideoConfig
+from leanvae.training.loop import duration, train
 from leanvae.training.ranks import lock_folder
 from leanvae.training.record import RunRecord
 from leanvae.training.step import TrainingStep
@@ -37,11 +38,11 @@ def run(tmp_path, write_clip):
     (folder / "broken.mp4").write_text("no video")
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(SETTINGS))
 
-    def train(output, *overrides, resume="auto"):
+    def run(output, *overrides, resume="auto"):
         settings = [f"data.sources=[{folder}]", *overrides]
-        return train_video(tmp_path / "train.yaml", settings, tmp_path / output, resume)
+        return train(TrainVideoConfig, tmp_path / "train.yaml", settings, tmp_path / output, resume)
 
-    return train
+    return run
 
 
 def metrics(folder):
@@ -63,7 +64,7 @@ def test_run_leaves_weights_figures_and_a_list_of_bad_clips(run, tmp_path, caplo
     assert vae.config.low_channels == 8
     state = json.loads((out / "checkpoints" / "latest" / "trainer.json").read_text())
     assert state["step"] == 6
-    assert state["perceptual"] == "none"
+    assert state["perceptual"] == []
     validation = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in validation] == [0, 2, 4, 6]
     held_out = (out / "held_out.txt").read_text().split()
@@ -104,16 +105,16 @@ def test_perceptual_loss_uses_a_local_backbone(run, tmp_path):
 
     torch.manual_seed(0)
     torch.save(vgg16(weights=None).features.state_dict(prefix="features."), tmp_path / "vgg16.pth")
-    settings = ["losses.perceptual=lpips", f"losses.perceptual_weights={tmp_path / 'vgg16.pth'}"]
+    settings = ["losses.perceptual=required", f"losses.lpips_backbone={tmp_path / 'vgg16.pth'}"]
     assert run("out", *settings, "training.max_steps=1") == 0
     assert metrics(tmp_path / "out")[0]["lpips"] > 0
-    assert json.loads((tmp_path / "out/checkpoints/latest/trainer.json").read_text())["perceptual"] == "lpips"
+    assert json.loads((tmp_path / "out/checkpoints/latest/trainer.json").read_text())["perceptual"] == ["lpips"]
 
 
 def test_missing_backbone_is_an_error_when_asked_for(run, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="vgg16"):
-        run("out", "losses.perceptual=lpips")
+        run("out", "losses.perceptual=required")
 
 
 @pytest.mark.integration
@@ -170,7 +171,7 @@ def test_changed_data_are_told_at_resume(run, tmp_path, caplog, write_clip):
     run("out", "training.max_steps=1")
     write_clip(tmp_path / "clips" / "more.mp4", seed=9)
     run("out", "training.max_steps=2", "losses.l1=3")
-    assert "the list of training clips" in caplog.text
+    assert "the list of training files" in caplog.text
     assert "losses.l1: 2.0 -> 3.0" in caplog.text
 
 

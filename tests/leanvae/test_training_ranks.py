@@ -32,7 +32,7 @@ SETTINGS = {
     "training": {"max_steps": 5, "batch_size": 4, "checkpoint_every": 1000, "validate_every": 1000},
 }
 SAME = ("loss", "l1", "low_bands", "high_bands", "kl", "adversarial", "discriminator", "lecam")
-TIMINGS = ("seconds_per_step", "data_wait_share", "clips_per_second")
+TIMINGS = ("seconds_per_step", "data_wait_share", "samples_per_second")
 
 
 @pytest.fixture
