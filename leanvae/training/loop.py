@@ -227,10 +227,9 @@ class Trainer:
             shown = " ".join(f"{name} {value:.4g}" for name, value in logs.items())
             logger.info("step %d/%d %s, about %s left", self.step, self.curriculum.max_steps, shown, duration(left))
         long = left > _LONG_RUN_SECONDS and self.device.type == "cpu"
-        if taken == _STEPS_BEFORE_ESTIMATE or (taken == 1 and long):
-            logger.info(
-                "%.2f s a step, about %s in all", mean_seconds, duration(self.curriculum.max_steps * mean_seconds)
-            )
+        if taken == (1 if long else _STEPS_BEFORE_ESTIMATE):
+            in_all = duration(self.curriculum.max_steps * mean_seconds)
+            logger.info("%.2f s a step, about %s in all", mean_seconds, in_all)
             if long:
                 logger.warning("this is a run for GPUs; %s is made for a machine without one", self.config.small_config)
 
