@@ -35,9 +35,7 @@ class Decoder(nn.Module):
         self.conv_out = NormConv(widths[-1], 12 if self.gives_bands else 3, norm)
 
     def forward(self, latent: Tensor) -> Tensor:
-        features = self.features(latent)
-        output = self.conv_out(features)
-        return idwt2d(2 * output) if self.gives_bands else output
+        return self.finish(self.conv_out(self.features(latent)))
 
     def features(self, latent: Tensor) -> Tensor:
         """Feature maps of the last residual block, before the convolution out (LiteVAE, Figure 3)."""
@@ -45,6 +43,10 @@ class Decoder(nn.Module):
         for blocks in self.up:
             x = blocks(x)
         return x
+
+    def finish(self, output: Tensor) -> Tensor:
+        """Images of what the convolution out gives: as it is, or the inverse wavelet transform; linear."""
+        return idwt2d(2 * output) if self.gives_bands else output
 
 
 class Upsample(nn.Module):

@@ -10,6 +10,7 @@ from litevae.config import DOWNSAMPLING, LiteVAEConfig
 from litevae.decoder import Decoder
 from litevae.encoder import build_encoder
 from litevae.pixels import check_pixels, crop, pad_to_multiple
+from litevae.planner import Work, are_parts_wanted, make_plan, run_in_parts
 from litevae.posterior import DiagonalGaussian
 
 
@@ -29,44 +30,94 @@ class LiteVAE(nn.Module):
         self.before_decoder = nn.Conv2d(channels, channels, 1) if config.latent_conv else nn.Identity()
         self.decoder = Decoder(config)
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
+    def encode(
+        self,
+        x: Tensor,
+        tile: Sequence[int] | None = None,
+        memory_limit: str | int | None = None,
+        approximate: bool = False,
+    ) -> DiagonalGaussian:
         """The posterior of images.
+
+        Where the encoder only convolves (`encoder_norm="smc"`, or no weights), tiles give what the whole image gives,
+        up to rounding. On CUDA, where no gradient is recorded and nothing is asked for, parts are chosen when the
+        device's free memory would not suffice for all at once.
 
         Args:
             x: `(B, 3, H, W)` in [-1, 1], of any H and W; what 8 does not divide is padded by replication of the last
                 row and column.
+            tile: works on tiles of at most this (height, width) in pixels, at least 8x8, and a halo round each.
+            memory_limit: chooses how many images are worked on at once, and then a tile, so that the peak of memory,
+                the input not counted, stays within so many bytes or `"6GiB"`, as estimated for inference. If memory
+                runs out nevertheless, it is tried once more with half of it, and the log says so.
+            approximate: where tiles are not exact, blends overlapping ones linearly instead of refusing.
 
         Returns:
             The posterior, `(B, Z, H', W')`; its `size` is the true `(H, W)`, which `decode` crops to.
 
         Raises:
-            ValueError: the shape or dtype of `x` is wrong, or a value is not finite.
+            ValueError: the shape or dtype of `x` or an argument is wrong, a value is not finite, the memory limit
+                cannot be kept, or tiles are needed and not exact.
         """
         check_pixels(x, [4])
-        padded = pad_to_multiple(x, DOWNSAMPLING).contiguous(memory_format=torch.channels_last)
-        mean, logvar = self.after_encoder(self.encoder(padded)).chunk(2, dim=1)
+        padded = pad_to_multiple(x, DOWNSAMPLING)
+        if are_parts_wanted(x, tile, memory_limit):
+            work = Work(
+                "encode",
+                self.config,
+                len(x),
+                padded.shape[2] // DOWNSAMPLING,
+                padded.shape[3] // DOWNSAMPLING,
+                x.element_size(),
+            )
+            plan = make_plan(work, tile, memory_limit, approximate, x.device)
+            parameters = run_in_parts(self._encode, padded, plan, in_step=DOWNSAMPLING)
+        else:
+            parameters = self._encode(padded)
+        mean, logvar = parameters.chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar, size=tuple(x.shape[2:]))
 
-    def decode(self, latent: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    def _encode(self, images: Tensor) -> Tensor:
+        """Mean and log-variance `(B, 2Z, H/8, W/8)` of images whose sizes 8 divides."""
+        return self.after_encoder(self.encoder(images.contiguous(memory_format=torch.channels_last)))
+
+    def decode(
+        self,
+        latent: Tensor,
+        size: Sequence[int] | None = None,
+        tile: Sequence[int] | None = None,
+        memory_limit: str | int | None = None,
+        approximate: bool = False,
+    ) -> Tensor:
         """Images of latents.
 
         Args:
             latent: `(B, Z, H', W')`.
             size: true `(H, W)` to crop to; without it the padded images.
+            tile, memory_limit, approximate: as in `encode`; the decoder only convolves with `decoder_norm="smc"` and
+                without `decoder_attention`. The limit includes what is returned.
 
         Returns:
             `(B, 3, H, W)`; about [-1, 1], not clamped.
 
         Raises:
-            ValueError: the latent's shape is wrong, or `size` is not one that it can come from.
+            ValueError: the latent's shape is wrong, `size` is not one that it can come from, an argument is wrong, the
+                memory limit cannot be kept, or tiles are needed and not exact.
         """
         if latent.ndim != 4 or latent.shape[1] != self.config.latent_channels or 0 in latent.shape:
             raise ValueError(
                 f"latent has shape {tuple(latent.shape)}: expected (B, {self.config.latent_channels}, H', W')"
             )
-        latent = latent.contiguous(memory_format=torch.channels_last)
-        images = self.decoder(self.before_decoder(latent))
+        if are_parts_wanted(latent, tile, memory_limit):
+            work = Work("decode", self.config, len(latent), *latent.shape[2:], latent.element_size())
+            plan = make_plan(work, tile, memory_limit, approximate, latent.device)
+            images = run_in_parts(self._decode, latent, plan, out_step=DOWNSAMPLING)
+        else:
+            images = self._decode(latent)
         return images if size is None else crop(images, size, (DOWNSAMPLING, DOWNSAMPLING))
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        return self.decoder(self.before_decoder(latent.contiguous(memory_format=torch.channels_last)))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruction of `x` from a sample of its posterior, and the posterior.
@@ -89,8 +140,3 @@ class LiteVAE(nn.Module):
         """Shape `(Z, H', W')` of the latent of an image `(H, W)`."""
         height, width = size
         return (self.config.latent_channels, -(-height // DOWNSAMPLING), -(-width // DOWNSAMPLING))
-
-    @property
-    def last_weights(self) -> list[Tensor]:
-        """Weights of the decoder's last layer, at whose gradients the adaptive GAN weight looks (Equation 2)."""
-        return [self.decoder.conv_out.conv.weight]

@@ -113,7 +113,7 @@ class GANConfig(StrictConfig):
         weight: of the generator's adversarial loss.
         weighting: `constant`, or `adaptive`: the weight is multiplied with the ratio of the gradients' norms of the
             reconstruction loss and the adversarial one at the decoder's last layer (LiteVAE, Equation 2, in which it
-            is 1/2).
+            is 1/2); of the image model alone.
         loss: of the discriminator.
         generator_loss: `non_saturating`, mean softplus(-logits), or `hinge`, -mean(logits).
         start_step: first step in which the discriminator trains and counts.
@@ -232,14 +232,6 @@ class TrainConfig(StrictConfig):
             )
         return self
 
-    @model_validator(mode="after")
-    def _gradients_can_be_looked_at(self) -> Self:
-        if self.gan and (self.gan.weighting == "adaptive" or self.gan.gradient_ratio_every):
-            field = "weighting is adaptive" if self.gan.weighting == "adaptive" else "gradient_ratio_every is set"
-            if self.deepspeed.get("zero_optimization", {}).get("stage") == 3:
-                raise ValueError(f"gan.{field}: that needs whole weights, which ZeRO stage 3 parts; use stage 0 to 2")
-        return self
-
     @property
     def stretches(self) -> list[PhaseConfig]:
         """The phases with nothing left out; at least one."""
@@ -271,11 +263,14 @@ class TrainVideoConfig(TrainConfig):
     small_config: ClassVar[str] = "configs/demo_cpu.yaml"
 
     @model_validator(mode="after")
-    def _patches_divide_clips(self) -> Self:
+    def _fields_fit_together(self) -> Self:
         group, *patch = self.model.patch_size
         if (self.data.num_frames - 1) % group:
             raise ValueError(f"data.num_frames is {self.data.num_frames}: model.patch_size needs {group}n + 1")
         _check_resolutions(self, tuple(patch), "model.patch_size")
+        if self.gan and (self.gan.weighting == "adaptive" or self.gan.gradient_ratio_every):
+            field = "weighting" if self.gan.weighting == "adaptive" else "gradient_ratio_every"
+            raise ValueError(f"gan.{field}: the video model has no single last layer to look at; for images alone")
         return self
 
 

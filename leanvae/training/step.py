@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from leanvae.config import LeanVAEConfig
+from leanvae.training import balance
 from leanvae.training.config import GANConfig, TrainConfig
 from leanvae.training.engine import Engine, frozen
 from leanvae.training.ranks import world_size
@@ -27,15 +28,6 @@ from litevae.losses import (
 
 _GENERATOR_LOSSES = {"hinge": hinge_g_loss, "non_saturating": logistic_g_loss}
 _DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "logistic": logistic_d_loss}
-
-
-def mean_gradients(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Averages gradients over all ranks, in float32; every rank must pass the same shapes."""
-    packed = torch.cat([gradient.detach().float().flatten() for gradient in gradients])
-    if dist.is_initialized():
-        dist.all_reduce(packed)
-        packed /= dist.get_world_size()
-    return list(packed.split([gradient.numel() for gradient in gradients]))
 
 
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
@@ -111,7 +103,8 @@ class TrainingStep:
         self._phase: int | None = None
         model: Any = vae.module
         self._latent_shape = model.latent_shape
-        self._last_weights: list[Tensor] = model.last_weights
+        looks_at_gradients = config.gan and (config.gan.weighting == "adaptive" or config.gan.gradient_ratio_every)
+        self._last_layer = balance.LastLayer(model.decoder) if looks_at_gradients else None
 
     def __call__(self, pixels: Tensor, indices: list[int], step: int) -> dict[str, float]:
         """Updates both networks.
@@ -167,7 +160,9 @@ class TrainingStep:
         seed = self.config.training.seed
         noise = posterior_noise(self._latent_shape(target.shape[2:]), seed, step, indices).to(self.device)
         prediction, posterior = self.vae(target.to(self.vae.dtype), noise.to(self.vae.dtype))
-        prediction = prediction.float()
+        prediction = pixels = prediction.float()
+        if gan_weight and self._gan()[0].looks_at_gradients(step):
+            pixels = prediction.detach().requires_grad_()
         frames = None
         if target.ndim == 5:
             group = self.config.model.patch_size[0] if isinstance(self.config.model, LeanVAEConfig) else 1
@@ -175,22 +170,27 @@ class TrainingStep:
         terms = reconstruction_terms(
             self.config.losses,
             step,
-            prediction,
+            pixels,
             target,
             posterior,
             self.perceptual,
             frames,
             lambda: self._average_prediction(target, noise),
         )
-        loss = weighted_sum(terms)
+        loss, weight, at_pixels = weighted_sum(terms), gan_weight, None
         values = {name: value for name, (_, value) in terms.items()}
         if gan_weight:
-            adversarial = values["adversarial"] = self._adversarial(prediction)
-            weight = self._balanced(loss, adversarial, gan_weight, step, values)
+            adversarial = values["adversarial"] = self._adversarial(pixels)
+            if pixels is not prediction:
+                weight, at_pixels = self._balanced(loss, adversarial, pixels, gan_weight, values)
             loss = loss + weight * adversarial
         values["loss"] = loss
         for name, value in values.items():
             logs.setdefault(name, []).append(value.detach())
+        if at_pixels is not None:
+            # The same gradients for the network: of the pixels as found already, and of the KL term.
+            kl_weight, divergence = terms["kl"]
+            loss = (prediction * at_pixels).sum() + kl_weight * divergence
         self.vae.backward(loss)
         return prediction.detach()
 
@@ -205,25 +205,27 @@ class TrainingStep:
         return torch.stack([_GENERATOR_LOSSES[gan.generator_loss](logits) for logits in outputs]).sum()
 
     def _balanced(
-        self, reconstruction: Tensor, adversarial: Tensor, gan_weight: float, step: int, values: dict[str, Tensor]
-    ) -> Tensor | float:
-        """The adversarial loss's weight; records the ratio of the two gradients, if it is to be measured.
+        self,
+        reconstruction: Tensor,
+        adversarial: Tensor,
+        pixels: Tensor,
+        gan_weight: float,
+        values: dict[str, Tensor],
+    ) -> tuple[Tensor | float, Tensor]:
+        """The adversarial loss's weight, and the gradient of both losses at the pixels; records the gradients' ratio.
 
-        Gradients are those of the mean over all ranks, so that each of them finds the same.
+        Norms are those of the gradient's mean over all ranks, so that each of them finds the same.
         """
-        gan, _ = self._gan()
-        if not gan.looks_at_gradients(step):
-            return gan_weight
-        gradients = [
-            mean_gradients(torch.autograd.grad(loss, self._last_weights, retain_graph=True))
-            for loss in (reconstruction, adversarial)
-        ]
+        assert self._last_layer is not None
+        at_pixels = [torch.autograd.grad(loss, pixels)[0] for loss in (reconstruction, adversarial)]
+        at_weight = balance.mean_over_ranks([self._last_layer.weight_gradient(gradient) for gradient in at_pixels])
         weight: Tensor | float = gan_weight
-        if gan.weighting == "adaptive":
-            weight = values["adaptive_weight"] = adaptive_weight(*gradients, factor=gan_weight)
-        norms = [gradient_norm(part) for part in gradients]
+        if self._gan()[0].weighting == "adaptive":
+            weight = adaptive_weight(at_weight[:1], at_weight[1:], factor=gan_weight)
+            values["adaptive_weight"] = weight
+        norms = [gradient_norm([gradient]) for gradient in at_weight]
         values["gradient_ratio"] = weight * norms[1] / norms[0].clamp_min(1e-12)
-        return weight
+        return weight, at_pixels[0] + weight * at_pixels[1]
 
     def _train_discriminator(self, target: Tensor, prediction: Tensor, logs: dict[str, list[Tensor]]) -> None:
         """Accumulates (and after the last pass applies) the discriminator's gradient."""

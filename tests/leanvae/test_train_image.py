@@ -187,9 +187,11 @@ def reference_steps(config, num_steps):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("weighting", ["constant", "adaptive"])
-def test_step_equals_plain_torch(weighting):
-    config = config_of(gan={"weighting": weighting})
+@pytest.mark.parametrize(
+    ("weighting", "output_type"), [("constant", "image"), ("adaptive", "image"), ("adaptive", "wavelet")]
+)
+def test_step_equals_plain_torch(weighting, output_type):
+    config = config_of(gan={"weighting": weighting}, model={"output_type": output_type})
     take_step, _ = build_networks(config, CPU)
     for step, expected in enumerate(reference_steps(config, 2)):
         logs = take_step(pixels_of(step), [0, 1, 2, 3], step)

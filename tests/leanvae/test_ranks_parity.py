@@ -1,0 +1,110 @@
+"""Losses, gradients, weights and averages at every ZeRO stage, on one and two ranks, against one plain process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.parity]
+
+PROGRAM = Path(__file__).with_name("ranks_program.py")
+SMALL_LITE = {f"{part}_channels": 8 for part in ("extraction", "aggregation", "decoder")}
+SMALL_LITE |= {f"{part}_multipliers": [1] for part in ("extraction", "aggregation")}
+SHARED = {
+    "losses": {"perceptual": "none"},
+    "gan": {"start_step": 0, "learning_rate": 2e-5, "discriminator": {"base_channels": 8, "num_layers": 2}},
+    "optimizer": {"learning_rate": 2e-5, "warmup_steps": 0},
+}
+VIDEO = {
+    "model": {"low_channels": 8, "high_channels": 16, "num_stream_layers": 1, "num_fusion_layers": 1, "ista_layers": 1}
+    | {"decoder_norm": "smc"},
+    "data": {"num_frames": 5, "resolution": [32, 32]},
+    **SHARED,
+}
+IMAGE = {
+    # Small rates and no norms, before which biases have gradients of nothing but rounding, that Adam would blow up.
+    "model": {**SMALL_LITE, "num_res_blocks": 1, "encoder_norm": "smc", "decoder_norm": "smc"},
+    **SHARED,
+    "losses": {"perceptual": "none", "wavelet": 0.5, "gaussian": 0.5},
+}
+PHASES = [
+    {"resolution": 16, "steps": 2, "batch": 4, "micro_batch": 2},
+    {"resolution": 24, "steps": 2, "batch": 8, "micro_batch": 1},
+]
+ADAPTIVE = {**IMAGE, "gan": {**IMAGE["gan"], "weighting": "adaptive"}, "data": {"resolution": 16}}
+STAGES = (0, 1, 2, 3)
+CASES = {  # name: kind, steps, configuration, training block
+    "video": ("video", 3, VIDEO, {"batch_size": 4, "micro_batch_size": 1}),
+    "phases": ("image", 4, {**IMAGE, "phases": PHASES}, {}),
+    "adaptive": ("image", 2, ADAPTIVE, {"batch_size": 4}),
+}
+
+
+def cases(stages):
+    """One case for each entry above, plain if `stages` is false, else for each of its stages."""
+    made = {}
+    for name, (kind, steps, config, training) in CASES.items():
+        for stage in STAGES if stages else [None]:
+            engine = {"engine": "plain" if stage is None else "deepspeed", "gradient_clipping": 0.0}
+            tree = {**config, "training": {**training, **engine}}
+            if stage is not None:
+                # Small weights stay whole on every rank under ZeRO-3 unless the threshold says otherwise.
+                zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+                tree["deepspeed"] = {"zero_optimization": zero}
+            made[name if stage is None else f"{name}-{stage}"] = {"kind": kind, "steps": steps, "config": tree}
+    return made
+
+
+def run(folder, name, tree, ranks):
+    cases_file, output = folder / f"{name}.json", folder / f"{name}.safetensors"
+    cases_file.write_text(json.dumps(tree))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(PROGRAM), str(cases_file), str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return load_file(output)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("plain"), "plain", cases(stages=False), 1)
+
+
+def part(tensors, case, kind):
+    return {name: value for name, value in tensors.items() if name.startswith(f"{case}.{kind}")}
+
+
+def distance(ours, theirs, case, reference):
+    """Norm of the difference over the norm, all tensors together."""
+    pairs = [(value, theirs[name.replace(case, reference, 1)]) for name, value in ours.items()]
+    difference = sum((a.double() - b.double()).square().sum() for a, b in pairs)
+    return (difference / sum(b.double().square().sum() for _, b in pairs)).sqrt().item()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_zero_stage_equals_one_plain_process(plain, tmp_path, ranks):
+    tree = cases(stages=True)
+    tensors = run(tmp_path, f"ranks{ranks}", tree, ranks)
+    found = {}
+    for case in tree:
+        reference = case.partition("-")[0]
+        kinds = ["logs", "gradients.vae", "gradients.discriminator", "weights.vae", "average"]
+        for kind in kinds:
+            ours, theirs = part(tensors, case, kind), part(plain, reference, kind)
+            assert {name.replace(case, reference, 1) for name in ours} == set(theirs)
+            assert ours
+            found[case, kind] = distance(ours, theirs, case, reference)
+    assert {key: value for key, value in found.items() if not value < 1e-5} == {}, found
+
+
+def test_a_weight_that_is_wrong_would_be_noticed(plain):
+    """The measure above sees a change of a hundredth of a percent in one small tensor."""
+    ours = part(plain, "video", "average")
+    changed = {name: value.clone() for name, value in ours.items()}
+    name = min(changed, key=lambda key: changed[key].numel() if changed[key].any() else torch.inf)
+    changed[name] *= 1.01
+    assert distance(changed, ours, "video", "video") > 1e-5
