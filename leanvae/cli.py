@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from leanvae.analysis_cli import add_analyse_arguments, run_analyse
+
 
 @dataclass(frozen=True)
 class Command:
@@ -121,17 +123,11 @@ def _add_reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_reconstruct(args: argparse.Namespace) -> int:
     import torch
 
+    from leanvae.devices import find_device
     from leanvae.reconstruct import METRICS_FILE, reconstruct
 
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    report = reconstruct(args.checkpoint, args.input, args.output, device, dtype, strict=args.strict)
+    report = reconstruct(args.checkpoint, args.input, args.output, find_device(args.device), dtype, strict=args.strict)
     total = report["total"]
     measures = [
         "" if total["psnr"] is None else f", PSNR {total['psnr']:.2f} dB",
@@ -186,6 +182,11 @@ def _keep_threads_from_spinning() -> None:
 
 
 COMMANDS = {
+    "analyse": Command(
+        "Compare image autoencoders: latent space, feature maps, and quality against resolution.",
+        add_analyse_arguments,
+        run_analyse,
+    ),
     "reconstruct": Command(
         "Encode and decode a clip, an image, or a folder of both, and measure PSNR and SSIM.",
         _add_reconstruct_arguments,

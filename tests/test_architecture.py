@@ -14,7 +14,7 @@ SCRIPTS = [path for path in SOURCES if path.is_relative_to(ROOT / "scripts")]
 
 # litevae knows nothing of time, files or processes.
 FORBIDDEN_IN_LITEVAE = {"leanvae", "deepspeed", "decord", "decord2", "av", "cv2", "torchcodec"}
-HEAVY = ["torch", "numpy", "deepspeed", "av", "cv2", "decord", "torchvision", "lpips", "pydantic"]
+HEAVY = ["torch", "numpy", "deepspeed", "av", "cv2", "decord", "torchvision", "lpips", "pydantic", "matplotlib"]
 MAX_SCRIPT_LINES = 40
 UNSAFE_CALLS = {
     *(f"{module}.{name}" for module in ("pickle", "dill", "cloudpickle") for name in ("load", "loads", "Unpickler")),

@@ -125,7 +125,13 @@ def test_cli_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "flag"), [("reconstruct.py", "--strict"), ("train_video.py", "--resume"), ("train_image.py", "--set")]
+    ("script", "flag"),
+    [
+        ("reconstruct.py", "--strict"),
+        ("train_video.py", "--resume"),
+        ("train_image.py", "--set"),
+        ("analyse.py", "--strict"),
+    ],
 )
 def test_scripts_show_their_flags(script: str, flag: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
