@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,11 +46,18 @@ def test_readme_commands_run(tmp_path, write_clip):
     for index in range(8):
         write_clip(tmp_path / "CLIPS" / f"clip{index}.mp4", num_frames=20, height=64, width=64, seed=index)
     write_clip(tmp_path / "CLIP.mp4", num_frames=10)
+    (tmp_path / "IMAGES").mkdir()
+    for index in range(8):
+        picture = np.random.default_rng(index).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / "IMAGES" / f"picture{index}.png"), picture)
     assert len(COMMANDS) >= 3
     for line in COMMANDS:
         words = shlex.split(line)
-        training = "scripts/train_video.py" in words
-        run([*words, "--set", "training.max_steps=2"] if training else words, tmp_path)
+        small = {
+            "scripts/train_video.py": ["--set", "training.max_steps=2"],
+            "scripts/train_image.py": ["--set", "training.max_steps=1", "--set", "phases=[{resolution: 32, steps: 1}]"],
+        }
+        run([*words, *(flag for script, flags in small.items() if script in words for flag in flags)], tmp_path)
     assert (tmp_path / "runs/mine/recon/metrics.json").is_file()
     (tmp_path / "program.py").write_text("\n".join(PROGRAMS))
     run([sys.executable, "program.py"], tmp_path)
