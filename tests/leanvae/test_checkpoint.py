@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from leanvae import LeanVAE, LeanVAEConfig, load_vae
+from litevae import LiteVAE, LiteVAEConfig
+from litevae.torchvision_compat import prepare_torchvision
 
 PUBLISHED = Path(__file__).parent / "golden" / "official_small.ckpt"
 SMALL = {"low_channels": 8, "high_channels": 16, "num_stream_layers": 1, "num_fusion_layers": 1}
@@ -108,4 +110,44 @@ def test_damaged_folders_are_refused(tmp_path):
         load_vae(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "model": "Other"}))
     with pytest.raises(ValueError, match="'model'"):
+        load_vae(tmp_path)
+
+
+LITE = {"extraction_channels": 4, "aggregation_channels": 4, "decoder_channels": 8, "num_res_blocks": 1}
+
+
+def test_image_models_come_back_from_their_folder(tmp_path):
+    vae = LiteVAE(LiteVAEConfig(latent_channels=12, decoder_norm="smc", levels=(2, 3), **LITE)).eval()
+    vae.save_pretrained(tmp_path)
+    loaded = load_vae(tmp_path)
+    assert isinstance(loaded, LiteVAE)
+    assert loaded.config == vae.config
+    assert not loaded.training
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in vae.state_dict().items())
+
+
+def test_folders_of_diffusers_load_as_the_sd_vae(tmp_path):
+    prepare_torchvision()
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    reference = AutoencoderKL(block_out_channels=(32,) * 4, layers_per_block=1, **kinds).eval()
+    reference.save_pretrained(tmp_path / "sd")
+    vae = load_vae(tmp_path / "sd")
+    assert vae.config.encoder == "sd"
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.inference_mode():
+        torch.testing.assert_close(vae(x)[0], reference(x).sample, rtol=1e-5, atol=1e-5)
+    weights = tmp_path / "sd" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: no valid safetensors file"):
+        load_vae(tmp_path / "sd")
+
+
+def test_folders_of_other_models_are_refused(tmp_path):
+    LiteVAE(LiteVAEConfig(**LITE)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model": "OtherVAE"}))
+    with pytest.raises(ValueError, match="the field 'model' must be one of LeanVAE, LiteVAE"):
         load_vae(tmp_path)
