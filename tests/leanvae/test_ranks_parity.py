@@ -59,6 +59,18 @@ def cases(stages):
     return made
 
 
+def half_cases():
+    """Image models in bfloat16, with every discriminator and the losses that look at more than their own network."""
+    base = {**ADAPTIVE, "losses": {"perceptual": "none", "ldl": 0.5}}
+    made = {}
+    for stage, kind in ((0, "unet"), (1, "patch"), (2, "stylegan"), (3, "unet")):
+        tree = {**base, "gan": {**base["gan"], "discriminator": {"kind": kind, "base_channels": 8, "num_layers": 2}}}
+        tree["training"] = {"engine": "deepspeed", "batch_size": 4}
+        tree["deepspeed"] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+        made[f"bf16-{kind}-{stage}"] = {"kind": "image", "steps": 3, "config": tree}
+    return made
+
+
 def run(folder, name, tree, ranks):
     cases_file, output = folder / f"{name}.json", folder / f"{name}.safetensors"
     cases_file.write_text(json.dumps(tree))
@@ -99,6 +111,16 @@ def test_every_zero_stage_equals_one_plain_process(plain, tmp_path, ranks):
             assert ours
             found[case, kind] = distance(ours, theirs, case, reference)
     assert {key: value for key, value in found.items() if not value < 1e-5} == {}, found
+
+
+def test_image_models_train_in_bfloat16(tmp_path):
+    tensors = run(tmp_path, "bf16", half_cases(), 2)
+    assert all(value.isfinite().all() for value in tensors.values())
+    for case in half_cases():
+        logs = {name.rpartition(".")[2] for name in part(tensors, case, "logs.0")}
+        assert {"ldl", "adaptive_weight", "gradient_ratio", "discriminator"} <= logs
+        # The averaged weights are those of the optimizer, in full precision.
+        assert any((v != v.bfloat16().float()).any() for v in part(tensors, case, "average").values())
 
 
 def test_a_weight_that_is_wrong_would_be_noticed(plain):
