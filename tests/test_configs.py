@@ -289,7 +289,7 @@ def test_esrgan_ablation_trains_on_features_of_vgg19(tmp_path):
         (["deepspeed.fp16.enabled=true"], r"deepspeed\.fp16: training in float16 is not supported"),
         (["data.num_frames=16"], r"data\.num_frames is 16: model\.patch_size needs 4n \+ 1"),
         (["gan.weighting=adaptive"], r"gan\.weighting: the video model has no single last layer"),
-        (["gan.gradient_ratio_every=5"], r"gan\.gradient_ratio_every: the video model"),
+        (["gan.log_gradient_ratio=true"], r"gan\.log_gradient_ratio: the video model"),
     ],
 )
 def test_bad_overrides_are_refused_by_name(overrides, message):

@@ -121,8 +121,7 @@ class GANConfig(StrictConfig):
         lecam: weight of the LeCam regularisation of the discriminator.
         lecam_decay: decay of its running averages of the logits.
         learning_rate: of the discriminator.
-        gradient_ratio_every: steps between measurements of the gradients' ratio, weight included (LiteVAE, Figure 7);
-            0 for none.
+        log_gradient_ratio: whether logged steps measure the gradients' ratio, weight included (LiteVAE, Figure 7).
         discriminator: its architecture.
     """
 
@@ -135,13 +134,13 @@ class GANConfig(StrictConfig):
     lecam: NonNegativeFloat = 0.005
     lecam_decay: Decay = 0.999
     learning_rate: PositiveFloat = 1e-5
-    gradient_ratio_every: NonNegativeInt = 0
+    log_gradient_ratio: bool = False
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
-    def looks_at_gradients(self, step: int) -> bool:
-        """Whether the step needs the gradients at the decoder's last layer."""
-        every = self.gradient_ratio_every
-        return self.weighting == "adaptive" or bool(every and step % every == 0)
+    @property
+    def looks_at_gradients(self) -> bool:
+        """Whether some steps need the gradients at the decoder's last layer."""
+        return self.weighting == "adaptive" or self.log_gradient_ratio
 
 
 class OptimizerConfig(StrictConfig):
@@ -195,6 +194,10 @@ class TrainingConfig(StrictConfig):
     validate_every: PositiveInt = 1000
     validation_clips: PositiveInt = 4
     output: str = "runs/video"
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step, counted from 0, is among those whose figures are shown: the first, then every few."""
+        return step == 0 or (step + 1) % self.log_every == 0
 
 
 class TrainConfig(StrictConfig):
@@ -268,8 +271,8 @@ class TrainVideoConfig(TrainConfig):
         if (self.data.num_frames - 1) % group:
             raise ValueError(f"data.num_frames is {self.data.num_frames}: model.patch_size needs {group}n + 1")
         _check_resolutions(self, tuple(patch), "model.patch_size")
-        if self.gan and (self.gan.weighting == "adaptive" or self.gan.gradient_ratio_every):
-            field = "weighting" if self.gan.weighting == "adaptive" else "gradient_ratio_every"
+        if self.gan and self.gan.looks_at_gradients:
+            field = "weighting" if self.gan.weighting == "adaptive" else "log_gradient_ratio"
             raise ValueError(f"gan.{field}: the video model has no single last layer to look at; for images alone")
         return self
 

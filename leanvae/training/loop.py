@@ -219,7 +219,7 @@ class Trainer:
             )
         if not (self.is_main and self.record):
             return
-        self.record.log(self.step, logs, to_board=self.step % training.log_every == 0 or self.step == 1)
+        self.record.log(self.step, logs, to_board=training.is_logged(self.step - 1))
         taken = self.step - self._first_step
         mean_seconds = self._busy_seconds / taken
         left = (self.curriculum.max_steps - self.step) * mean_seconds

@@ -103,7 +103,7 @@ class TrainingStep:
         self._phase: int | None = None
         model: Any = vae.module
         self._latent_shape = model.latent_shape
-        looks_at_gradients = config.gan and (config.gan.weighting == "adaptive" or config.gan.gradient_ratio_every)
+        looks_at_gradients = config.gan is not None and config.gan.looks_at_gradients
         self._last_layer = balance.LastLayer(model.decoder) if looks_at_gradients else None
 
     def __call__(self, pixels: Tensor, indices: list[int], step: int) -> dict[str, float]:
@@ -161,7 +161,7 @@ class TrainingStep:
         noise = posterior_noise(self._latent_shape(target.shape[2:]), seed, step, indices).to(self.device)
         prediction, posterior = self.vae(target.to(self.vae.dtype), noise.to(self.vae.dtype))
         prediction = pixels = prediction.float()
-        if gan_weight and self._gan()[0].looks_at_gradients(step):
+        if gan_weight and self._looks_at_gradients(step):
             pixels = prediction.detach().requires_grad_()
         frames = None
         if target.ndim == 5:
@@ -193,6 +193,10 @@ class TrainingStep:
             loss = (prediction * at_pixels).sum() + kl_weight * divergence
         self.vae.backward(loss)
         return prediction.detach()
+
+    def _looks_at_gradients(self, step: int) -> bool:
+        gan, _ = self._gan()
+        return gan.weighting == "adaptive" or (gan.log_gradient_ratio and self.config.training.is_logged(step))
 
     @torch.no_grad()
     def _average_prediction(self, target: Tensor, noise: Tensor) -> Tensor:

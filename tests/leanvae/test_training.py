@@ -11,7 +11,7 @@ import yaml
 from leanvae import load_vae
 from leanvae.config import ConfigError
 from leanvae.data.loader import TooManyBadClips
-from leanvae.training.config import TrainImageConfig, TrainVideoConfig
+from leanvae.training.config import TrainVideoConfig
 from leanvae.training.loop import duration, train
 from leanvae.training.ranks import lock_folder
 from leanvae.training.record import RunRecord
