@@ -1,14 +1,21 @@
 """The folder of a run's checkpoints: complete ones only, and `latest` always names one."""
 
+import json
+import logging
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 
-from leanvae.files import flush_to_disk
+from leanvae.files import flush_to_disk, write_text
+
+logger = logging.getLogger("leanvae")
 
 LATEST = "latest"
 STATE_FILE = "trainer.json"
+MANIFEST_FILE = "manifest.json"
+_BLOCK = 2**24  # bytes read at a time
 _NAME = re.compile(r"step_(\d{8,})(?:_(\d+))?")
 
 
@@ -34,7 +41,7 @@ def temporary_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.tmp")
 
 
-def commit(folder: Path, keep: int) -> None:
+def commit(folder: Path, keep: int, keep_every: int | None = None) -> None:
     """Gives a written checkpoint its name, points `latest` to it and removes old ones.
 
     Killed at any moment, `latest` names a complete checkpoint.
@@ -42,9 +49,12 @@ def commit(folder: Path, keep: int) -> None:
     Args:
         folder: the checkpoint's name, which must be free; its content stands in `temporary_folder(folder)`.
         keep: how many of the newest checkpoints stay.
+        keep_every: checkpoints after a multiple of so many steps stay for good.
     """
     root = folder.parent
     written = temporary_folder(folder)
+    sums = {name: list(size_and_sum(written / name)) for name in _files(written)}
+    write_text(written / MANIFEST_FILE, json.dumps(sums, indent=2) + "\n")
     for path in [*written.rglob("*"), written]:
         flush_to_disk(path)
     written.rename(folder)
@@ -54,8 +64,50 @@ def commit(folder: Path, keep: int) -> None:
     os.replace(link, root / LATEST)
     flush_to_disk(root)
     for old in complete_checkpoints(root)[:-keep]:
-        if old != folder:
+        if old != folder and not (keep_every and _step(old) % keep_every == 0):
             shutil.rmtree(old)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _step(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    assert match
+    return int(match[1])
+
+
+def size_and_sum(path: Path) -> tuple[int, int]:
+    """A file's length in bytes and its CRC-32."""
+    size = total = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            size += len(block)
+            total = zlib.crc32(block, total)
+    return size, total
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; `None` if they are as they were written.
+
+    One without a manifest, of before there were any, passes for whole.
+    """
+    manifest = folder / MANIFEST_FILE
+    if not manifest.exists():
+        return None
+    try:
+        expected = json.loads(manifest.read_text(encoding="utf-8"))
+        for name, (size, total) in expected.items():
+            found = size_and_sum(folder / name)
+            if found != (size, total):
+                length = f"has {found[0]} bytes, not {size}" if found[0] != size else "has changed"
+                return f"{name} {length}"
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    except (ValueError, AttributeError, TypeError) as error:
+        return f"{MANIFEST_FILE} is no list of files: {error}"
+    return None
 
 
 def clean(root: Path) -> None:
@@ -69,10 +121,12 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
 
     Args:
         root: folder of the run's checkpoints.
-        resume: `auto` takes the newest of the run, if there is one; `none` starts anew; else a checkpoint's path.
+        resume: `auto` takes the newest of the run that is not damaged, if there is one, and warns of those that
+            are; `none` starts anew; else a checkpoint's path.
 
     Raises:
-        ValueError: `none` where there are checkpoints, which a new run would overwrite.
+        ValueError: `none` where there are checkpoints, which a new run would overwrite; or `auto` where all are
+            damaged.
         FileNotFoundError: the path is no training checkpoint.
     """
     existing = complete_checkpoints(root)
@@ -84,10 +138,14 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
             )
         return None
     if resume == "auto":
-        latest = root / LATEST
-        if (latest / STATE_FILE).is_file():
-            return latest.resolve()
-        return existing[-1] if existing else None
+        for folder in reversed(existing):
+            reason = damage(folder)
+            if reason is None:
+                return folder
+            logger.warning("%s is damaged (%s): the one before it is tried", folder, reason)
+        if existing:
+            raise ValueError(f"{root}: every checkpoint is damaged, the newest in that {damage(existing[-1])}")
+        return None
     folder = Path(resume)
     if not (folder / STATE_FILE).is_file():
         raise FileNotFoundError(

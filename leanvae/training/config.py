@@ -176,6 +176,7 @@ class TrainingConfig(StrictConfig):
         log_every: steps between log lines.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         keep_checkpoints: newest checkpoints kept.
+        keep_every: checkpoints after a multiple of so many steps are kept for good.
         validate_every: steps between evaluations on held-out data; also before the first step and at the end.
         validation_clips: held-out clips or images evaluated.
         output: folder of the run, unless the command line names one.
@@ -191,6 +192,7 @@ class TrainingConfig(StrictConfig):
     log_every: PositiveInt = 50
     checkpoint_every: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 3
+    keep_every: PositiveInt | None = None
     validate_every: PositiveInt = 1000
     validation_clips: PositiveInt = 4
     output: str = "runs/video"

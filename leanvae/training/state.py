@@ -99,7 +99,7 @@ def save_run(
         save_pretrained(type(take_step.vae.module).__name__, config.model, average, written)
         write_text(written / RESOLVED_CONFIG, resolved_config(config))
         write_text(written / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
-        commit(folder, config.training.keep_checkpoints)
+        commit(folder, config.training.keep_checkpoints, config.training.keep_every)
     barrier()
 
 

@@ -7,12 +7,12 @@ import pytest
 from leanvae.training import checkpoints as C
 
 
-def write(root, step, content="x", keep=3):
+def write(root, step, content="x", keep=3, keep_every=None):
     folder = C.new_checkpoint(root, step)
     written = C.temporary_folder(folder)
     written.mkdir(parents=True)
     (written / C.STATE_FILE).write_text(content)
-    C.commit(folder, keep)
+    C.commit(folder, keep, keep_every)
     return folder
 
 
@@ -79,3 +79,37 @@ def test_a_named_checkpoint_must_be_one(tmp_path):
     assert C.find_checkpoint(tmp_path, str(folder)) == folder
     with pytest.raises(FileNotFoundError, match=r"trainer\.json is missing.*checkpoints/latest"):
         C.find_checkpoint(tmp_path, str(tmp_path))
+
+
+def test_every_so_many_steps_a_checkpoint_stays(tmp_path):
+    for step in range(1, 8):
+        write(tmp_path, step, keep=2, keep_every=3)
+    assert [int(path.name[5:]) for path in C.complete_checkpoints(tmp_path)] == [3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda path: path.write_text("xy"), "has 2 bytes, not 1"),
+        (lambda path: path.write_text("y"), "has changed"),
+        (lambda path: path.unlink(), "cannot be read"),
+    ],
+    ids=["longer", "other content", "missing"],
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, spoil, reason):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    spoil(tmp_path / "step_00000003" / C.STATE_FILE)
+    assert C.find_checkpoint(tmp_path, "auto").name == "step_00000002"
+    assert "step_00000003 is damaged" in caplog.text
+    assert reason in caplog.text
+    for step in (1, 2):
+        (tmp_path / f"step_{step:08d}" / C.MANIFEST_FILE).write_text("[]")
+    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+        C.find_checkpoint(tmp_path, "auto")
+
+
+def test_checkpoints_without_a_manifest_pass_for_whole(tmp_path):
+    folder = write(tmp_path, 1)
+    (folder / C.MANIFEST_FILE).unlink()
+    assert C.find_checkpoint(tmp_path, "auto") == folder

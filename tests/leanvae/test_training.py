@@ -193,12 +193,15 @@ def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch)
 
 @pytest.mark.integration
 @pytest.mark.parametrize("part", ["trainer.json", "model.safetensors", "vae/state.pt"])
-def test_a_damaged_checkpoint_is_named(run, tmp_path, part):
-    run("out", "training.max_steps=1")
+def test_a_damaged_checkpoint_is_named_and_passed_over(run, tmp_path, part, caplog):
+    run("out", "training.max_steps=2", "training.checkpoint_every=1")
     path = tmp_path / "out" / "checkpoints" / "latest" / part
     path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(ConfigError, match=rf"{path.name if part[0] != 'v' else 'vae'} is damaged .*--resume"):
-        run("out", "training.max_steps=2")
+        run("out", "training.max_steps=3", resume=str(path.parents[part.count("/")].resolve()))
+    assert run("out", "training.max_steps=3") == 0
+    assert f"step_00000002 is damaged ({part} has 10 bytes" in caplog.text
+    assert [entry["step"] for entry in metrics(tmp_path / "out")] == [1, 2, 3]
 
 
 @pytest.mark.integration
