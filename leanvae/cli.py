@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from leanvae.analysis_cli import add_analyse_arguments, run_analyse
+from leanvae.bench import command as bench
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ COMMANDS = {
         add_analyse_arguments,
         run_analyse,
     ),
+    "bench_res": Command(bench.SUMMARY, bench.add_arguments, bench.run),
     "reconstruct": Command(
         "Encode and decode a clip, an image, or a folder of both, and measure PSNR and SSIM.",
         _add_reconstruct_arguments,

@@ -1,0 +1,338 @@
+"""The models that the benchmark knows, each with its configuration and where that was published.
+
+Weights are random: cost does not depend on them. The configurations of other people's models are those of the
+`config.json` beside their published weights, on huggingface.co under the name in `source`; fields that are the defaults
+of the diffusers class are left out.
+"""
+
+import importlib
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from leanvae.bench.sizes import Grid, Size, choose
+
+Kind = Literal["image", "video"]
+
+ANY_LENGTH, EIGHTS = Grid(1, 1), Grid(8, 8)
+# A convolution of diffusers' CogVideoX and Mochi that splits large inputs in time, at 1080p into parts shorter than its
+# kernel, which fails (0.42). It is counted as the convolution that it computes where that works.
+_SPLITTING_CONV = "CogVideoXSafeConv3d"
+_EXTRA = "pip install 'leanvae[bench]'"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to measure.
+
+    Attributes:
+        name: what it is called on the command line.
+        kind: whether it encodes images `(B, 3, H, W)` or clips `(B, 3, T, H, W)`.
+        build: makes it, with random weights where none are its own.
+        source: where its configuration stands.
+        config: what that says beyond the defaults of its class.
+        frames, height, width: the lengths that it takes; others are padded up to them.
+        encode: pixels to latent, given the module, if not by `encode` below.
+        tiled_only: whether it works in tiles of the smallest size of its grids alone, which overlap by their steps.
+        is_ours: whether it is of this project.
+        has_weights: whether its weights mean something, so that its reconstructions can be judged.
+        note: what a reader of its figures should know.
+    """
+
+    name: str
+    kind: Kind
+    build: Callable[[], nn.Module]
+    source: str
+    config: dict[str, Any] = field(default_factory=dict)
+    frames: Grid = ANY_LENGTH
+    height: Grid = EIGHTS
+    width: Grid = EIGHTS
+    encode: Callable[[nn.Module, Tensor], Tensor] | None = None
+    tiled_only: bool = False
+    is_ours: bool = False
+    has_weights: bool = False
+    note: str = ""
+
+    def fit(self, size: Size) -> Size:
+        """The size that is worked on for `size`: one frame for image models, and padded to what the model takes."""
+        frames = 1 if self.kind == "image" else self.frames.fit(size.frames)
+        return Size(frames, self.height.fit(size.height), self.width.fit(size.width))
+
+    def num_tiles(self, size: Size) -> int:
+        """Tiles that a size which it takes is cut into; 1 for models that work on the whole."""
+        if not self.tiled_only:
+            return 1
+        axes = ((self.frames, size.frames), (self.height, size.height), (self.width, size.width))
+        return math.prod((length - grid.first) // grid.step + 1 for grid, length in axes)
+
+    def pixels_shape(self, size: Size, batch: int = 1) -> tuple[int, ...]:
+        """Shape of its input at a size that it takes."""
+        area = (size.height, size.width)
+        return (batch, 3, *area) if self.kind == "image" else (batch, 3, size.frames, *area)
+
+    def build_on_meta(self) -> nn.Module:
+        """The model without weights, for counting."""
+        with torch.device("cpu" if self.has_weights else "meta"):
+            vae = self.build()
+        for module in vae.modules():
+            if type(module).__name__ == _SPLITTING_CONV:
+                module.__class__ = nn.Conv3d
+        return vae.to("meta").eval()  # some tensors are made on the CPU whatever the default device
+
+
+def _lean(latent_channels: int, decoder_norm: Literal["layer", "smc"]) -> Model:
+    config = {"latent_channels": latent_channels, "decoder_norm": decoder_norm}
+
+    def build() -> nn.Module:
+        from leanvae import LeanVAE, LeanVAEConfig
+
+        return LeanVAE(LeanVAEConfig(**config))
+
+    suffix = "-smc" if decoder_norm == "smc" else ""
+    source = "configs/lean_17f.yaml" if suffix else "LeanVAE paper; configs/lean_17f_published.yaml"
+    name = f"leanvae-c{latent_channels}{suffix}"
+    return Model(name, "video", build, source, config, frames=Grid(1, 4), is_ours=True)
+
+
+def _lite(name: str, preset: str, note: str = "") -> Model:
+    def build() -> nn.Module:
+        from litevae import LiteVAE, LiteVAEConfig
+
+        return LiteVAE(LiteVAEConfig.preset(preset))
+
+    source = f'LiteVAE paper, Tables 2, 23 and 24; LiteVAEConfig.preset("{preset}")'
+    return Model(name, "image", build, source, {"preset": preset}, is_ours=True, note=note)
+
+
+def _encode_in_default_layout(vae: nn.Module, x: Tensor) -> Tensor:
+    """The SD-VAE's encoder on contiguous images, as most of its users run it."""
+    mean, _ = vae.after_encoder(vae.encoder(x)).chunk(2, dim=1)  # pyright: ignore[reportCallIssue]
+    return mean
+
+
+def _sd_in_default_layout() -> Model:
+    model = _lite(
+        "sd-vae-nchw", "SD-VAE", "sd-vae with its encoder run in the default memory layout, not channels-last"
+    )
+    return Model(**{**vars(model), "encode": _encode_in_default_layout})
+
+
+def _diffusers(name: str, kind: Kind, class_name: str, source: str, **fields: Any) -> Model:
+    config = fields.pop("config", {})
+
+    def build() -> nn.Module:
+        vae = diffusers_class(class_name)(**config)
+        if fields.get("tiled_only"):
+            vae.enable_tiling()
+        return vae
+
+    return Model(name, kind, build, f"diffusers.{class_name}; {source}", config, **fields)
+
+
+def diffusers_class(name: str) -> Any:
+    """A model class of diffusers.
+
+    Raises:
+        ImportError: diffusers is not installed, or has no such class.
+    """
+    from litevae.torchvision_compat import prepare_torchvision
+
+    prepare_torchvision()  # several modules of diffusers import it wherever it is installed
+    try:
+        diffusers = importlib.import_module("diffusers")
+    except ImportError as error:
+        raise ImportError(f"diffusers is needed for this model: {_EXTRA}") from error
+    if not hasattr(diffusers, name):
+        raise ImportError(f"diffusers {diffusers.__version__} has no {name}")
+    return getattr(diffusers, name)
+
+
+_SD_BLOCKS = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 768,
+}
+_DC_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+_DC_AE = {
+    "encoder_block_types": _DC_BLOCKS,
+    "decoder_block_types": _DC_BLOCKS,
+    "downsample_block_type": "Conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
+_WAN_22 = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "is_residual": True,
+    "scale_factor_spatial": 16,
+}
+_FOUR, _EIGHT = Grid(1, 4), Grid(1, 8)
+_THIRTY_TWO = {"height": Grid(32, 32), "width": Grid(32, 32)}
+
+REGISTRY: dict[str, Model] = {
+    model.name: model
+    for model in [
+        _lean(4, "layer"),
+        _lean(4, "smc"),
+        _lean(16, "layer"),
+        _lean(16, "smc"),
+        _lite("litevae-s", "S"),
+        _lite("litevae-b", "B"),
+        _lite("litevae-m", "M", "its encoder costs more FLOPs than the SD-VAE's"),
+        _lite("litevae-l", "L", "its encoder costs more FLOPs than the SD-VAE's"),
+        _lite("sd-vae", "SD-VAE", "ours, which reads the released weights; runs in channels-last"),
+        _sd_in_default_layout(),
+        _diffusers(
+            "autoencoder-kl", "image", "AutoencoderKL", "stabilityai/stable-diffusion-2-1, vae", config=_SD_BLOCKS
+        ),
+        _diffusers("taesd", "image", "AutoencoderTiny", "madebyollin/taesd: the class's defaults"),
+        _diffusers(
+            "dc-ae",
+            "image",
+            "AutoencoderDC",
+            "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
+            config=_DC_AE,
+            **_THIRTY_TWO,
+        ),
+        _diffusers(
+            "wan-2.1",
+            "video",
+            "AutoencoderKLWan",
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, vae: the class's defaults",
+            frames=_FOUR,
+        ),
+        _diffusers(
+            "wan-2.2",
+            "video",
+            "AutoencoderKLWan",
+            "Wan-AI/Wan2.2-TI2V-5B-Diffusers, vae (without its latent statistics)",
+            config=_WAN_22,
+            frames=_FOUR,
+            height=Grid(16, 16),
+            width=Grid(16, 16),
+        ),
+        _diffusers(
+            "hunyuanvideo",
+            "video",
+            "AutoencoderKLHunyuanVideo",
+            "hunyuanvideo-community/HunyuanVideo, vae: the class's defaults",
+            frames=_FOUR,
+        ),
+        _diffusers(
+            "cogvideox",
+            "video",
+            "AutoencoderKLCogVideoX",
+            "THUDM/CogVideoX-5b, vae: the class's defaults but for the scale of the latents",
+            frames=_FOUR,
+        ),
+        _diffusers(
+            "ltx-video",
+            "video",
+            "AutoencoderKLLTXVideo",
+            "diffusers/LTX-Video-0.9.0, vae: the class's defaults",
+            frames=_EIGHT,
+            **_THIRTY_TWO,
+        ),
+        _diffusers(
+            "mochi",
+            "video",
+            "AutoencoderKLMochi",
+            "genmo/mochi-1-preview, vae: the class's defaults",
+            frames=Grid(1, 6),
+        ),
+        _diffusers(
+            "allegro",
+            "video",
+            "AutoencoderKLAllegro",
+            "rhymes-ai/Allegro, vae: the class's defaults",
+            tiled_only=True,
+            frames=Grid(24, 16),
+            height=Grid(320, 200),
+            width=Grid(320, 240),
+            note="works in tiles of 24x320x320 alone; smaller clips are padded to one",
+        ),
+        _diffusers(
+            "cosmos",
+            "video",
+            "AutoencoderKLCosmos",
+            "nvidia/Cosmos-1.0-Tokenizer-CV8x8x8, vae: the class's defaults",
+            frames=_EIGHT,
+        ),
+        _diffusers(
+            "vidtok",
+            "video",
+            "AutoencoderVidTok",
+            "microsoft/VidTok, vidtok_kl_causal_488_4chn: the class's defaults",
+            frames=Grid(4, 4, lead=3),
+        ),
+    ]
+}
+
+
+def find_model(name: str) -> Model:
+    """A model of the registry, a checkpoint that `load_vae` reads, or one that `package.module:factory` makes.
+
+    Raises:
+        ValueError: it is none of these, or the factory is missing; the message lists the registry or says which.
+    """
+    if name in REGISTRY:
+        return REGISTRY[name]
+    if Path(name).exists():
+        from leanvae import load_vae
+
+        return _users_model(name, lambda: load_vae(name), "weights on disk")
+    module, colon, factory = name.partition(":")
+    if colon and all(part.isidentifier() for part in [*module.split("."), factory]):
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        try:
+            make = getattr(importlib.import_module(module), factory)
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise ValueError(f"model {name!r} cannot be made: {error}") from error
+        return _users_model(name, make, "the user's own")
+    choose("model", name, [*REGISTRY, "FOLDER of a checkpoint", "package.module:factory"])
+    raise AssertionError
+
+
+def _users_model(name: str, build: Callable[[], nn.Module], source: str) -> Model:
+    """A model that is not in the registry: one of images if it does not take clips."""
+    probe = Model(name, "video", build, source, frames=_FOUR, has_weights=True)
+    try:
+        with torch.inference_mode():
+            latent_of(probe.build_on_meta().encode(torch.empty(1, 3, 5, 64, 64, device="meta")))  # pyright: ignore[reportCallIssue]
+    except (ValueError, RuntimeError, TypeError):
+        return Model(name, "image", build, source, has_weights=True)
+    return probe
+
+
+def encode(model: Model, vae: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    """The most likely latent of pixels, by whatever name the model's `encode` returns it."""
+    if model.encode is not None:
+        return model.encode(vae, x)
+    return latent_of(vae.encode(x, **options))  # pyright: ignore[reportCallIssue]
+
+
+def decode(vae: nn.Module, latent: Tensor, **options: Any) -> Tensor:
+    """Pixels of a latent, padded to what the model takes."""
+    decoded: Any = vae.decode(latent, **options)  # pyright: ignore[reportCallIssue]
+    return decoded if isinstance(decoded, Tensor) else decoded.sample
+
+
+def latent_of(encoded: Any) -> Tensor:
+    """The latent in what an encoder returns: a tensor, a posterior, or one of diffusers' outputs."""
+    for name in ("latent_dist", "latents", "latent"):
+        if hasattr(encoded, name):
+            encoded = getattr(encoded, name)
+    return encoded if isinstance(encoded, Tensor) else encoded.mode()

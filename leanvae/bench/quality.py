@@ -1,0 +1,88 @@
+"""PSNR and SSIM of what models with weights make of the clips and images of a folder."""
+
+import itertools
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from leanvae.bench.models import Model, decode, encode
+from leanvae.bench.settings import DEFAULT_FRAMES
+from leanvae.bench.sizes import Size
+from leanvae.jobs import Job, find_jobs
+from leanvae.media import MediaError, iter_frames, read_image
+from leanvae.metrics import FrameMetrics
+
+logger = logging.getLogger("leanvae")
+
+_LARGEST_SIDE = 512  # pixels; of larger frames the centre is taken
+
+
+def judge(model: Model, folder: Path, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Reconstructs the first frames of each file, at most the centre of each.
+
+    Args:
+        model: one with weights.
+        folder: clips and images.
+        device: where it runs.
+        dtype: its type.
+
+    Returns:
+        `model`, `files`, `skipped`, `frames`, and `psnr` and `ssim` as means over frames.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no clip or image.
+    """
+    vae = model.build().to(device, dtype).eval()
+    metrics = FrameMetrics()
+    jobs = find_jobs(folder, folder / "nothing is written")
+    num_skipped = 0
+    for job in jobs:
+        try:
+            frames = _read_frames(job)
+        except MediaError as error:
+            num_skipped += 1
+            logger.warning("%s: skipped: %s", job.name, error.reason)
+            continue
+        with torch.inference_mode():
+            recon = _reconstruct(model, vae, (2 * frames - 1).to(device, dtype))
+        metrics.update(((recon.float().cpu() + 1) / 2).clamp(0, 1), frames)
+    return {
+        "model": model.name,
+        "files": len(jobs) - num_skipped,
+        "skipped": num_skipped,
+        "frames": metrics.num_frames,
+        "psnr": metrics.psnr,
+        "ssim": metrics.ssim,
+    }
+
+
+def _read_frames(job: Job) -> Tensor:
+    """The first frames of a clip, or an image, `(N, 3, H, W)` in [0, 1]."""
+    if job.is_video:
+        images = [frame.image for frame in itertools.islice(iter_frames(job.source), DEFAULT_FRAMES)]
+    else:
+        images = [read_image(job.source)]
+    height, width = (min(length, _LARGEST_SIDE) for length in images[0].shape[:2])
+    top, left = (images[0].shape[0] - height) // 2, (images[0].shape[1] - width) // 2
+    crops = np.stack([image[top : top + height, left : left + width] for image in images])
+    return torch.from_numpy(crops).movedim(-1, 1).float() / 255
+
+
+def _reconstruct(model: Model, vae: torch.nn.Module, frames: Tensor) -> Tensor:
+    """Frames `(N, 3, H, W)` in [-1, 1] through a model; padded by replication to what it takes, and cropped back."""
+    count, _, height, width = frames.shape
+    fitted = model.fit(Size(count, height, width))
+    padded = F.pad(frames, (0, fitted.width - width, 0, fitted.height - height), mode="replicate")
+    if model.kind == "image":
+        recon = torch.cat([decode(vae, encode(model, vae, image)) for image in padded.split(1)])
+    else:
+        padded = torch.cat([padded, padded[-1:].expand(fitted.frames - count, -1, -1, -1)])
+        clip = padded.transpose(0, 1).unsqueeze(0)  # N C H W -> 1 C T H W
+        recon = decode(vae, encode(model, vae, clip))[0].transpose(0, 1)
+    return recon[:count, :, :height, :width]
