@@ -6,28 +6,14 @@ Zhang and Ghanem, 2018).
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from leanvae.blocks import tokenwise
 from leanvae.naf import NAFLayers, Past
-
-
-def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
-    """`sign(x) * max(|x| - threshold, 0)`, the proximal map of `threshold * |x|_1`."""
-    return x.sign() * (x.abs() - threshold).relu()
-
-
-def gradient_step(x: Tensor, z: Tensor, phi: Tensor, step: Tensor) -> Tensor:
-    """`x - step * (x phi^T - z) phi`: descends `|x phi^T - z|^2 / 2`.
-
-    Args:
-        x: current estimate of the features, `(..., D)`.
-        z: measurement, `(..., Z)`.
-        phi: measurement matrix, `(Z, D)`.
-        step: step size, one element.
-    """
-    return x - step * ((x @ phi.T - z) @ phi)
+from leanvae.pointwise import gradient_step, soft_threshold
 
 
 class ISTABottleneck(nn.Module):
@@ -74,10 +60,11 @@ class ISTABottleneck(nn.Module):
         for step, threshold, forward, backward in zip(
             self.steps, self.thresholds, self.forward_transforms, self.backward_transforms, strict=True
         ):
-            r = gradient_step(x, z, self.phi, step)
-            h, forward_past = forward(r, next(pasts) if pasts else None)
-            h, backward_past = backward(soft_threshold(h, threshold), next(pasts) if pasts else None)
-            x = r + h
+            x = tokenwise(partial(gradient_step, phi=self.phi, step=step), x, z)
+            h, forward_past = forward(x, next(pasts) if pasts else None)
+            h = tokenwise(partial(soft_threshold, threshold=threshold), h)
+            h, backward_past = backward(h, next(pasts) if pasts else None)
+            x = x + h
             future += [forward_past, backward_past]
         return x, tuple(future)
 

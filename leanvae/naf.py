@@ -5,13 +5,20 @@ The convolution alone mixes positions. To go through a clip in chunks, pass the 
 returned: the last two frames that each convolution read.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leanvae import kernels
+from leanvae.blocks import tokenwise
+from leanvae.folding import LinearMap, fold_norm, pad_inputs, pad_outputs
+from leanvae.packed import pack, pack_linear, packed_feedforward
+from leanvae.pointwise import geglu, layer_norm
+from leanvae.prepared import Preparable
 from litevae.smc import SelfModulatedLinear
 
 Norm = Literal["layer", "smc"]
@@ -19,7 +26,9 @@ Past = tuple[Tensor, ...]
 PAST_FRAMES = 2  # a 3x3x3 kernel looks two frames back
 
 
-def causal_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> Tensor:
+def causal_depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, residual: bool = False
+) -> Tensor:
     """Depthwise 3x3x3 convolution, causal in time and zero-padded in space.
 
     Args:
@@ -27,13 +36,33 @@ def causal_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, past: 
         weight: `(D, 1, 3, 3, 3)`.
         bias: `(D,)`.
         past: `(B, 2, H, W, D)`, the two frames before `x`; zeros at the start of a clip if `None`.
+        residual: whether `x` is added to the result.
 
     Returns:
         `(B, T, H, W, D)`.
     """
-    x = F.pad(x, (0, 0, 0, 0, 0, 0, PAST_FRAMES, 0)) if past is None else torch.cat((past, x), dim=1)
-    # Channels-last tokens are a channels-last 3D image already: only the axes are renamed, nothing is copied.
-    y = F.conv3d(x.movedim(-1, 1), weight, bias, padding=(0, 1, 1), groups=x.shape[-1])
+    if kernels.usable(x):
+        from leanvae.kernels.depthwise import causal_depthwise_conv as kernel
+
+        return kernel(x, weight, bias, past, residual)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        frames = F.pad(x, (0, 0, 0, 0, 0, 0, PAST_FRAMES, 0)) if past is None else torch.cat((past, x), dim=1)
+        y = _convolve(frames, weight, bias)
+        return x + y if residual else y
+    # A frame at a time, nothing is padded or copied, and the sum happens while the frame is in the cache.
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for index in range(x.shape[1]):
+        frames = x[:, max(0, index - PAST_FRAMES) : index + 1]
+        if past is not None and index < PAST_FRAMES:
+            frames = torch.cat((past[:, index:], frames), dim=1)
+        y = _convolve(frames, weight[:, :, -frames.shape[1] :], bias)
+        out[:, index] = x[:, index] + y[:, 0] if residual else y[:, 0]
+    return out
+
+
+def _convolve(frames: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolves channels-last frames, which are a channels-last 3D image already: only the axes are renamed."""
+    y = F.conv3d(frames.movedim(-1, 1), weight, bias, padding=(0, 1, 1), groups=len(weight))
     return y.movedim(1, -1)
 
 
@@ -46,15 +75,27 @@ class CausalDepthwiseConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
         nn.init.xavier_uniform_(self.weight)
 
-    def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, past: Tensor | None = None, residual: bool = False) -> tuple[Tensor, Tensor | None]:
         """Returns the output, and with a `past` given also the past of the next chunk (a copy)."""
-        y = causal_depthwise_conv(x, self.weight, self.bias, past)
+        y = causal_depthwise_conv(x, self.weight, self.bias, past, residual)
         if past is None:
             return y, None
         return y, torch.cat((past, x[:, -PAST_FRAMES:]), dim=1)[:, -PAST_FRAMES:].clone()
 
 
-class FeedForward(nn.Module):
+class PackedFeedForward(NamedTuple):
+    """What inference computes a `FeedForward` with; see `packed_feedforward`."""
+
+    value: LinearMap
+    gate: LinearMap
+    contract: Tensor
+    eps: float | None
+
+    def __call__(self, x: Tensor, residual: bool) -> Tensor:
+        return packed_feedforward(x, *self.value, *self.gate, self.contract, self.eps, residual)
+
+
+class FeedForward(Preparable):
     """Gated feedforward: norm, linear to twice the inner width, GEGLU (value first, gate second), linear back.
 
     With `norm="smc"` there is no LayerNorm and both linear maps are self-modulated; the gain of the second
@@ -65,7 +106,7 @@ class FeedForward(nn.Module):
         super().__init__()
         inner = int(4 * 2 / 3 * dim)
         if norm == "smc":
-            self.norm = nn.Identity()
+            self.norm = None
             self.expand = SelfModulatedLinear(dim, 2 * inner, bias=False)
             self.contract = SelfModulatedLinear(inner, dim, bias=False, gain_init=0.1)
         else:
@@ -73,9 +114,46 @@ class FeedForward(nn.Module):
             self.expand = nn.Linear(dim, 2 * inner, bias=False)
             self.contract = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.expand(self.norm(x)).chunk(2, dim=-1)
-        return self.contract(value * F.gelu(gate))
+    def forward(self, x: Tensor, residual: bool = False) -> Tensor:
+        """The feedforward of tokens `(..., D)`; with `residual`, plus the tokens."""
+        if self.prepared is not None:
+            return self.prepared(x, residual)
+        expand, contract = linear_map(self.expand), linear_map(self.contract)
+
+        def feedforward(tokens: Tensor) -> Tensor:
+            normed = self._normalise(tokens)
+            value, gate = expand(normed).chunk(2, dim=-1)
+            y = contract(geglu(value, gate))
+            return tokens + y if residual else y
+
+        return tokenwise(feedforward, x)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return x if self.norm is None else layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Folds the norm or the modulation into the weights, pads the inner width and packs."""
+        expand, contract = plain_weight(self.expand), plain_weight(self.contract)
+        value, gate = (
+            pack_linear(pad_outputs(LinearMap(weight, None) if self.norm is None else fold_norm(weight, self.norm)))
+            for weight in expand.chunk(2)
+        )
+        self.prepared = PackedFeedForward(
+            value, gate, pack(pad_inputs(contract)), None if self.norm is None else self.norm.eps
+        )
+
+
+def plain_weight(linear: nn.Linear | SelfModulatedLinear) -> Tensor:
+    """The weight with which a plain linear map computes the same."""
+    return linear.fold() if isinstance(linear, SelfModulatedLinear) else linear.weight
+
+
+def linear_map(linear: nn.Linear | SelfModulatedLinear) -> Callable[[Tensor], Tensor]:
+    """A linear map as a function; without gradients, a self-modulated one modulates once and not at every call."""
+    if isinstance(linear, SelfModulatedLinear) and not torch.is_grad_enabled():
+        return partial(F.linear, weight=linear.fold())
+    return linear
 
 
 class NAFLayers(nn.Module):
@@ -103,10 +181,8 @@ class NAFLayers(nn.Module):
         """
         future = []
         for index, (conv, feedforward) in enumerate(zip(self.convs, self.feedforwards, strict=True)):
-            y, last_frames = conv(x, None if past is None else past[index])
-            x = x + y if self.residual else y
-            y = feedforward(x)
-            x = x + y if self.residual else y
+            x, last_frames = conv(x, None if past is None else past[index], self.residual)
+            x = feedforward(x, self.residual)
             if last_frames is not None:
                 future.append(last_frames)
         return x, tuple(future)

@@ -6,19 +6,23 @@ and video patches. Both give tokens of the same width, so that an image is a cli
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from leanvae.config import LeanVAEConfig
+from leanvae.folding import LinearMap
+from leanvae.packed import pack_linear, packed_linear
+from leanvae.prepared import Preparable
 from litevae.wavelet import dwt2d, dwt3d, idwt2d, idwt3d
 
 # The published model's bands are the orthonormal ones times these.
 IMAGE_BAND_SCALE = 2.0
 VIDEO_BAND_SCALE = 2.0 * 2.0**0.5
 COLOURS = 3
+FOLDABLE = ("haar", "none")  # transforms that mix nothing beyond a patch
 
 
 class Bands(NamedTuple):
@@ -72,14 +76,22 @@ class Patches:
     Attributes:
         shape: (frames, height, width) of a patch, on the bands.
         channels: band channels by stream.
+        pixels: (frames, height, width) of a patch, in pixels.
+        is_image: whether it is the image frame that is cut.
     """
 
     shape: tuple[int, int, int]
     channels: dict[str, int]
+    pixels: tuple[int, int, int]
+    is_image: bool
 
     def vector_size(self, stream: str) -> int:
         """Length of a stream's patch vectors."""
         return self.channels[stream] * math.prod(self.shape)
+
+    def of_streams(self, bands: Tensor) -> dict[str, Tensor]:
+        """Parts the channels `(B, C, T, H, W)` of the bands by stream."""
+        return dict(zip(self.channels, bands.split(list(self.channels.values()), dim=1), strict=True))
 
 
 def stream_widths(config: LeanVAEConfig) -> dict[str, int]:
@@ -100,7 +112,10 @@ def image_and_video_patches(config: LeanVAEConfig) -> tuple[Patches, Patches]:
         return {"low": COLOURS, "high": (num_bands - 1) * COLOURS}
 
     area = (height // factor, width // factor)
-    return Patches((1, *area), channels(image_bands)), Patches((frames // factor, *area), channels(video_bands))
+    return (
+        Patches((1, *area), channels(image_bands), (1, height, width), is_image=True),
+        Patches((frames // factor, *area), channels(video_bands), config.patch_size, is_image=False),
+    )
 
 
 def to_patches(bands: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -124,51 +139,156 @@ def _projection(size: int, width: int, norm: bool) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(size), linear, nn.LayerNorm(width)) if norm else linear
 
 
-class PatchEmbedding(nn.Module):
-    """Linear maps from patches of the bands to tokens, apart for images and videos and for each stream."""
+class PatchEmbedding(Preparable):
+    """Linear maps from patches of the bands to tokens, apart for images and videos and for each stream.
+
+    Prepared for inference, the transform and the maps are one, on patches of pixels: `analyse` then leaves the
+    pixels as they are.
+    """
 
     def __init__(self, config: LeanVAEConfig) -> None:
         super().__init__()
         widths, norm = stream_widths(config), config.patch_norm
-        self._image_patches, self._video_patches = image, video = image_and_video_patches(config)
+        self.config = config
+        self.patches = image, video = image_and_video_patches(config)
         self.image = nn.ModuleDict({name: _projection(image.vector_size(name), widths[name], norm) for name in widths})
         self.video = nn.ModuleDict({name: _projection(video.vector_size(name), widths[name], norm) for name in widths})
+
+    def analyse(self, clip: Tensor, starts_clip: bool = True) -> Bands:
+        """What `forward` takes of a clip `(B, 3, T, H, W)` in [-1, 1] whose sizes the patches divide."""
+        if self.prepared is not None:
+            return Bands(*split_first_frame(clip, starts_clip))
+        return analyse(clip * self.config.data_scale, self.config.wavelet, starts_clip)
 
     def forward(self, bands: Bands) -> dict[str, Tensor]:
         """Tokens `(B, T', H', W', width)` by stream."""
         parts: dict[str, list[Tensor]] = {name: [] for name in self.image}
-        for frames, patches, projections in (
-            (bands.image, self._image_patches, self.image),
-            (bands.video, self._video_patches, self.video),
-        ):
-            if frames is not None:
-                of_streams = frames.split(list(patches.channels.values()), dim=1)
-                for name, part in zip(patches.channels, of_streams, strict=True):
+        for index, (frames, projections) in enumerate(((bands.image, self.image), (bands.video, self.video))):
+            if frames is None:
+                continue
+            patches = self.patches[index]
+            if self.prepared is not None:
+                vectors = to_patches(frames, patches.pixels)
+                for name, linear in self.prepared[index].items():
+                    parts[name].append(packed_linear(vectors, *linear))
+            else:
+                for name, part in patches.of_streams(frames).items():
                     parts[name].append(projections[name](to_patches(part, patches.shape)))
         return {name: torch.cat(part, dim=1) for name, part in parts.items()}
 
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Folds the transform into the maps and packs them; not with norms between the two, nor beyond Haar."""
+        if self.config.wavelet not in FOLDABLE or self.config.patch_norm:
+            return
+        self.prepared = tuple(
+            {
+                name: pack_linear(fold_analysis(cast(nn.Linear, linears[name]), patches, name, self.config))
+                for name in linears
+            }
+            for patches, linears in zip(self.patches, (self.image, self.video), strict=True)
+        )
 
-class PatchProjection(nn.Module):
-    """Linear maps from tokens back to patches of the bands; the mirror image of `PatchEmbedding`."""
+
+class PatchProjection(Preparable):
+    """Linear maps from tokens back to patches of the bands; the mirror image of `PatchEmbedding`.
+
+    Prepared for inference, the maps and the inverse transform are one: `forward` then returns, in `video`, the whole
+    clip, and `synthesise` leaves it as it is.
+    """
 
     def __init__(self, config: LeanVAEConfig) -> None:
         super().__init__()
         widths = stream_widths(config)
-        self._image_patches, self._video_patches = image, video = image_and_video_patches(config)
+        self.config = config
+        self.patches = image, video = image_and_video_patches(config)
         self.image = nn.ModuleDict({name: nn.Linear(widths[name], image.vector_size(name)) for name in widths})
         self.video = nn.ModuleDict({name: nn.Linear(widths[name], video.vector_size(name)) for name in widths})
 
     def forward(self, tokens: dict[str, Tensor], starts_clip: bool = True) -> Bands:
         """Bands of tokens by stream; `starts_clip` tells whether the first of them is the image frame's."""
+        if self.prepared is not None:
+            return Bands(None, self._pixels(torch.cat(list(tokens.values()), dim=-1), starts_clip))
 
-        def bands(part: slice, patches: Patches, projections: nn.ModuleDict) -> Tensor | None:
+        def bands(part: slice, index: int, projections: nn.ModuleDict) -> Tensor | None:
             chosen = {name: of_stream[:, part] for name, of_stream in tokens.items()}
             if not next(iter(chosen.values())).shape[1]:
                 return None
-            return torch.cat([from_patches(projections[name](x), patches.shape) for name, x in chosen.items()], dim=1)
+            shape = self.patches[index].shape
+            return torch.cat([from_patches(projections[name](x), shape) for name, x in chosen.items()], dim=1)
 
         num_image_frames = int(starts_clip)
         return Bands(
-            bands(slice(0, num_image_frames), self._image_patches, self.image),
-            bands(slice(num_image_frames, None), self._video_patches, self.video),
+            bands(slice(0, num_image_frames), 0, self.image),
+            bands(slice(num_image_frames, None), 1, self.video),
         )
+
+    def synthesise(self, bands: Bands) -> Tensor:
+        """The clip `(B, 3, T, H, W)` in [-1, 1] of what `forward` returned."""
+        if self.prepared is not None:
+            assert bands.video is not None
+            return bands.video
+        return synthesise(bands, self.config.wavelet) / self.config.data_scale
+
+    def _pixels(self, tokens: Tensor, starts_clip: bool) -> Tensor:
+        """The clip of tokens `(B, T', H', W', D)` whose streams are side by side."""
+        frames, height, width = self.config.patch_size
+        num_image, num_video = int(starts_clip), tokens.shape[1] - int(starts_clip)
+        area = (tokens.shape[2] * height, tokens.shape[3] * width)
+        clip = tokens.new_empty(len(tokens), COLOURS, num_image + num_video * frames, *area)
+        for index, first, last in ((0, 0, num_image), (1, num_image, num_image + num_video)):
+            if first < last:
+                pt, ph, pw = self.patches[index].pixels
+                target = clip[:, :, num_image:] if index else clip[:, :, :num_image]
+                target = rearrange(
+                    target, "b c (t pt) (h ph) (w pw) -> b t h w c pt ph pw", pt=pt, ph=ph, pw=pw
+                )  # fmt: skip
+                vectors = packed_linear(tokens[:, first:last], *self.prepared[index])
+                target.copy_(vectors.view(target.shape))
+        return clip
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Folds the inverse transform into the maps, makes one of those of the streams, and packs it."""
+        if self.config.wavelet not in FOLDABLE:
+            return
+        self.prepared = tuple(
+            pack_linear(fold_synthesis(linears, patches, self.config))
+            for patches, linears in zip(self.patches, (self.image, self.video), strict=True)
+        )
+
+
+def analysis_matrix(patches: Patches, stream: str, wavelet: str = "haar") -> Tensor:
+    """The wavelet transform of one patch, `(vector_size(stream), P)` float64, of P pixels in the order (C, t, h, w)."""
+    size = COLOURS * math.prod(patches.pixels)
+    pixels = torch.eye(size, dtype=torch.float64).view(size, COLOURS, *patches.pixels)
+    bands = analyse(pixels, wavelet, starts_clip=patches.is_image)
+    of_kind = bands.image if patches.is_image else bands.video
+    assert of_kind is not None
+    return to_patches(patches.of_streams(of_kind)[stream], patches.shape).flatten(1).T
+
+
+def synthesis_matrix(patches: Patches, wavelet: str = "haar") -> Tensor:
+    """The inverse, `(P, S)` float64, of the streams' patch vectors one after the other, S elements in all."""
+    sizes = [patches.vector_size(name) for name in patches.channels]
+    vectors = torch.eye(sum(sizes), dtype=torch.float64)[:, None, None, None]
+    parts = [from_patches(part, patches.shape) for part in vectors.split(sizes, dim=-1)]
+    bands = torch.cat(parts, dim=1)
+    pixels = synthesise(Bands(bands, None) if patches.is_image else Bands(None, bands), wavelet)
+    return pixels.flatten(1).T
+
+
+def fold_analysis(linear: nn.Linear, patches: Patches, stream: str, config: LeanVAEConfig) -> LinearMap:
+    """The map of pixel patches in [-1, 1] that `linear` is of patches of the bands."""
+    matrix = config.data_scale * analysis_matrix(patches, stream, config.wavelet).to(linear.weight.device)
+    return LinearMap((linear.weight.double() @ matrix).to(linear.weight.dtype), linear.bias)
+
+
+def fold_synthesis(linears: nn.ModuleDict, patches: Patches, config: LeanVAEConfig) -> LinearMap:
+    """The map to pixel patches in [-1, 1], of the streams' tokens side by side, that `linears` are to the bands."""
+    of_streams = [cast(nn.Linear, linear) for linear in linears.values()]
+    weights = torch.block_diag(*(linear.weight.double() for linear in of_streams))
+    biases = torch.cat([linear.bias.double() for linear in of_streams])
+    matrix = synthesis_matrix(patches, config.wavelet).to(weights.device) / config.data_scale
+    dtype = next(linears.parameters()).dtype
+    return LinearMap((matrix @ weights).to(dtype), (matrix @ biases).to(dtype))

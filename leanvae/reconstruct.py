@@ -21,7 +21,10 @@ from leanvae.jobs import Job, find_jobs
 from leanvae.media import Frame, MediaError, VideoInfo, iter_frames, open_video, probe, read_image
 from leanvae.metrics import FrameMetrics
 from leanvae.model import LeanVAE
+from leanvae.planner import PIXELS_AT_ONCE, plan_reconstruction
 from leanvae.writer import VideoWriter, write_png
+from litevae.memory import parse_bytes
+from litevae.model import LiteVAE
 
 try:
     import av
@@ -34,9 +37,7 @@ except ImportError as error:  # pragma: no cover - depends on what is installed
 logger = logging.getLogger("leanvae")
 
 METRICS_FILE = "metrics.json"
-_CHUNK_GROUPS = 16  # latent frames at once for small frames
-# Pixels of a chunk's latent frames together; the published model took 5.3 GiB for one of 1080p (2**21) in float32.
-_CHUNK_PIXELS = 2**20
+_IMAGES_AT_ONCE = 4  # frames that an image model gets at a time
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -80,6 +81,7 @@ def reconstruct(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
+    memory_limit: str | int | None = None,
     strict: bool = False,
 ) -> dict[str, Any]:
     """Encodes and decodes a clip, an image, or every clip and image of a folder and those in it.
@@ -96,7 +98,9 @@ def reconstruct(
         output: folder for the results, made if missing.
         device: where the model runs.
         dtype: its type; as stored if None.
-        chunk: frames to encode at a time; by the size of the frames if None.
+        chunk: most frames to encode at a time; as memory allows if None.
+        memory_limit: bytes, or such as `"6GiB"`, that the work on a file may take besides the model's weights. If
+            None, a device's free memory is the limit, and on CPUs 6 GiB where so little suffices.
         strict: a file that cannot be reconstructed is an error, raised after the others are done.
 
     Returns:
@@ -106,12 +110,15 @@ def reconstruct(
 
     Raises:
         FileNotFoundError: there is no such input or checkpoint.
-        ValueError: the input holds no clip or image, or the output folder is the input folder.
+        ValueError: the input holds no clip or image, the output folder is the input folder, or the memory limit
+            is wrong or cannot be kept.
         ReconstructionError: no file could be reconstructed, or not all with `strict`, or the model's output is
             not finite.
     """
     inputs, output = Path(inputs), Path(output)
     jobs = find_jobs(inputs, output)
+    if memory_limit is not None:
+        memory_limit = parse_bytes(memory_limit)
     vae = load_vae(checkpoint, device, dtype)
     output.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
@@ -121,7 +128,7 @@ def reconstruct(
         for number, job in enumerate(jobs, start=1):
             label = f"[{number}/{len(jobs)}] {job.name}"
             try:
-                result = reconstruct_file(vae, job, output, chunk, label)
+                result = reconstruct_file(vae, job, output, label, chunk, memory_limit)
             except MediaError as error:
                 skipped.append({"input": job.name, "reason": error.reason})
                 logger.warning("%s: skipped: %s", label, error.reason)
@@ -155,28 +162,37 @@ def _list(skipped: list[dict[str, str]], shown: int = 5) -> str:
     return names + (f"; and {len(skipped) - shown} more" if len(skipped) > shown else "")
 
 
-def reconstruct_file(vae: LeanVAE, job: Job, output: Path, chunk: int | None, label: str) -> Result:
-    """Reconstructs one file and writes its outputs.
+def reconstruct_file(
+    vae: LeanVAE | LiteVAE,
+    job: Job,
+    output: Path,
+    label: str,
+    chunk: int | None = None,
+    memory_limit: int | None = None,
+) -> Result:
+    """Reconstructs one file and writes its outputs; `label` stands before its progress, the rest as in `reconstruct`.
 
     Raises:
         MediaError: the file cannot be read, or mp4 cannot hold it.
         ReconstructionError: the model's output is not finite.
+        ValueError: the memory limit cannot be kept.
     """
     (output / job.target).parent.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
         if not job.is_video:
-            return _reconstruct_image(vae, job, output)
+            return _reconstruct_image(vae, job, output, memory_limit)
         try:
-            return _reconstruct_clip(vae, job, output, chunk, label)
+            return _reconstruct_clip(vae, job, output, label, chunk, memory_limit)
         except (av.error.InvalidDataError, av.error.ArgumentError) as error:
             raise MediaError(job.source, f"cannot be written as mp4: {error.strerror}") from error
 
 
-def _reconstruct_image(vae: LeanVAE, job: Job, output: Path) -> Result:
+def _reconstruct_image(vae: LeanVAE | LiteVAE, job: Job, output: Path, memory_limit: int | None) -> Result:
     source = read_image(job.source)
     height, width = source.shape[:2]
     x = _to_unit([source], vae)
-    decoded = vae.decode(vae.encode(_to_model(x, vae)).mode(), size=(height, width))
+    latent = vae.encode(_to_model(x, vae), memory_limit=memory_limit).mode()
+    decoded = vae.decode(latent, size=(height, width), memory_limit=memory_limit)
     y = _from_model(decoded, job.name)
     metrics = FrameMetrics()
     metrics.update(y, x)
@@ -187,15 +203,16 @@ def _reconstruct_image(vae: LeanVAE, job: Job, output: Path) -> Result:
     return Result(job.name, "image", *names, width, height, 1, None, metrics.psnr, metrics.ssim)
 
 
-def _reconstruct_clip(vae: LeanVAE, job: Job, output: Path, chunk: int | None, label: str) -> Result:
+def _reconstruct_clip(
+    vae: LeanVAE | LiteVAE, job: Job, output: Path, label: str, chunk: int | None, memory_limit: int | None
+) -> Result:
     info = probe(job.source)
     origin, pixel_aspect = _clock_and_aspect(info)
     names = _output_names(job, ".mp4")
     metrics = FrameMetrics()
     waiting: deque[Frame] = deque()  # read, and not decoded yet
     last_time = 0.0
-    chunk = chunk or frames_per_chunk(info.width, info.height, vae.config.patch_size[0])
-    chunks = _read_chunks(vae, info, chunk, waiting)
+    at_once = max(1, PIXELS_AT_ONCE // (info.width * info.height))
     shared: dict[str, Any] = {
         "time_base": info.time_base,
         "rate": info.fps,
@@ -207,14 +224,13 @@ def _reconstruct_clip(vae: LeanVAE, job: Job, output: Path, chunk: int | None, l
         VideoWriter(output / names[0], info.width, info.height, audio_from=job.source, **shared) as recon,
         VideoWriter(output / names[1], 2 * info.width, info.height, **shared) as side_by_side,
     ):
-        latents = (posterior.mode() for posterior in vae.encode_stream(chunks))
-        for decoded in vae.decode_stream(latents):
+        for decoded in _decoded(vae, info, chunk, memory_limit, waiting):
             # The last frame was repeated to fill its group; what it decodes to has no source.
             frames = [waiting.popleft() for _ in range(min(decoded.shape[2], len(waiting)))]
             decoded = decoded[:, :, : len(frames), : info.height, : info.width]
-            for start in range(0, len(frames), 4):
-                some = frames[start : start + 4]
-                y = _from_model(decoded[0, :, start : start + 4].transpose(0, 1), job.name)
+            for start in range(0, len(frames), at_once):
+                some = frames[start : start + at_once]
+                y = _from_model(decoded[0, :, start : start + at_once].transpose(0, 1), job.name)
                 metrics.update(y, _to_unit([frame.image for frame in some], vae))
                 for frame, image in zip(some, _to_uint8(y), strict=True):
                     recon.write(image, frame.pts)
@@ -239,36 +255,46 @@ def _reconstruct_clip(vae: LeanVAE, job: Job, output: Path, chunk: int | None, l
     )
 
 
-def frames_per_chunk(width: int, height: int, group: int) -> int:
-    """Frames to encode at a time: whole groups of one latent frame each, as few as one for large frames.
+def _decoded(
+    vae: LeanVAE | LiteVAE, info: VideoInfo, chunk: int | None, memory_limit: int | None, waiting: deque[Frame]
+) -> Iterator[Tensor]:
+    """Yields what the model makes of a clip, `(1, 3, t, H, W)`; the frames that this is of are left in `waiting`."""
+    if isinstance(vae, LiteVAE):
+        for frames in _read_chunks(vae, info, chunk or _IMAGES_AT_ONCE, 1, waiting):
+            images = frames[0].transpose(0, 1)  # an image model knows no time
+            latent = vae.encode(images, memory_limit=memory_limit).mode()
+            yield vae.decode(latent, memory_limit=memory_limit).transpose(0, 1)[None]
+        return
+    encoding, decoding = plan_reconstruction(vae, info.width, info.height, chunk, memory_limit)
+    group, *patch = vae.config.patch_size
+    tiles = [plan.tile and (plan.tile[0] * patch[0], plan.tile[1] * patch[1]) for plan in (encoding, decoding)]
+    frames = _read_chunks(vae, info, group * (encoding.latent_frames or 1), group, waiting)
+    latents = (posterior.mode() for posterior in vae.encode_stream(frames, tile=tiles[0]))
+    yield from vae.decode_stream(latents, tile=tiles[1])
 
-    Args:
-        width, height: size of the frames in pixels.
-        group: frames that a latent frame covers.
-    """
-    return group * max(1, min(_CHUNK_GROUPS, _CHUNK_PIXELS // (width * height)))
 
-
-def _read_chunks(vae: LeanVAE, info: VideoInfo, chunk: int, waiting: deque[Frame]) -> Iterator[Tensor]:
+def _read_chunks(
+    vae: LeanVAE | LiteVAE, info: VideoInfo, chunk: int, group: int, waiting: deque[Frame]
+) -> Iterator[Tensor]:
     """Yields a clip's frames for the model, `(1, 3, t, H, W)` in [-1, 1], and leaves them in `waiting`.
 
     The first chunk is shorter, so that after the first frame, which stands alone, groups stay whole.
     """
-    images: list[NDArray[np.uint8]] = []
-    wanted = max(1, chunk - vae.config.patch_size[0] + 1)
+    images: list[Tensor] = []
+    wanted = max(1, chunk - group + 1)
     for number, frame in enumerate(iter_frames(info.path)):
         if frame.image.shape != (info.height, info.width, 3):
             height, width = frame.image.shape[:2]
             raise MediaError(
                 info.path, f"the size changes from {info.width}x{info.height} to {width}x{height} at frame {number}"
             )
-        images.append(frame.image)
+        images.append(_to_model(_to_unit([frame.image], vae), vae))
         waiting.append(frame)
         if len(images) == wanted:
-            yield _to_model(_to_unit(images, vae), vae).transpose(0, 1).unsqueeze(0)
+            yield torch.stack(images, dim=2)
             images, wanted = [], chunk
     if images:
-        yield _to_model(_to_unit(images, vae), vae).transpose(0, 1).unsqueeze(0)
+        yield torch.stack(images, dim=2)
 
 
 def _clock_and_aspect(info: VideoInfo) -> tuple[Fraction, Fraction | None]:
@@ -290,13 +316,13 @@ def _output_names(job: Job, suffix: str) -> tuple[str, str]:
     return f"{job.target}.recon{suffix}", f"{job.target}.side_by_side{suffix}"
 
 
-def _to_unit(images: list[NDArray[np.uint8]], vae: LeanVAE) -> Tensor:
+def _to_unit(images: list[NDArray[np.uint8]], vae: LeanVAE | LiteVAE) -> Tensor:
     """Frames as float32 `(N, 3, H, W)` in [0, 1] on the model's device."""
     device = next(vae.parameters()).device
     return torch.from_numpy(np.stack(images)).to(device).movedim(-1, 1).float() / 255
 
 
-def _to_model(unit: Tensor, vae: LeanVAE) -> Tensor:
+def _to_model(unit: Tensor, vae: LeanVAE | LiteVAE) -> Tensor:
     """[0, 1] to the model's [-1, 1], in its own type."""
     return (2 * unit - 1).to(next(vae.parameters()).dtype)
 

@@ -62,14 +62,8 @@ class LiteVAE(nn.Module):
         check_pixels(x, [4])
         padded = pad_to_multiple(x, DOWNSAMPLING)
         if are_parts_wanted(x, tile, memory_limit):
-            work = Work(
-                "encode",
-                self.config,
-                len(x),
-                padded.shape[2] // DOWNSAMPLING,
-                padded.shape[3] // DOWNSAMPLING,
-                x.element_size(),
-            )
+            _, height, width = self.latent_shape(x.shape[2:])
+            work = Work("encode", self.config, len(x), height, width, x.element_size())
             plan = make_plan(work, tile, memory_limit, approximate, x.device)
             parameters = run_in_parts(self._encode, padded, plan, in_step=DOWNSAMPLING)
         else:
@@ -109,7 +103,8 @@ class LiteVAE(nn.Module):
                 f"latent has shape {tuple(latent.shape)}: expected (B, {self.config.latent_channels}, H', W')"
             )
         if are_parts_wanted(latent, tile, memory_limit):
-            work = Work("decode", self.config, len(latent), *latent.shape[2:], latent.element_size())
+            batch, _, height, width = latent.shape
+            work = Work("decode", self.config, batch, height, width, latent.element_size())
             plan = make_plan(work, tile, memory_limit, approximate, latent.device)
             images = run_in_parts(self._decode, latent, plan, out_step=DOWNSAMPLING)
         else:

@@ -13,8 +13,10 @@ from leanvae import LeanVAE, LeanVAEConfig, load_vae
 from leanvae.jobs import find_jobs
 from leanvae.media import iter_frames, probe, read_image
 from leanvae.metrics import psnr
-from leanvae.reconstruct import ReconstructionError, frames_per_chunk, reconstruct
+from leanvae.planner import Plan, plan_reconstruction
+from leanvae.reconstruct import ReconstructionError, reconstruct
 from leanvae.writer import VideoWriter, write_png
+from litevae import LiteVAE, LiteVAEConfig
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 VFR = [33, 66, 100, 250, 251, 900, 1400, 1433, 1466, 1600]
@@ -220,9 +222,62 @@ def test_find_jobs_refuses_folders_that_cannot_work(tmp_path: Path) -> None:
         find_jobs(tmp_path, tmp_path / "." / "")
 
 
-def test_frames_per_chunk_are_whole_groups_and_fewer_for_large_frames() -> None:
-    assert [frames_per_chunk(*size, 4) for size in [(64, 64), (1280, 720), (1920, 1080), (3840, 2160)]] == [64, 4, 4, 4]
-    assert frames_per_chunk(1920, 1080, 8) == 8
+def test_plans_take_fewer_frames_and_then_tiles_of_larger_ones() -> None:
+    with torch.device("meta"):
+        vae = LeanVAE()
+    plans = [plan_reconstruction(vae, *size, memory_limit=8 * 2**30) for size in [(640, 480), (1920, 1080)]]
+    assert [plan.latent_frames for plan in plans[0]] == [16, 16]
+    assert all(plan.tile is None for plan in plans[0])
+    assert [plan.latent_frames for plan in plans[1]] == [4, 4]
+    with pytest.raises(ValueError, match=r"memory_limit is 8\.00 GiB: to reconstruct frames of 3840x2160 takes about"):
+        plan_reconstruction(vae, 3840, 2160, memory_limit=8 * 2**30)
+    encoding, decoding = plan_reconstruction(vae.bfloat16(), 3840, 2160, memory_limit=8 * 2**30)
+    assert encoding.tile is not None
+    assert decoding.tile is not None
+
+
+def test_chunks_of_a_clip_are_no_larger_than_asked_for() -> None:
+    with torch.device("meta"):
+        vae = LeanVAE()
+    assert [plan_reconstruction(vae, 64, 64, chunk=chunk)[0].latent_frames for chunk in (1, 4, 11, 100)] == [
+        1,
+        1,
+        2,
+        25,
+    ]
+    with pytest.raises(ValueError, match="chunk is 0: at least one frame"):
+        plan_reconstruction(vae, 64, 64, chunk=0)
+
+
+def test_reconstruct_in_tiles_equals_whole_frames(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_clip(tmp_path / "clip.mp4", 144, 120)
+    whole = reconstruct(checkpoint, tmp_path / "clip.mp4", tmp_path / "a")["files"][0]
+    plans = [Plan(plan.work, 1, (8, 8)) for plan in plan_reconstruction(load_vae(checkpoint), 120, 144)]
+    monkeypatch.setattr("leanvae.reconstruct.plan_reconstruction", lambda *_: plans)
+    tiled = reconstruct(checkpoint, tmp_path / "clip.mp4", tmp_path / "b")["files"][0]
+    assert tiled == {**whole, "psnr": pytest.approx(whole["psnr"], abs=1e-4), "ssim": pytest.approx(whole["ssim"])}
+
+
+def test_reconstruct_checks_the_memory_limit(tmp_path: Path, checkpoint: Path) -> None:
+    _write_clip(tmp_path / "clip.mp4")
+    for limit, message in [("much", "expected a number of bytes"), ("1MiB", "to reconstruct frames of 52x36 takes")]:
+        with pytest.raises(ValueError, match=message):
+            reconstruct(checkpoint, tmp_path / "clip.mp4", tmp_path / "out", memory_limit=limit)
+
+
+def test_reconstruct_takes_clips_through_image_models(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = {"extraction_channels": 4, "aggregation_channels": 4, "decoder_channels": 4}
+    vae = LiteVAE(LiteVAEConfig(**small, extraction_multipliers=(1,), aggregation_multipliers=(1,)))
+    vae.save_pretrained(tmp_path / "checkpoint")
+    _write_clip(tmp_path / "clip.mp4")
+    report = reconstruct(tmp_path / "checkpoint", tmp_path / "clip.mp4", tmp_path / "out")
+    assert report["files"][0]["frames"] == len(VFR)
+    assert report["files"][0]["psnr"] == pytest.approx(
+        reconstruct(tmp_path / "checkpoint", tmp_path / "clip.mp4", tmp_path / "out", chunk=1)["files"][0]["psnr"]
+    )
 
 
 @pytest.mark.integration

@@ -1,0 +1,16 @@
+"""Triton kernels, each behind a custom operator with a backward of its own; plain torch takes their place elsewhere."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+__all__ = ["usable"]
+
+_HAS_TRITON = find_spec("triton") is not None
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels run where `x` is, and in its dtype."""
+    return _HAS_TRITON and x.is_cuda and x.dtype in _DTYPES

@@ -1,0 +1,94 @@
+"""Memory: how much there is, limits as people write them, and what running out of it looks like."""
+
+import logging
+import operator
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+logger = logging.getLogger("leanvae")
+
+PlanT = TypeVar("PlanT")
+ResultT = TypeVar("ResultT")
+
+SHARE_OF_FREE = 0.9  # of a device's free memory that a plan may take; its libraries take some, too
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{infix}B": base**power
+    for infix, base in (("", 1000), ("i", 1024))
+    for power, letter in enumerate("KMGT", start=1)
+}
+_OUT_OF_MEMORY_WORDS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc")
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes of `"6GiB"`, `"512 MiB"`, `"1.5GB"` or of a plain number.
+
+    Raises:
+        ValueError: it is not written so, or not above zero.
+    """
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    try:
+        if isinstance(size, str):
+            match = _SIZE.fullmatch(size)
+            number = int(float(match[1]) * units[match[2].lower()]) if match else 0
+        else:
+            number = operator.index(size)
+    except (KeyError, TypeError):
+        number = 0
+    if isinstance(size, bool) or number <= 0:
+        raise ValueError(
+            f"memory_limit is {size!r}: expected a number of bytes above zero, or one with a unit, such as "
+            f"'6GiB', '512MiB' or '6GB'"
+        )
+    return number
+
+
+def format_bytes(number: float) -> str:
+    """Bytes for a message, in GiB or MiB."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on a CUDA device, its allocator's unused ones included; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells an allocation that failed, on a device or on the CPU, from other errors."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY_WORDS)
+
+
+def retry_smaller(
+    run: Callable[[PlanT], ResultT], plan: PlanT, halved: Callable[[PlanT], PlanT | None], what: str
+) -> ResultT:
+    """Runs a plan; if memory runs out, logs that and runs the halved one.
+
+    Args:
+        run: does the work; what it leaves behind when it fails must be of no consequence.
+        plan: how.
+        halved: the next smaller plan, or None where there is none.
+        what: for the log.
+
+    Raises:
+        RuntimeError: memory ran out again, or there is no smaller plan.
+    """
+    try:
+        return run(plan)
+    except (RuntimeError, MemoryError) as error:
+        smaller = halved(plan) if is_out_of_memory(error) else None
+        if smaller is None:
+            raise
+        logger.warning("%s: out of memory (%s); once more with %s", what, str(error).splitlines()[0], smaller)
+    # Outside the handler, where the error and the tensors of its frames are gone.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return run(smaller)

@@ -1,0 +1,217 @@
+"""Images in parts: how many at once and in tiles of what size, so that memory suffices."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from litevae.config import DOWNSAMPLING, NUM_LEVELS, LiteVAEConfig
+from litevae.memory import SHARE_OF_FREE, format_bytes, free_memory, parse_bytes, retry_smaller
+from litevae.receptive import decoder_halo, encoder_halo, why_decoder_inexact, why_encoder_inexact
+from litevae.tiling import Window, blended_windows, check_tile, run_in_windows, windows_with_halo
+
+_STEP = (DOWNSAMPLING, DOWNSAMPLING)
+_PIXELS = 3 * DOWNSAMPLING**2  # elements of the image, for each of the latent
+_OVERHEAD = 1.08  # of the convolutions' library
+_POSITIONS_AT_ONCE = 2**14  # that the wavelet encoder takes of a level on CPUs: as many images as have no more
+_SMALLEST_TILE = 8  # latent elements of a planned tile in each direction, without its halo
+
+
+@dataclass(frozen=True)
+class Work:
+    """Images to encode or decode.
+
+    Attributes:
+        name: which of the two.
+        config: the model.
+        batch: number of images.
+        height, width: of the latent.
+        item_size: bytes of an element.
+    """
+
+    name: Literal["encode", "decode"]
+    config: LiteVAEConfig
+    batch: int
+    height: int
+    width: int
+    item_size: int
+
+    @property
+    def halo(self) -> int:
+        """Latent elements that an output looks beyond its own."""
+        return (encoder_halo if self.name == "encode" else decoder_halo)(self.config)
+
+    @property
+    def why_inexact(self) -> str | None:
+        """Why tiles are not exact, or `None`."""
+        return (why_encoder_inexact if self.name == "encode" else why_decoder_inexact)(self.config)
+
+    def windows(self, tile: tuple[int, int]) -> tuple[list[Window], list[Window]]:
+        """Rows and columns of the windows for a tile: with a halo where that is exact, blended elsewhere."""
+        sizes = zip((self.height, self.width), tile, strict=True)
+        if self.why_inexact is not None:
+            rows, columns = (blended_windows(length, size) for length, size in sizes)
+        else:
+            rows, columns = (windows_with_halo(length, size, self.halo) for length, size in sizes)
+        return rows, columns
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How work is cut.
+
+    Attributes:
+        work: what is to be done.
+        images: most images at once.
+        tile: most latent elements (height, width) of a tile, without its halo; `None` takes whole images.
+    """
+
+    work: Work
+    images: int
+    tile: tuple[int, int] | None = None
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes at its peak, the input not counted."""
+        return peak_memory(self)
+
+    def halved(self) -> "Plan | None":
+        """The largest plan of half the memory, or else the smallest one; `None` if this is it."""
+        smaller = [plan for plan in _plans(self.work, self.work.why_inexact is None) if plan.memory < self.memory]
+        fitting = (plan for plan in smaller if plan.memory <= self.memory / 2)
+        return next(fitting, min(smaller, key=lambda plan: plan.memory, default=None))
+
+    def __str__(self) -> str:
+        tile = "whole" if self.tile is None else f"in tiles of {self.tile[0]}x{self.tile[1]} latent elements"
+        return f"{self.images} images at a time, {tile}, about {format_bytes(self.memory)}"
+
+
+def relative_cost(plan: Plan) -> float:
+    """Positions that are worked on, halos included, over those of the whole images."""
+    work = plan.work
+    if plan.tile is None:
+        return 1.0
+    rows, columns = (sum(window.stop - window.start for window in windows) for windows in work.windows(plan.tile))
+    return rows * columns / (work.height * work.width)
+
+
+def peak_memory(plan: Plan) -> int:
+    """Bytes that a plan takes at its peak, the input not counted: what was measured for inference on CPUs."""
+    work, height, width = plan.work, plan.work.height, plan.work.width
+    if plan.tile is not None:
+        rows, columns = work.windows(plan.tile)
+        height, width = (max(part.stop - part.start for part in windows) for windows in (rows, columns))
+    if work.name == "encode":
+        elements = _encoder_elements(work.config, plan.images, height * width)
+    else:
+        elements = plan.images * height * width * _decoder_elements(work.config)
+    # The output, of which a batch's parts and the whole are held at once.
+    out = (
+        work.batch * work.height * work.width * (_PIXELS if work.name == "decode" else 2 * work.config.latent_channels)
+    )
+    return int((_OVERHEAD * elements + (2 if plan.images < work.batch else 1) * out) * work.item_size)
+
+
+def _encoder_elements(config: LiteVAEConfig, images: int, positions: int) -> float:
+    """Elements held at once for so many images of so many latent elements each."""
+    if config.encoder == "sd":
+        return images * positions * DOWNSAMPLING**2 * 5 * config.encoder_channels
+    bands = 8 * _PIXELS
+    if config.encoder != "wavelet":
+        return images * positions * bands
+    widths = [config.extraction_channels * multiplier for multiplier in config.extraction_multipliers]
+    skips = config.num_res_blocks * sum(widths) if config.extraction == "unet" else 2 * max(widths)
+    size = 4 ** (NUM_LEVELS - min(config.levels))  # of the largest bands, in positions a latent element
+    at_once = max(1, _POSITIONS_AT_ONCE // (size * positions))
+    return images * positions * bands + min(images, at_once) * positions * size * (skips + 6 * max(widths))
+
+
+def _decoder_elements(config: LiteVAEConfig) -> float:
+    """Elements held at once, for each of the latent: of the largest level, twice what it reads and what it writes."""
+    widths = [config.decoder_channels * multiplier for multiplier in reversed(config.decoder_multipliers)]
+    num_upsamplings = NUM_LEVELS - int(config.output_type == "wavelet")
+    sizes = [4 ** min(level, num_upsamplings) for level in range(len(widths))]
+    return max(
+        size * 2 * (before + width) for size, before, width in zip(sizes, [widths[0], *widths], widths, strict=False)
+    )
+
+
+def are_parts_wanted(x: Tensor, tile: Any, memory_limit: Any) -> bool:
+    """Whether `x` is perhaps not to be worked on whole: if asked for, or on CUDA, where memory may not suffice."""
+    if tile is not None or memory_limit is not None:
+        return True
+    return x.is_cuda and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def make_plan(work: Work, tile: Any, memory_limit: str | int | None, approximate: bool, device: torch.device) -> Plan:
+    """How to do some work; `LiteVAE.encode` describes what may be asked for.
+
+    Where nothing is asked for, the device's free memory is the limit, and the smallest plan the last resort.
+
+    Raises:
+        ValueError: an argument is wrong, tiles are asked for or needed and not exact, or nothing fits the limit.
+    """
+    size = None if tile is None else check_tile(tile, _STEP)
+    limit = None if memory_limit is None else parse_bytes(memory_limit)
+    if size is not None and size[0] >= work.height and size[1] >= work.width:
+        size = None
+    may_tile = approximate or work.why_inexact is None
+    if size is not None and not may_tile:
+        raise ValueError(f"tile is {tile}: not exact, because {work.why_inexact}; approximate=True blends tiles")
+    is_automatic = tile is None and limit is None
+    if is_automatic and (free := free_memory(device)) is not None:
+        limit = int(SHARE_OF_FREE * free)
+    wanted = Plan(work, work.batch, size)
+    if limit is None:
+        return wanted
+    candidates = [wanted, *_plans(work, may_tile and tile is None, size)]
+    smallest = min(candidates, key=lambda plan: plan.memory)
+    plan = next((plan for plan in candidates if plan.memory <= limit), smallest)
+    if plan.memory > limit and not is_automatic:
+        hint = "" if may_tile else f"; tiles, which would take less, are not exact, because {work.why_inexact}"
+        raise ValueError(
+            f"memory_limit is {memory_limit!r}: to {work.name} images of {work.height}x{work.width} latent elements "
+            f"takes at least {format_bytes(smallest.memory)}{hint}"
+        )
+    return plan
+
+
+def _plans(work: Work, may_tile: bool, tile: tuple[int, int] | None = None) -> Iterator[Plan]:
+    """Plans of ever fewer images at once, then of ever smaller tiles; a tile that is given stays as it is."""
+    images = work.batch
+    while images > 1:
+        images = -(-images // 2)
+        yield Plan(work, images, tile)
+    height, width = work.height, work.width
+    while may_tile and max(height, width) > _SMALLEST_TILE:
+        if height > _SMALLEST_TILE:
+            height = max(_SMALLEST_TILE, height * 3 // 4)
+        else:
+            width = max(_SMALLEST_TILE, width // 2)
+        yield Plan(work, 1, (height, width))
+
+
+def run_in_parts(
+    function: Callable[[Tensor], Tensor], x: Tensor, plan: Plan, in_step: int = 1, out_step: int = 1
+) -> Tensor:
+    """Runs a function of images by a plan, which is halved once if memory runs out.
+
+    Args:
+        function: maps `(B, C, H, W)` to `(B, C', H', W')`.
+        x: all images.
+        plan: how.
+        in_step: elements of `x` that an element of the latent has in each direction.
+        out_step: the same for the output.
+    """
+
+    def run(plan: Plan) -> Tensor:
+        parts = x.split(plan.images)
+        if plan.tile is None:
+            return torch.cat([function(part) for part in parts])
+        steps = {"in_step": (in_step, in_step), "out_step": (out_step, out_step)}
+        windows = plan.work.windows(plan.tile)
+        return torch.cat([run_in_windows(lambda part, _: function(part), part, *windows, **steps) for part in parts])
+
+    return retry_smaller(run, plan, Plan.halved, plan.work.name)

@@ -1,0 +1,63 @@
+"""How far the outputs of the image autoencoder look: the halo that tiles need, and why some tiles cannot be exact."""
+
+from litevae.config import NUM_LEVELS, LiteVAEConfig
+
+
+def encoder_halo(config: LiteVAEConfig) -> int:
+    """Elements of the latent that one of them looks beyond its own to each side, 60 with the default depth.
+
+    The convolutions of the aggregation count one element each. Those on the bands of level l, which are larger,
+    count less: an element averages `2^(3 - l)` of their outputs in each direction. The transform and the averages stay
+    within an element.
+    """
+    if config.encoder != "wavelet":
+        return 0  # wavelet bands alone
+    factors = [2 ** (NUM_LEVELS - level) for level in config.levels]
+    extraction = max(-(-_unet_depth(config.extraction_multipliers, config) // factor) for factor in factors)
+    return extraction + _unet_depth(config.aggregation_multipliers, config)
+
+
+def _unet_depth(multipliers: tuple[int, ...], config: LiteVAEConfig) -> int:
+    """3x3 convolutions on the longest path: in, out, and two a residual block, of which two are in the middle."""
+    return 2 + 2 * (2 * len(multipliers) * config.num_res_blocks + 2)
+
+
+def decoder_halo(config: LiteVAEConfig) -> int:
+    """Elements of the latent that an output patch looks beyond its own to each side, 18 with the default depth.
+
+    From the output back to the latent: each convolution looks one element of its own size further, and below an
+    upsampling that is half as far, rounded up.
+    """
+    blocks = 2 * (config.num_res_blocks + 1)
+    num_levels = len(config.decoder_multipliers)
+    num_upsamplings = num_levels - 1 - int(config.output_type == "wavelet")
+    reach = 1  # the convolution out
+    for level in reversed(range(num_levels)):
+        if level < num_upsamplings:
+            reach = -(-(reach + 1) // 2)  # the convolution after the upsampling
+        reach += blocks
+    return reach + 4 + 1  # the middle's two blocks and the convolution in
+
+
+def why_encoder_inexact(config: LiteVAEConfig) -> str | None:
+    """Why tiles do not encode to what the whole image does; `None` if they do."""
+    if config.encoder in ("dwt", "dwt2"):
+        return None
+    if config.encoder == "sd":
+        return "the sd encoder's GroupNorm and attention read the whole image"
+    if config.extraction == "naf":
+        return "NAFNet's channel attention (extraction 'naf') reads the mean over the whole image"
+    if config.aggregation == "vit":
+        return "the transformer's attention (aggregation 'vit') reads the whole image"
+    if config.encoder_norm == "group":
+        return "GroupNorm (encoder_norm 'group') reads the whole image"
+    return None
+
+
+def why_decoder_inexact(config: LiteVAEConfig) -> str | None:
+    """Why tiles do not decode to what the whole latent does; `None` if they do."""
+    if config.decoder_norm == "group":
+        return "GroupNorm (decoder_norm 'group') reads the whole image"
+    if config.decoder_attention:
+        return "the attention in the decoder's middle (decoder_attention) reads the whole image"
+    return None
