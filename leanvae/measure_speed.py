@@ -266,7 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = [int(part) for part in options.size.split("x")]
     with torch.inference_mode():
         if options.what == "memory":
-            print(measure_memory(*options.case, size))
+            arrangement, dtype, name = options.case
+            print(measure_memory(arrangement, dtype, name, size))
         elif options.what == "operations":
             measure_operations(size, options.rounds)
         else:

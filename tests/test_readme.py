@@ -55,6 +55,16 @@ def test_readme_commands_run(tmp_path, write_clip):
         words = shlex.split(line)
         small = {
             "scripts/train_video.py": ["--set", "training.max_steps=2"],
+            "scripts/bench_res.py": [
+                "--models",
+                "leanvae-c4",
+                "--resolutions",
+                "64",
+                "--frames",
+                "1",
+                "--modes",
+                "whole",
+            ],
             "scripts/train_image.py": ["--set", "training.max_steps=1", "--set", "phases=[{resolution: 32, steps: 1}]"],
         }
         run([*words, *(flag for script, flags in small.items() if script in words for flag in flags)], tmp_path)

@@ -29,7 +29,7 @@ from leanvae.files import write_text
 logger = logging.getLogger("leanvae")
 
 _SECONDS_WITH_BUDGET, _SECONDS_IN_FULL = 6.0, 30.0  # on repeats of an encoder or a decoder
-_SECONDS_OF_TABLE3 = 60.0  # long enough for a warm-up of the slowest
+_SECONDS_OF_TABLE3 = 90.0  # long enough for a warm-up of the slowest
 _LONGEST_JOB = 3600.0
 _PATIENCE = 6  # times its estimate that a job may take
 _GRACE = 20.0  # seconds beyond the budget for the job that is running
