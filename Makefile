@@ -23,6 +23,8 @@ venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	@# CPU builds of torch come without Triton, whose interpreter runs the kernels' tests; other systems have none.
+	-$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(VENV)/bin/python -m pip install --no-deps triton==3.6.0
 	@touch $@
 
 compiler:

@@ -1,4 +1,7 @@
-"""Training as users start it: ranks, ZeRO stages and sudden death, each against one plain process."""
+"""Training as users start it: ranks, ZeRO stages and sudden death, each against one plain process.
+
+All stages, with gradients and averages, are compared in `test_ranks_parity.py`.
+"""
 
 import json
 import os
@@ -90,15 +93,14 @@ def plain_losses(command, tmp_path):
 
 
 @pytest.mark.parity
-def test_every_zero_stage_and_rank_count_equals_one_plain_process(command, plain_losses, tmp_path):
+def test_runs_started_by_deepspeed_equal_one_plain_process(command, plain_losses, tmp_path):
     assert len(plain_losses) == 5
-    for ranks in (1, 2):
-        for stage in (0, 1, 2, 3):
-            name = f"stage{stage}_ranks{ranks}"
-            # Small weights stay whole on every rank under ZeRO-3 unless the threshold says otherwise.
-            zero = f"{{stage: {stage}, stage3_param_persistence_threshold: 0}}"
-            train(command(name, ranks, f"deepspeed.zero_optimization={zero}"))
-            assert_same_losses(metrics(tmp_path / name), plain_losses, 1e-4)
+    for ranks, stage in ((1, 0), (2, 1), (2, 3)):
+        name = f"stage{stage}_ranks{ranks}"
+        # Small weights stay whole on every rank under ZeRO-3 unless the threshold says otherwise.
+        zero = f"{{stage: {stage}, stage3_param_persistence_threshold: 0}}"
+        train(command(name, ranks, f"deepspeed.zero_optimization={zero}"))
+        assert_same_losses(metrics(tmp_path / name), plain_losses, 1e-4)
 
 
 @pytest.mark.parity
