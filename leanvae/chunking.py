@@ -185,8 +185,7 @@ def _decode_tiles(
     z = Placed(latent.movedim(1, -1), Span(0, height, height), Span(0, width, width))
 
     def run(tile: Tile) -> None:
-        features = recover_tile(vae.bottleneck, z, tile)
-        streams = decode_tile(vae.decoder, features, tile)
+        streams = decode_tile(vae.decoder, recover_tile(vae.bottleneck, z, tile), tile)
         if not tile.is_empty:
             bands = vae.decoder.projection(streams, starts_clip)
             frames = vae.decoder.projection.synthesise(bands)

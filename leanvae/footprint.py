@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from leanvae.blocks import BLOCK_TOKENS
 from leanvae.config import LeanVAEConfig
 from leanvae.naf import PAST_FRAMES
 from leanvae.patchify import COLOURS, stream_widths
@@ -13,6 +12,8 @@ from leanvae.tiling import CONV_REACH, decoder_halo, encoder_halo, tile_grid
 
 # Bytes that a heap loses at most to gaps between tensors, of which it holds those below 32 MiB.
 _MOST_LOST = 150e6
+# Bytes of the feedforwards' blocks and of what libraries keep, which is more for tiles, whose shapes differ.
+_CONSTANT, _CONSTANT_OF_TILES = 10e6, 35e6
 
 WorkName = Literal["encode", "decode"]
 
@@ -95,20 +96,19 @@ class Work:
             tile: most tokens (height, width) of a tile; `None` for whole frames.
         """
         frames = min(self.latent_frames, latent_frames or self.latent_frames)
+        in_chunks = latent_frames is not None or self.is_stream
         own, read = self._tile_tokens(tile)
-        work = self._encoding(frames, own, read) if self.name == "encode" else self._decoding(frames, own, read)
-        if tile is not None:  # what tiles leave for those below
-            work += CONV_REACH * self.width * frames * self._conv_channels
-        held = 0
-        if latent_frames is not None or self.is_stream:
-            # The past before and the one after: of the whole frame, or of a tile beside what all tiles keep.
-            held = self._kept(tile) + PAST_FRAMES * self._conv_channels * read
-        if self.name == "decode" and (tile is not None or latent_frames is not None or self.is_stream):
+        alive = self._alive_encoding if self.name == "encode" else self._alive_decoding
+        work = alive(frames, own, read, in_chunks, tile is not None)
+        if tile is not None:
+            work += self._borders(frames)
+        held = self._kept(tile) + PAST_FRAMES * self._conv_channels * read if in_chunks else 0  # old and new past
+        if self.name == "decode" and (tile is not None or in_chunks):  # the frames that are returned
             held += self._pixels(frames if self.is_stream else self.latent_frames, self.height * self.width)
-        lost = 0.25 * (work + held) if tile is None else 0.1 * self._halo * work
+        lost = 0.5 * work if tile is not None else 0.25 * (work + held)
+        constant = _CONSTANT if tile is None else _CONSTANT_OF_TILES
         bytes_each = self.batch * self.item_size
-        block = self.item_size * BLOCK_TOKENS["cpu"] * 8 * self.config.hidden_channels  # of a feedforward
-        return round(block + bytes_each * (work + held) + min(_MOST_LOST, bytes_each * lost))
+        return round(constant + bytes_each * (work + held) + min(_MOST_LOST, bytes_each * lost))
 
     def kept(self, tile: tuple[int, int] | None) -> int:
         """Bytes of the past, which a stream keeps from chunk to chunk."""
@@ -131,11 +131,13 @@ class Work:
         return sum(width for _, width in _layers(self.config, self.name))
 
     def _tile_tokens(self, tile: tuple[int, int] | None) -> tuple[int, int]:
-        """Tokens of (a tile of) a latent frame, and those with what a convolution reads besides."""
-        own, read = 1, 1
-        for axis, length in enumerate((self.height, self.width)):
-            size = min(length, tile[axis]) if tile is not None else length
-            own, read = own * size, read * min(length, size + CONV_REACH)
+        """Tokens of (the largest tile of) a latent frame, and those with what a convolution reads besides."""
+        if tile is None:
+            return self.height * self.width, self.height * self.width
+        grid = tile_grid((self.height, self.width), tile, self._halo)
+        own, read = (
+            math.prod(max(span.extended(steps).size for span in spans) for spans in grid) for steps in (0, CONV_REACH)
+        )
         return own, read
 
     def _pixels(self, frames: int, tokens: int) -> int:
@@ -144,21 +146,33 @@ class Work:
         is_start = not self.is_stream and frames == self.latent_frames
         return COLOURS * clip_frames(frames, group, is_start) * height * width * tokens
 
-    # What is alive at once, counted in the code: pixels (P), tokens of the tile, and those that a convolution reads,
-    # with two more frames of its past (`frames + 2`).
+    # What is alive at once, in elements, counted in the code: pixels while they are transformed, and tokens during a
+    # convolution, which works on a frame at a time and in chunks copies its past beside it.
 
-    def _encoding(self, frames: int, own: int, read: int) -> float:
+    def _alive_encoding(self, frames: int, own: int, read: int, in_chunks: bool, is_tile: bool) -> float:
         pixels, width = self._pixels(frames, own), self.config.hidden_channels
-        transform = 5.6 * pixels
-        convolution = 2 * pixels + width * (own * frames * (2 if own != read else 1) + read * (4 * frames + 2))
-        return max(transform, convolution)
+        copies = 2 + 3 * in_chunks
+        if is_tile:
+            convolution = width * (2 * frames * own + (2 * frames + copies) * read)
+        else:
+            convolution = pixels + width * (3 * frames + copies) * own
+        return max(4 * pixels, convolution)
 
-    def _decoding(self, frames: int, own: int, read: int) -> float:
+    def _alive_decoding(self, frames: int, own: int, read: int, in_chunks: bool, is_tile: bool) -> float:
         pixels, width = self._pixels(frames, own), self.config.hidden_channels
-        is_tile = own != read
-        transform = 5 * pixels + width * own * frames * (2 if is_tile else 1)
-        convolution = width * (own * frames * (3 if is_tile else 2) + read * (4 * frames + 2))
-        return max(transform, convolution)
+        copies = 2 + 3 * in_chunks
+        if is_tile:
+            convolution = width * (2 * frames * own + (3 * frames + copies) * read)
+        else:
+            convolution = width * (6 * frames + copies) * own
+        return max(5 * pixels + width * frames * own, convolution)
+
+    def _borders(self, frames: int) -> int:
+        """Elements that the tiles of a row leave for those below."""
+        rows = CONV_REACH * self._conv_channels
+        if self.name == "decode" and self.config.bottleneck == "ista":
+            rows += self.config.ista_iterations * 2 * self.config.ista_layers * self.config.hidden_channels
+        return rows * self.width * frames
 
     def __str__(self) -> str:
         frames = "a stream" if self.is_stream else f"{self.latent_frames} latent frames"

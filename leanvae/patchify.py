@@ -208,7 +208,7 @@ class PatchProjection(Preparable):
     def forward(self, tokens: dict[str, Tensor], starts_clip: bool = True) -> Bands:
         """Bands of tokens by stream; `starts_clip` tells whether the first of them is the image frame's."""
         if self.prepared is not None:
-            return Bands(None, self._pixels(torch.cat(list(tokens.values()), dim=-1), starts_clip))
+            return Bands(None, self._pixels(tokens, starts_clip))
 
         def bands(part: slice, index: int, projections: nn.ModuleDict) -> Tensor | None:
             chosen = {name: of_stream[:, part] for name, of_stream in tokens.items()}
@@ -230,22 +230,32 @@ class PatchProjection(Preparable):
             return bands.video
         return synthesise(bands, self.config.wavelet) / self.config.data_scale
 
-    def _pixels(self, tokens: Tensor, starts_clip: bool) -> Tensor:
-        """The clip of tokens `(B, T', H', W', D)` whose streams are side by side."""
+    def _pixels(self, tokens: dict[str, Tensor], starts_clip: bool) -> Tensor:
+        """The clip of tokens by stream."""
+        streams, num_image = list(tokens.values()), int(starts_clip)
+        batch, num_tokens, rows, columns, _ = streams[0].shape
         frames, height, width = self.config.patch_size
-        num_image, num_video = int(starts_clip), tokens.shape[1] - int(starts_clip)
-        area = (tokens.shape[2] * height, tokens.shape[3] * width)
-        clip = tokens.new_empty(len(tokens), COLOURS, num_image + num_video * frames, *area)
-        for index, first, last in ((0, 0, num_image), (1, num_image, num_image + num_video)):
-            if first < last:
-                pt, ph, pw = self.patches[index].pixels
-                target = clip[:, :, num_image:] if index else clip[:, :, :num_image]
-                target = rearrange(
-                    target, "b c (t pt) (h ph) (w pw) -> b t h w c pt ph pw", pt=pt, ph=ph, pw=pw
-                )  # fmt: skip
-                vectors = packed_linear(tokens[:, first:last], *self.prepared[index])
-                target.copy_(vectors.view(target.shape))
+        num_frames = num_image + (num_tokens - num_image) * frames
+        clip = streams[0].new_empty(batch, COLOURS, num_frames, rows * height, columns * width)
+        self._write_pixels(clip[:, :, :num_image], [x[:, :num_image] for x in streams], 0)
+        video, streams = clip[:, :, num_image:], [x[:, num_image:] for x in streams]
+        if torch.compiler.is_compiling():
+            self._write_pixels(video, streams, 1)  # no loop, whose length would be compiled in
+        else:
+            for index in range(num_tokens - num_image):
+                part = video[:, :, index * frames : (index + 1) * frames]
+                self._write_pixels(part, [x[:, index : index + 1] for x in streams], 1)
         return clip
+
+    def _write_pixels(self, clip: Tensor, streams: list[Tensor], index: int) -> None:
+        """Computes frames `(B, 3, T, H, W)` from tokens of theirs, and puts them where they belong."""
+        if clip.shape[2]:
+            pt, ph, pw = self.patches[index].pixels
+            patches = rearrange(
+                clip, "b c (t pt) (h ph) (w pw) -> b t h w c pt ph pw", pt=pt, ph=ph, pw=pw
+            )  # fmt: skip
+            vectors = packed_linear(torch.cat(streams, dim=-1), *self.prepared[index])
+            patches.copy_(vectors.view(patches.shape))
 
     @torch.no_grad()
     def prepare(self) -> None:

