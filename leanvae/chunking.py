@@ -27,6 +27,7 @@ from leanvae.tiling import (
     run_tiles,
     tile_grid,
 )
+from litevae.memory import return_freed_memory
 from litevae.posterior import DiagonalGaussian
 from litevae.tiling import blended_windows, run_in_windows
 
@@ -97,6 +98,7 @@ def _encode_tiles(
     mean, logvar = (chunk.new_empty(len(chunk), channels, frames, *size) for _ in range(2))
 
     def run(tile: Tile) -> None:
+        return_freed_memory(chunk.device)
         (top, bottom), (left, right) = tile.rows.present, tile.columns.present
         if tile.is_empty:
             shape = (len(chunk), frames, bottom - top, right - left)
@@ -185,6 +187,7 @@ def _decode_tiles(
     z = Placed(latent.movedim(1, -1), Span(0, height, height), Span(0, width, width))
 
     def run(tile: Tile) -> None:
+        return_freed_memory(latent.device)
         streams = decode_tile(vae.decoder, recover_tile(vae.bottleneck, z, tile), tile)
         if not tile.is_empty:
             bands = vae.decoder.projection(streams, starts_clip)

@@ -10,10 +10,12 @@ from leanvae.naf import PAST_FRAMES
 from leanvae.patchify import COLOURS, stream_widths
 from leanvae.tiling import CONV_REACH, decoder_halo, encoder_halo, tile_grid
 
-# Bytes that a heap loses at most to gaps between tensors, of which it holds those below 32 MiB.
-_MOST_LOST = 150e6
-# Bytes of the feedforwards' blocks and of what libraries keep, which is more for tiles, whose shapes differ.
-_CONSTANT, _CONSTANT_OF_TILES = 10e6, 35e6
+# What glibc's heap loses to gaps between tensors, as measured. It keeps tensors of up to 32 MiB, and returns the memory
+# of larger ones at once; tiles, above all those with neighbours to the side, differ in shape and leave the most gaps.
+_LARGEST_IN_HEAP = 32 * 2**20
+_MOST_LOST_OF_CHUNKS = 200e6
+# Bytes of the feedforwards' blocks and of what libraries keep.
+_CONSTANT = 20e6
 
 WorkName = Literal["encode", "decode"]
 
@@ -77,6 +79,7 @@ class Work:
         height, width: tokens of a latent frame.
         item_size: bytes of an element.
         is_stream: whether what is returned is not kept.
+        is_prepared: whether the model is prepared for inference, which leaves the wavelet transform out.
     """
 
     name: WorkName
@@ -87,6 +90,7 @@ class Work:
     width: int
     item_size: int
     is_stream: bool = False
+    is_prepared: bool = False
 
     def memory(self, latent_frames: int | None, tile: tuple[int, int] | None) -> int:
         """Bytes at the peak, the input not counted: what inference on CPUs allocates, and what its heap loses.
@@ -105,10 +109,16 @@ class Work:
         held = self._kept(tile) + PAST_FRAMES * self._conv_channels * read if in_chunks else 0  # old and new past
         if self.name == "decode" and (tile is not None or in_chunks):  # the frames that are returned
             held += self._pixels(frames if self.is_stream else self.latent_frames, self.height * self.width)
-        lost = 0.5 * work if tile is not None else 0.25 * (work + held)
-        constant = _CONSTANT if tile is None else _CONSTANT_OF_TILES
         bytes_each = self.batch * self.item_size
-        return round(constant + bytes_each * (work + held) + min(_MOST_LOST, bytes_each * lost))
+        if tile is not None:
+            is_strip = tile[1] >= self.width
+            lost = work * (1.0 if is_strip else 2.6 if self.name == "encode" else 1.9) + 0.08 * held
+        elif in_chunks:
+            lost = min(_MOST_LOST_OF_CHUNKS / bytes_each, 0.3 * (work + held))
+        else:
+            is_in_heap = bytes_each * frames * own * self.config.hidden_channels < _LARGEST_IN_HEAP
+            lost = 0.6 * work if self.is_prepared and is_in_heap else 0.0
+        return round(_CONSTANT + bytes_each * (work + held + lost))
 
     def kept(self, tile: tuple[int, int] | None) -> int:
         """Bytes of the past, which a stream keeps from chunk to chunk."""
@@ -153,19 +163,22 @@ class Work:
         pixels, width = self._pixels(frames, own), self.config.hidden_channels
         copies = 2 + 3 * in_chunks
         if is_tile:
-            convolution = width * (2 * frames * own + (2 * frames + copies) * read)
-        else:
-            convolution = pixels + width * (3 * frames + copies) * own
-        return max(4 * pixels, convolution)
+            return max(4 * pixels, width * (2 * frames * own + (2 * frames + copies) * read))
+        if in_chunks:
+            return max(4 * pixels, pixels + width * (3 * frames + copies) * own)
+        convolution = width * (3 * frames + copies) * own
+        return convolution if self.is_prepared else max(5.3 * pixels, pixels + convolution)
 
     def _alive_decoding(self, frames: int, own: int, read: int, in_chunks: bool, is_tile: bool) -> float:
         pixels, width = self._pixels(frames, own), self.config.hidden_channels
         copies = 2 + 3 * in_chunks
+        transform = 5 * pixels + width * frames * own
         if is_tile:
-            convolution = width * (2 * frames * own + (3 * frames + copies) * read)
-        else:
-            convolution = width * (6 * frames + copies) * own
-        return max(5 * pixels + width * frames * own, convolution)
+            return max(transform, width * (2 * frames * own + (3 * frames + copies) * read))
+        if in_chunks:
+            return max(transform, width * (5 * frames + copies) * own)
+        convolution = width * (3 * frames + copies) * own
+        return pixels + convolution if self.is_prepared else max(pixels + transform, convolution)
 
     def _borders(self, frames: int) -> int:
         """Elements that the tiles of a row leave for those below."""

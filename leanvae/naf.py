@@ -19,6 +19,7 @@ from leanvae.folding import LinearMap, fold_norm, pad_inputs, pad_outputs
 from leanvae.packed import pack, pack_linear, packed_feedforward
 from leanvae.pointwise import geglu, layer_norm
 from leanvae.prepared import Preparable
+from litevae.recompute import Recomputable
 from litevae.smc import SelfModulatedLinear
 
 Norm = Literal["layer", "smc"]
@@ -45,25 +46,15 @@ def causal_depthwise_conv(
         from leanvae.kernels.depthwise import causal_depthwise_conv as kernel
 
         return kernel(x, weight, bias, past, residual)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        frames = F.pad(x, (0, 0, 0, 0, 0, 0, PAST_FRAMES, 0)) if past is None else torch.cat((past, x), dim=1)
-        y = _convolve(frames, weight, bias)
-        return x + y if residual else y
-    # A frame at a time, nothing is padded or copied, and the sum happens while the frame is in the cache.
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for index in range(x.shape[1]):
-        frames = x[:, max(0, index - PAST_FRAMES) : index + 1]
-        if past is not None and index < PAST_FRAMES:
-            frames = torch.cat((past[:, index:], frames), dim=1)
-        y = _convolve(frames, weight[:, :, -frames.shape[1] :], bias)
-        out[:, index] = x[:, index] + y[:, 0] if residual else y[:, 0]
-    return out
-
-
-def _convolve(frames: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolves channels-last frames, which are a channels-last 3D image already: only the axes are renamed."""
-    y = F.conv3d(frames.movedim(-1, 1), weight, bias, padding=(0, 1, 1), groups=len(weight))
-    return y.movedim(1, -1)
+    num_frames, channels = x.shape[1], x.shape[-1]
+    # Without a past, zeros come before and, needlessly, after the clip: that is faster than to copy it behind zeros.
+    frames, num_zeros = (x, PAST_FRAMES) if past is None else (torch.cat((past, x), dim=1), 0)
+    # Channels-last tokens are a channels-last 3D image already: only the axes are renamed, nothing is copied.
+    y = F.conv3d(frames.movedim(-1, 1), weight, bias, padding=(num_zeros, 1, 1), groups=channels).movedim(1, -1)
+    y = y[:, :num_frames]
+    if not residual:
+        return y
+    return x + y if torch.is_grad_enabled() else y.add_(x)
 
 
 class CausalDepthwiseConv(nn.Module):
@@ -156,7 +147,7 @@ def linear_map(linear: nn.Linear | SelfModulatedLinear) -> Callable[[Tensor], Te
     return linear
 
 
-class NAFLayers(nn.Module):
+class NAFLayers(Recomputable):
     """A stack of NAF layers, `(B, T, H, W, D)` to the same shape.
 
     Args:
@@ -182,7 +173,7 @@ class NAFLayers(nn.Module):
         future = []
         for index, (conv, feedforward) in enumerate(zip(self.convs, self.feedforwards, strict=True)):
             x, last_frames = conv(x, None if past is None else past[index], self.residual)
-            x = feedforward(x, self.residual)
+            x = self.run(feedforward, x, self.residual)  # which makes some twelve tensors of the size of x
             if last_frames is not None:
                 future.append(last_frames)
         return x, tuple(future)

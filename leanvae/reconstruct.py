@@ -99,8 +99,9 @@ def reconstruct(
         device: where the model runs.
         dtype: its type; as stored if None.
         chunk: most frames to encode at a time; as memory allows if None.
-        memory_limit: bytes, or such as `"6GiB"`, that the work on a file may take besides the model's weights. If
-            None, a device's free memory is the limit, and on CPUs 6 GiB where so little suffices.
+        memory_limit: bytes, or such as `"6GiB"`, that the model, its streams and their frames may take besides the
+            weights. The coders of video, which run on the host, are not counted: about 600 bytes for each pixel of a
+            frame. If None, a device's free memory is the limit, and on CPUs 6 GiB where so little suffices.
         strict: a file that cannot be reconstructed is an error, raised after the others are done.
 
     Returns:

@@ -98,14 +98,16 @@ def decode_stream(vae: "LeanVAE", latents: Iterable[Tensor], parts: Parts) -> It
 def plan_encoding(vae: "LeanVAE", clip: Tensor, parts: Parts, is_stream: bool = False) -> Plan:
     """The plan for encoding a clip `(B, 3, T, H, W)`, or a stream that begins with it."""
     _, frames, height, width = vae.latent_shape(clip.shape[2:])
-    work = Work("encode", vae.config, len(clip), frames, height, width, clip.element_size())
+    is_prepared = vae.encoder.embedding.prepared is not None
+    work = Work("encode", vae.config, len(clip), frames, height, width, clip.element_size(), is_prepared=is_prepared)
     return make_plan(_as_stream(work) if is_stream else work, parts, clip.device)
 
 
 def plan_decoding(vae: "LeanVAE", latent: Tensor, parts: Parts, is_stream: bool = False) -> Plan:
     """The plan for decoding a latent `(B, Z, T', H', W')`, or a stream that begins with it."""
     batch, _, frames, height, width = latent.shape
-    work = Work("decode", vae.config, batch, frames, height, width, latent.element_size())
+    is_prepared = vae.decoder.projection.prepared is not None
+    work = Work("decode", vae.config, batch, frames, height, width, latent.element_size(), is_prepared=is_prepared)
     return make_plan(_as_stream(work) if is_stream else work, parts, latent.device)
 
 

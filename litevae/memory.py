@@ -1,9 +1,11 @@
 """Memory: how much there is, limits as people write them, and what running out of it looks like."""
 
+import ctypes
 import logging
 import operator
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -58,6 +60,21 @@ def free_memory(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Has the heap of a CPU give back what was freed: what stays in use between parts keeps it from doing so itself."""
+    if device.type == "cpu" and (trim := _heap_trimmer()) is not None:
+        trim(0)
+
+
+@cache
+def _heap_trimmer() -> Callable[[int], int] | None:
+    """glibc's `malloc_trim`, or None where there is another C library."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,7 +1,6 @@
 """The flags of `bench_res`, and what it does with them; nothing heavy is imported before it runs."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,9 +59,6 @@ def run(args: argparse.Namespace) -> int:
         ImportError: the extra `bench` is not installed.
         ValueError: a flag is wrong; the message lists what there is.
     """
-    # Threads that spin while they wait for each other slow a run sevenfold whenever another process wants a core; torch
-    # reads this when it is first imported, here and in the processes that measure.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for package in ("rich", "matplotlib", "psutil", "tqdm"):
         try:
             __import__(package)

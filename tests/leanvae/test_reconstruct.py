@@ -226,9 +226,9 @@ def test_plans_take_fewer_frames_and_then_tiles_of_larger_ones() -> None:
     with torch.device("meta"):
         vae = LeanVAE()
     plans = [plan_reconstruction(vae, *size, memory_limit=8 * 2**30) for size in [(640, 480), (1920, 1080)]]
+    assert all(plan.tile is None for pair in plans for plan in pair)
     assert [plan.latent_frames for plan in plans[0]] == [16, 16]
-    assert all(plan.tile is None for plan in plans[0])
-    assert [plan.latent_frames for plan in plans[1]] == [4, 4]
+    assert 1 <= plans[1][0].latent_frames == plans[1][1].latent_frames < 16
     with pytest.raises(ValueError, match=r"memory_limit is 8\.00 GiB: to reconstruct frames of 3840x2160 takes about"):
         plan_reconstruction(vae, 3840, 2160, memory_limit=8 * 2**30)
     encoding, decoding = plan_reconstruction(vae.bfloat16(), 3840, 2160, memory_limit=8 * 2**30)
