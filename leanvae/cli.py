@@ -9,9 +9,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from leanvae.analysis_cli import add_analyse_arguments, run_analyse
 from leanvae.bench import command as bench
+from leanvae.evaluation import command as evaluation
+from leanvae.latents import command as latents
+
+if TYPE_CHECKING:
+    from leanvae.training.config import TrainImageConfig, TrainVideoConfig
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,11 @@ def _add_reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights; default: as stored"
     )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="such as 6GiB, for the model's work besides its weights; default: what a device has free",
+    )
     parser.add_argument("--strict", action="store_true", help="a file that has to be skipped is an error")
 
 
@@ -128,7 +139,15 @@ def _run_reconstruct(args: argparse.Namespace) -> int:
     from leanvae.reconstruct import METRICS_FILE, reconstruct
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    report = reconstruct(args.checkpoint, args.input, args.output, find_device(args.device), dtype, strict=args.strict)
+    report = reconstruct(
+        args.checkpoint,
+        args.input,
+        args.output,
+        find_device(args.device),
+        dtype,
+        memory_limit=args.memory_limit,
+        strict=args.strict,
+    )
     total = report["total"]
     measures = [
         "" if total["psnr"] is None else f", PSNR {total['psnr']:.2f} dB",
@@ -154,6 +173,14 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", default="auto", metavar="auto|none|DIR", help="where to go on from; default: %(default)s"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the whole configuration, the first steps, and an estimate of parameters and memory; train nothing",
+    )
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="of a dry run: ranks to plan for; default: those that are started"
+    )
     # The launchers of DeepSpeed and torch pass it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
@@ -162,18 +189,31 @@ def _run_train_video(args: argparse.Namespace) -> int:
     _keep_threads_from_spinning()
 
     from leanvae.training.config import TrainVideoConfig
-    from leanvae.training.loop import train
 
-    return train(TrainVideoConfig, args.config, args.set, args.output, args.resume)
+    return _train(TrainVideoConfig, args)
 
 
 def _run_train_image(args: argparse.Namespace) -> int:
     _keep_threads_from_spinning()
 
     from leanvae.training.config import TrainImageConfig
+
+    return _train(TrainImageConfig, args)
+
+
+def _train(config_class: "type[TrainVideoConfig] | type[TrainImageConfig]", args: argparse.Namespace) -> int:
+    if args.dry_run:
+        from leanvae.config import load_config
+        from leanvae.training.dry_run import describe_run
+
+        if int(os.environ.get("RANK", "0")) == 0:
+            ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+            print(describe_run(load_config(config_class, args.config, args.set), ranks))
+        return 0
+
     from leanvae.training.loop import train
 
-    return train(TrainImageConfig, args.config, args.set, args.output, args.resume)
+    return train(config_class, args.config, args.set, args.output, args.resume)
 
 
 def _keep_threads_from_spinning() -> None:
@@ -189,11 +229,15 @@ COMMANDS = {
         run_analyse,
     ),
     "bench_res": Command(bench.SUMMARY, bench.add_arguments, bench.run),
+    "decode_latents": Command(latents.DECODE_SUMMARY, latents.add_decode_arguments, latents.run_decode),
+    "encode_clips": Command(latents.ENCODE_SUMMARY, latents.add_encode_arguments, latents.run_encode),
+    "evaluate": Command(evaluation.SUMMARY, evaluation.add_arguments, evaluation.run),
     "reconstruct": Command(
         "Encode and decode a clip, an image, or a folder of both, and measure PSNR and SSIM.",
         _add_reconstruct_arguments,
         _run_reconstruct,
     ),
+    "store": Command(latents.STORE_SUMMARY, latents.add_store_arguments, latents.run_store),
     "train_video": Command(
         "Train a video autoencoder; start it with deepspeed, torchrun or plain python.",
         _add_train_arguments,

@@ -1,10 +1,12 @@
-"""PSNR and SSIM of frames, and their running means; torchmetrics does the arithmetic."""
+"""PSNR, SSIM and MS-SSIM of frames, and their running means; torchmetrics does the arithmetic."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from litevae.torchvision_compat import prepare_torchvision
 
@@ -18,6 +20,8 @@ except ImportError as error:  # pragma: no cover - depends on what is installed
 SSIM_SIGMA = 1.5
 SSIM_WINDOW = 11  # pixels: 3.5 sigma to either side of the centre
 _SSIM_STRIP = 2**18  # pixels at once, about 200 MiB
+MS_SSIM_SIDE = 161  # pixels that the window still fits into after four halvings, by torchmetrics' rule
+_SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # from fine to coarse
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -60,29 +64,78 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ssim_of_frame(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM, a scalar, of two images `(1, C, H, W)`.
+    """SSIM, a scalar, of two images `(1, C, H, W)`, over the pixels whose window lies inside.
 
-    It goes by strips of rows, since the arithmetic takes some sixty times the memory of its input. The strips
-    overlap by a window less a row, and of each only pixels with their whole window inside count; torchmetrics' own
-    mean takes in a mirrored border too.
+    torchmetrics' own mean takes in a mirrored border too.
     """
-    channels, height, width = x.shape[1:]
-    overlap = SSIM_WINDOW - 1
-    rows = max(1, _SSIM_STRIP // width)
+    margin = SSIM_WINDOW // 2
     total = x.new_zeros(())
-    for top in range(0, height - overlap, rows):
-        strip = slice(top, top + rows + overlap)
+    for strip in _strips(x):
         _, similarity = structural_similarity_index_measure(
-            x[:, :, strip],
-            y[:, :, strip],
-            sigma=SSIM_SIGMA,
-            data_range=1.0,
-            reduction="none",
-            return_full_image=True,
+            x[:, :, strip], y[:, :, strip], sigma=SSIM_SIGMA, data_range=1.0, reduction="none", return_full_image=True
         )
-        margin = overlap // 2
         total += similarity[..., margin:-margin, margin:-margin].sum()
-    return total / (channels * (height - overlap) * (width - overlap))
+    return total / _num_windows(x)
+
+
+def _contrast_of_frame(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM without its luminance term, a scalar, of two images `(1, C, H, W)`."""
+    total = x.new_zeros(())
+    for strip in _strips(x):
+        a, b = x[:, :, strip], y[:, :, strip]
+        _, contrast = structural_similarity_index_measure(
+            a, b, sigma=SSIM_SIGMA, data_range=1.0, reduction="none", return_contrast_sensitivity=True
+        )
+        total += contrast.squeeze() * _num_windows(a)  # its mean is over the pixels whose window lies inside
+    return total / _num_windows(x)
+
+
+def _strips(x: Tensor) -> Iterator[slice]:
+    """Rows of `(1, C, H, W)` to work on at a time, since the arithmetic takes some sixty times the memory of its input.
+
+    They overlap by a window less a row, so that each window lies in one of them.
+    """
+    overlap = SSIM_WINDOW - 1
+    rows = max(1, _SSIM_STRIP // x.shape[3])
+    for top in range(0, x.shape[2] - overlap, rows):
+        yield slice(top, min(top + rows + overlap, x.shape[2]))
+
+
+def _num_windows(x: Tensor) -> int:
+    """How many windows lie inside `(1, C, H, W)`."""
+    overlap = SSIM_WINDOW - 1
+    return x.shape[1] * (x.shape[2] - overlap) * (x.shape[3] - overlap)
+
+
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Multi-scale structural similarity of each frame (Wang et al., 2003), over five scales with the paper's weights.
+
+    Windows are those of `ssim`; terms below 0 count as 0. torchmetrics' own function takes in a mirrored border at the
+    last scale, which changes the fourth decimal.
+
+    Args:
+        x: images `(N, C, H, W)` or clips `(B, C, T, H, W)` in [0, 1], not quantised.
+        y: what `x` is compared with, of the same shape.
+
+    Returns:
+        `(N,)` or `(B * T,)` values up to 1; NaN for frames with a side under 161 pixels, where it is not defined.
+
+    Raises:
+        ValueError: the shapes differ or are no images or clips.
+    """
+    x, y = _as_frames(x, y)
+    if min(x.shape[2:]) < MS_SSIM_SIDE:
+        return x.new_full((len(x),), math.nan)
+    return torch.stack([_ms_ssim_of_frame(a, b) for a, b in zip(x.split(1), y.split(1), strict=True)])
+
+
+def _ms_ssim_of_frame(x: Tensor, y: Tensor) -> Tensor:
+    *finer, coarsest = _SCALE_WEIGHTS
+    result = x.new_ones(())
+    for weight in finer:
+        result *= _contrast_of_frame(x, y).clamp_min(0) ** weight
+        x, y = avg_pool2d(x, 2), avg_pool2d(y, 2)
+    return result * _ssim_of_frame(x, y).clamp_min(0) ** coarsest
 
 
 def _as_frames(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

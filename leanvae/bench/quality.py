@@ -50,7 +50,7 @@ def judge(model: Model, folder: Path, device: str, dtype: torch.dtype) -> dict[s
             logger.warning("%s: skipped: %s", job.name, error.reason)
             continue
         with torch.inference_mode():
-            recon = _reconstruct(model, vae, (2 * frames - 1).to(device, dtype))
+            recon, _ = reconstruct_frames(model, vae, (2 * frames - 1).to(device, dtype))
         metrics.update(((recon.float().cpu() + 1) / 2).clamp(0, 1), frames)
     return {
         "model": model.name,
@@ -74,15 +74,28 @@ def _read_frames(job: Job) -> Tensor:
     return torch.from_numpy(crops).movedim(-1, 1).float() / 255
 
 
-def _reconstruct(model: Model, vae: torch.nn.Module, frames: Tensor) -> Tensor:
-    """Frames `(N, 3, H, W)` in [-1, 1] through a model; padded by replication to what it takes, and cropped back."""
+def reconstruct_frames(model: Model, vae: torch.nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames through a model; padded by replication to what it takes, and cropped back.
+
+    Args:
+        model: what the module is.
+        vae: its module.
+        frames: `(N, 3, H, W)` in [-1, 1], in the module's type and on its device.
+
+    Returns:
+        The reconstruction, of the frames' shape and about [-1, 1], and the latent `(Z, T', H', W')` of the padded
+        frames; an image model has one latent frame for each.
+    """
     count, _, height, width = frames.shape
     fitted = model.fit(Size(count, height, width))
     padded = F.pad(frames, (0, fitted.width - width, 0, fitted.height - height), mode="replicate")
     if model.kind == "image":
-        recon = torch.cat([decode(vae, encode(model, vae, image)) for image in padded.split(1)])
+        latents = [encode(model, vae, image) for image in padded.split(1)]
+        recon = torch.cat([decode(vae, latent) for latent in latents])
+        latent = torch.cat(latents).transpose(0, 1)  # N Z H' W' -> Z N H' W'
     else:
         padded = torch.cat([padded, padded[-1:].expand(fitted.frames - count, -1, -1, -1)])
         clip = padded.transpose(0, 1).unsqueeze(0)  # N C H W -> 1 C T H W
-        recon = decode(vae, encode(model, vae, clip))[0].transpose(0, 1)
-    return recon[:count, :, :height, :width]
+        encoded = encode(model, vae, clip)
+        recon, latent = decode(vae, encoded)[0].transpose(0, 1), encoded[0]
+    return recon[:count, :, :height, :width], latent

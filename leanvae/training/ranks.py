@@ -1,11 +1,14 @@
 """What the processes of a run do together, and how they learn that they should stop."""
 
 import fcntl
+import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -13,10 +16,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+logger = logging.getLogger("leanvae")
+
 T = TypeVar("T")
 
 LOCK_FILE = ".lock"
 _SECONDS_FOR_THE_OTHER_RUN = 120.0
+_LONGEST_WAIT_FOR_OTHER_RANKS = timedelta(days=14)
 
 
 def rank() -> int:
@@ -27,6 +33,41 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def joined_ranks() -> Iterator[None]:
+    """Joins the other ranks that `torchrun` or `deepspeed` started, if one did, for work that needs no DeepSpeed.
+
+    A rank ends at once when its launcher is killed, which leaves its ranks behind, be they at work or waiting for each
+    other, which nothing else interrupts. So it is for work that a kill cannot harm.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    threading.Thread(target=_end_with_launcher, args=(_launcher(),), daemon=True).start()
+    dist.init_process_group("gloo", timeout=_LONGEST_WAIT_FOR_OTHER_RANKS)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _launcher() -> int | None:
+    """The process that started this rank; None where torchrun did, and has been killed already."""
+    import psutil
+
+    parent = psutil.Process(os.getppid())
+    if parent.pid == 1 and "TORCHELASTIC_RUN_ID" in os.environ and "torch" not in " ".join(parent.cmdline()):
+        return None
+    return parent.pid
+
+
+def _end_with_launcher(launcher: int | None) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    logger.error("the launcher has ended")
+    os._exit(1)
 
 
 def barrier() -> None:

@@ -128,6 +128,7 @@ def test_cli_imports_nothing_heavy() -> None:
     ("script", "flag"),
     [
         ("reconstruct.py", "--strict"),
+        ("evaluate.py", "--strict"),
         ("train_video.py", "--resume"),
         ("train_image.py", "--set"),
         ("analyse.py", "--strict"),

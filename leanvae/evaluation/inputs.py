@@ -1,0 +1,91 @@
+"""The clips and images that are evaluated: which they are, and their frames."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from leanvae.data.cutting import Cut, cut_picture
+from leanvae.jobs import Job, find_jobs
+from leanvae.media import IMAGE_SUFFIXES, MediaError, iter_frames, read_image
+
+
+def find_inputs(inputs: Path, output: Path) -> list[Job]:
+    """Lists the clips and images of a folder, a file, or a list of files.
+
+    Args:
+        inputs: a folder, a clip or an image; or a `.txt` with a path a line, relative to its own folder, where empty
+            lines and those that begin with # are passed over.
+        output: the folder of the results, in which nothing is looked for.
+
+    Raises:
+        FileNotFoundError: there is nothing at `inputs`.
+        ValueError: there is no clip or image, a file is listed twice, or the list is no text.
+    """
+    if inputs.suffix.lower() != ".txt" or not inputs.is_file():
+        return find_jobs(inputs, output)
+    try:
+        lines = [line.strip() for line in inputs.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{inputs}: cannot be read as UTF-8 text: {error}") from error
+    paths = [inputs.parent.absolute() / Path(line).expanduser() for line in lines if line and line[0] != "#"]
+    paths = [Path(os.path.normpath(path)) for path in paths]
+    if not paths:
+        raise ValueError(f"{inputs} lists no file")
+    repeated = sorted({str(path) for path in paths if paths.count(path) > 1})
+    if repeated:
+        raise ValueError(f"{inputs} lists {repeated[0]} twice")
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    names = [path.relative_to(root).as_posix() for path in paths]
+    return [
+        Job(path, name, name, path.suffix.lower() not in IMAGE_SUFFIXES)
+        for path, name in zip(paths, names, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A clip or an image, as models get it and as they are measured against it.
+
+    Attributes:
+        job: the file.
+        num_frames: most frames of a clip, from its start; None takes all.
+        resolution: (height, width) that frames are resized to cover and cut to, centrally; None leaves them as
+            they are.
+    """
+
+    job: Job
+    num_frames: int | None = None
+    resolution: tuple[int, int] | None = None
+
+    def images(self) -> Iterator[NDArray[np.uint8]]:
+        """Reads the frames, `(H, W, 3)`, all of one size; each call reads the file anew.
+
+        Raises:
+            MediaError: the file cannot be read, or its size changes on the way.
+        """
+        if self.job.is_video:
+            images = (frame.image for frame in islice(iter_frames(self.job.source), self.num_frames))
+        else:
+            images = iter((read_image(self.job.source),))
+        shape: tuple[int, ...] | None = None
+        for number, image in enumerate(images):
+            if shape is not None and image.shape != shape:
+                raise MediaError(
+                    self.job.source,
+                    f"the size changes from {shape[1]}x{shape[0]} to {image.shape[1]}x{image.shape[0]}"
+                    f" at frame {number}",
+                )
+            shape = image.shape
+            yield image if self.resolution is None else cut_picture(image, self.resolution, Cut())
+
+    def frames(self) -> Iterator[Tensor]:
+        """The frames as float32 `(3, H, W)` in [0, 1]."""
+        for image in self.images():
+            yield torch.from_numpy(image).movedim(-1, 0).float() / 255

@@ -1,0 +1,326 @@
+"""The evaluation: every clip through every model, resumable and over several ranks, then tables and a page."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanvae.analysis import model_names
+from leanvae.evaluation.autoencoders import Cutting, is_of_diffusers, load_autoencoder
+from leanvae.evaluation.baselines import is_baseline, make_baseline
+from leanvae.evaluation.coder import Coder
+from leanvae.evaluation.feature_networks import FeatureNetworks, load_feature_networks
+from leanvae.evaluation.inputs import Source, find_inputs
+from leanvae.evaluation.measuring import ClipFeatures, ClipMeasures, LatentStatistics
+from leanvae.evaluation.page import write_page
+from leanvae.evaluation.pictures import FrameWriter, picture_paths, write_blocks, write_latent
+from leanvae.evaluation.records import SOURCE, Records, Row, record_key
+from leanvae.evaluation.summary import Evaluated, summarise, write_tables
+from leanvae.jobs import Job
+from leanvae.media import MediaError, probe
+from leanvae.planner import PIXELS_AT_ONCE
+from leanvae.training.ranks import barrier, gather, joined_ranks, on_main, rank, world_size
+
+try:
+    import av.error
+    from tqdm import tqdm
+except ImportError as error:  # pragma: no cover - depends on what is installed
+    raise ImportError(f"evaluation needs {error.name}: pip install 'leanvae[video]'") from error
+
+logger = logging.getLogger("leanvae")
+
+MEDIA, RECORDS = "media", "records"
+_MEASURED_AS = 1  # to be raised when a measure changes, so that what was recorded before is measured anew
+_DEFAULT_RATE, _FASTEST_RATE = Fraction(25), 120
+
+
+class EvaluationError(ValueError):
+    """The files were not, or not all, evaluated; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured of each file, and shown.
+
+    Attributes:
+        num_frames: most frames of a clip, from its start; None takes all.
+        resolution: (height, width) that frames are resized to cover and cut to, before models see them and as what
+            they are compared with; None leaves them as they are.
+        cutting: how models work in parts.
+        shown: most clips with pictures; of more, the worst and the best by the first model's PSNR have them.
+    """
+
+    num_frames: int | None = None
+    resolution: tuple[int, int] | None = None
+    cutting: Cutting = field(default_factory=Cutting)
+    shown: int = 100
+
+
+def evaluate(
+    checkpoints: Sequence[str],
+    inputs: str | Path,
+    output: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    settings: Settings | None = None,
+    weights: str | Path | None = None,
+    strict: bool = False,
+) -> dict[str, Any]:
+    """Evaluates models side by side on clips and images.
+
+    Writes into `output`: `evaluation.json` (totals), `clips.csv` (a line a clip and model), `frames.csv` (PSNR of each
+    frame), `report.html` with its pictures in `media/`, and `records/`, from which a run that was interrupted goes on.
+    Latents are the posterior's means. Measures are those of the decoder's output, clamped to [0, 1], before it is
+    rounded or coded; only rFID rounds to 8 bits. Under `torchrun` or `deepspeed` the ranks share the clips; all of them
+    must see the output folder.
+
+    Args:
+        checkpoints: what `make_baseline` and `load_autoencoder` make models of.
+        inputs: what `find_inputs` lists.
+        output: folder for the results, made if missing.
+        device: where models and metrics run.
+        dtype: type of the models; as stored if None.
+        settings: what is measured; all frames as they are if None.
+        weights: folder of the feature networks' weights; None takes torch's cache.
+        strict: a file that cannot be evaluated is an error, raised after the others are done.
+
+    Returns:
+        The content of `evaluation.json`.
+
+    Raises:
+        FileNotFoundError: there is no such input, checkpoint or folder.
+        ImportError: a package is missing.
+        ValueError: the input holds no clip or image, a name or setting is wrong, or weights do not fit.
+        EvaluationError: no file could be evaluated, or not all with `strict`.
+        BrokenModelError: a model's output is not finite.
+    """
+    settings = settings or Settings()
+    with joined_ranks():
+        jobs = find_inputs(Path(inputs), Path(output))
+        names = _names(checkpoints)
+        networks = load_feature_networks(weights, device)
+        if rank() == 0:
+            for sentence in networks.missing:
+                logger.info(sentence)
+        coders = [
+            make_baseline(spec) if is_baseline(spec) else load_autoencoder(spec, name, settings.cutting, device, dtype)
+            for spec, name in zip(checkpoints, names, strict=True)
+        ]
+        run = _Run(coders, networks, jobs, Path(output), settings, torch.device(device))
+        skipped = run.measure_all()
+        report = on_main(lambda: _report(run, skipped, str(inputs)))
+    if skipped and (strict or len(skipped) == len(jobs)):
+        listed = "; ".join(f"{entry['input']}: {entry['reason']}" for entry in skipped[:5])
+        raise EvaluationError(f"{len(skipped)} of {len(jobs)} files could not be evaluated: {listed}")
+    return report
+
+
+def _names(checkpoints: Sequence[str]) -> list[str]:
+    """Short different names: paths of checkpoints without what all share, other specifications as they are."""
+    if not checkpoints or len(set(checkpoints)) < len(checkpoints):
+        raise ValueError(f"checkpoints are {list(checkpoints)}: expected one or more different ones")
+    paths = [spec for spec in checkpoints if not (is_baseline(spec) or is_of_diffusers(spec))]
+    short = dict(zip(paths, model_names(paths), strict=True)) if paths else {}
+    names = [short.get(spec, spec) for spec in checkpoints]
+    return names if len(set(names)) == len(names) else list(checkpoints)
+
+
+def _report(run: "_Run", skipped: list[dict[str, str]], inputs: str) -> dict[str, Any]:
+    evaluated = run.evaluated()
+    if not evaluated.clips:
+        return {}
+    report = summarise(evaluated, skipped, inputs)
+    write_tables(report, evaluated, run.output)
+    write_page(report, evaluated, run.output)
+    return report
+
+
+class _Run:
+    """Clips through models; what is done is on disk, and not done again."""
+
+    def __init__(
+        self,
+        coders: list[Coder],
+        networks: FeatureNetworks,
+        jobs: list[Job],
+        output: Path,
+        settings: Settings,
+        device: torch.device,
+    ) -> None:
+        self.coders, self.jobs, self.output = coders, jobs, output
+        self._networks, self._settings, self._device = networks, settings, device
+        self._records = Records(output / RECORDS)
+
+    @torch.inference_mode()
+    def measure_all(self) -> list[dict[str, str]]:
+        """Measures what is not measured yet, each rank its share; returns the files that cannot be, of all ranks."""
+        shown = {job.name for job in self.jobs} if len(self.jobs) <= self._settings.shown else set()
+        own = self._measure(self.jobs, shown)
+        barrier()
+        broken = {entry["input"]: entry for entries in gather(own) for entry in entries}
+        if not shown and self._settings.shown:
+            chosen = self._worst_and_best([job for job in self.jobs if job.name not in broken])
+            self._measure(chosen, {job.name for job in chosen})
+            barrier()
+        return [broken[job.name] for job in self.jobs if job.name in broken]
+
+    def _worst_and_best(self, jobs: list[Job]) -> list[Job]:
+        """As many clips as are to be shown, half from either end of the first model's PSNR."""
+        rows = [self._records.read(self.coders[0].name, job.name, self._key(job, self.coders[0])) for job in jobs]
+        order = sorted(
+            (row["psnr"] if row and row["psnr"] is not None else float("inf"), index) for index, row in enumerate(rows)
+        )
+        half = self._settings.shown // 2
+        ends = order[: self._settings.shown - half] + order[len(order) - half :]
+        return [jobs[index] for _, index in dict.fromkeys(ends)]
+
+    def _measure(self, jobs: list[Job], shown: set[str]) -> list[dict[str, str]]:
+        own = list(enumerate(jobs, start=1))[rank() :: world_size()]
+        skipped = []
+        with tqdm(own, unit="file", disable=True if rank() else None, leave=False) as bar:
+            for number, job in bar:
+                bar.set_postfix_str(job.name)
+                label = f"[{number}/{len(jobs)}] {job.name}"
+                try:
+                    line = self._measure_job(job, job.name in shown)
+                except MediaError as error:
+                    skipped.append({"input": job.name, "reason": error.reason})
+                    logger.warning("%s: skipped: %s", label, error.reason)
+                else:
+                    logger.info("%s: %s", label, line)
+        return skipped
+
+    def _measure_job(self, job: Job, show: bool) -> str:
+        """Measures a file, and says in a line what came out.
+
+        Raises:
+            MediaError: the file cannot be read, or H.264 cannot hold it.
+        """
+        try:
+            return self._measure_models(job, show)
+        except (av.error.InvalidDataError, av.error.ArgumentError, av.error.ExternalError) as error:
+            raise MediaError(job.source, f"cannot be written as H.264: {error.strerror}") from error
+
+    def _measure_models(self, job: Job, show: bool) -> str:
+        source = Source(job, self._settings.num_frames, self._settings.resolution)
+        key = self._key(job)
+        info = self._known(SOURCE, job, key, show)
+        if info is None:
+            info = self._measure_source(source, key, show)
+        said = []
+        for coder in self.coders:
+            key = self._key(job, coder)
+            row = self._known(coder.name, job, key, show)
+            if row is None:
+                row = self._measure_coder(coder, source, info, key, show)
+            psnr = "infinite" if row["psnr"] is None else f"{row['psnr']:.2f} dB"
+            said.append(f"{coder.name} PSNR {psnr}")
+        return ", ".join(said)
+
+    def _key(self, job: Job, coder: Coder | None = None) -> str:
+        try:
+            state = os.stat(job.source)
+        except OSError as error:
+            raise MediaError(job.source, "no such file") from error
+        return record_key(
+            measured_as=_MEASURED_AS,
+            file=[str(job.source), state.st_size, state.st_mtime_ns],
+            frames=self._settings.num_frames,
+            resolution=self._settings.resolution,
+            networks=self._networks.names(),
+            model=coder and [coder.source, coder.stamp, vars(self._settings.cutting)],
+        )
+
+    def _known(self, model: str, job: Job, key: str, show: bool) -> Row | None:
+        """The record of a clip, unless it or a picture that is wanted is missing."""
+        row = self._records.read(model, job.name, key)
+        pictures = [self.output / MEDIA / path for path in (row or {}).get("pictures", {}).values()]
+        return row if row and (not show or (pictures and all(path.is_file() for path in pictures))) else None
+
+    def _measure_source(self, source: Source, key: str, show: bool) -> Row:
+        """Reads a file to its end, for its features and its pictures."""
+        job, features = source.job, ClipFeatures(self._networks)
+        fps = probe(job.source).fps if job.is_video else None
+        rate = fps if fps and 1 <= fps <= _FASTEST_RATE else _DEFAULT_RATE
+        paths = picture_paths(job.name, SOURCE, job.is_video) if show else {}
+        size, count = (0, 0), 0
+        with FrameWriter(self.output / MEDIA / paths["frames"] if show else None, job.is_video, rate) as writer:
+            for frame in source.frames():
+                features.update(frame[None].to(self._device))
+                writer.write(frame[None])
+                size, count = (frame.shape[1], frame.shape[2]), count + 1
+        row = {"kind": "video" if job.is_video else "image", "height": size[0], "width": size[1], "frames": count}
+        row |= {"rate": float(rate), "shown_frames": writer.num_frames, "pictures": paths}
+        self._records.write(SOURCE, job.name, key, row, features.tensors())
+        return row
+
+    def _measure_coder(self, coder: Coder, source: Source, info: Row, key: str, show: bool) -> Row:
+        job, size = source.job, (info["height"], info["width"])
+        measures = ClipMeasures(*size, coder.period, self._networks)
+        latents = LatentStatistics(job.name)
+        paths = picture_paths(job.name, coder.name, job.is_video) if show else {}
+        media = self.output / MEDIA
+        rate = Fraction(info["rate"]).limit_denominator(1001)
+        with FrameWriter(media / paths["frames"] if show else None, job.is_video, rate) as writer:
+            for output, reference in _pairs(coder.run(source.frames(), latents.observe), source.frames(), *size):
+                measures.update(output.to(self._device), reference.to(self._device))
+                writer.write(output)
+        if show and latents.shown is not None:
+            write_latent(media / paths["latent"], latents.shown)
+        else:
+            paths.pop("latent", None)
+        if show and measures.steps.blocks.excess > 0:
+            write_blocks(media / paths["blocks"], measures.steps.blocks)
+        else:
+            paths.pop("blocks", None)
+        row = measures.row(coder.parts(*size)) | {"pictures": paths}
+        if "blocks" in paths:
+            blocks = measures.steps.blocks
+            row["blocks"] = {"frame": blocks.frame, "top": blocks.top, "left": blocks.left}
+        self._records.write(coder.name, job.name, key, row, measures.features.tensors() | latents.tensors())
+        return row
+
+    def evaluated(self) -> Evaluated:
+        """All that was measured, by clip and model, read from disk."""
+        clips: dict[str, Row] = {}
+        rows: dict[str, dict[str, Row]] = {coder.name: {} for coder in self.coders}
+        for job in self.jobs:
+            if not job.source.is_file():
+                continue
+            info = self._records.read(SOURCE, job.name, self._key(job))
+            found = {
+                coder.name: self._records.read(coder.name, job.name, self._key(job, coder)) for coder in self.coders
+            }
+            if info is None or None in found.values():
+                continue
+            clips[job.name] = info
+            for name, row in found.items():
+                assert row is not None
+                rows[name][job.name] = row
+        resolution, cutting = self._settings.resolution, self._settings.cutting
+        settings = {
+            "frames": self._settings.num_frames,
+            "resolution": resolution and list(resolution),
+            "chunk": cutting.chunk,
+            "tile": cutting.tile and list(cutting.tile),
+        }
+        sources = {coder.name: coder.source for coder in self.coders}
+        return Evaluated(clips, rows, sources, settings, self._networks.missing, self._records)
+
+
+def _pairs(
+    outputs: Iterable[Tensor], frames: Iterator[Tensor], height: int, width: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Reconstructions with the frames that they are of, as many as are measured at once."""
+    at_once = max(1, PIXELS_AT_ONCE // (height * width))
+    for output in outputs:
+        for some in output.split(at_once):
+            yield some, torch.stack(list(islice(frames, len(some))))
+    assert next(frames, None) is None, "a model gives back as many frames as it gets"

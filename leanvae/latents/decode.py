@@ -1,0 +1,133 @@
+"""Entries back to clips: decoding of a store, or of single entries, to the sources' rate and the true size."""
+
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from leanvae.checkpoint import load_vae
+from leanvae.latents.encoding import MEMORY_LIMIT_ON_CPU, VAE
+from leanvae.latents.entry import TENSORS, Entry, read_entry
+from leanvae.latents.session import hash_checkpoint
+from leanvae.latents.store import Store, StoreError
+from leanvae.model import LeanVAE
+from leanvae.writer import VideoWriter
+
+_TIME_BASE = Fraction(1, 90_000)  # of MPEG; exact for the common frame rates
+_LATENT_FRAMES_AT_ONCE = 4
+
+
+def decode_latents(
+    checkpoint: str | Path,
+    source: str | Path,
+    output: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    keys: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Decodes the posteriors' means of a store's entries, or of one that was taken out, to `KEY.mp4` each.
+
+    Clips keep their timestamps. Files that are there already are left as they are, so that it can be interrupted.
+
+    Args:
+        checkpoint: what `load_vae` reads; it must be the one that the entries were encoded with.
+        source: path or fsspec address of a store, or a file `KEY.safetensors` with `KEY.json` beside it.
+        output: folder for the clips, made if missing.
+        device: where the model runs.
+        dtype: its type; as stored if None.
+        keys: of the entries to decode; all if empty.
+
+    Returns:
+        `decoded` and `present`, numbers of clips.
+
+    Raises:
+        StoreError: there is no such store or entry, it is damaged, or another checkpoint encoded it.
+    """
+    vae = load_vae(checkpoint)
+    known = hash_checkpoint(vae)
+    vae = vae.to(device, dtype).compile()
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    entries = _find_entries(source, keys)
+    num_decoded = 0
+    for key, read in tqdm(entries.items(), desc="decoding", unit="clip", disable=None):
+        target = output / f"{key}.mp4"
+        if target.exists():
+            continue
+        entry = read()
+        if entry.facts["checkpoint"] != known:
+            raise StoreError(
+                f"{source}: {key} was encoded with the checkpoint {entry.facts['checkpoint'][:12]}..., "
+                f"not with {checkpoint}, which is {known[:12]}..."
+            )
+        write_clip(vae, entry, target)
+        num_decoded += 1
+    return {"decoded": num_decoded, "present": len(entries) - num_decoded}
+
+
+def _find_entries(source: str | Path, keys: Sequence[str]) -> dict[str, Callable[[], Entry]]:
+    """The wanted entries by key, each with what reads it."""
+    if str(source).endswith(f".{TENSORS}"):
+        return {Path(source).stem: partial(read_entry, Path(source))}
+    store = Store(source)
+    store.manifest()
+    rows = {row["key"]: row for row in store.index().to_pylist()}
+    missing = [key for key in keys if key not in rows]
+    if missing:
+        raise StoreError(f"{source}: there is no entry {missing[0]!r}")
+    return {key: partial(store.read_entry, rows[key]) for key in keys or rows}
+
+
+def write_clip(vae: VAE, entry: Entry, path: Path) -> None:
+    """Decodes an entry to an mp4 file with the source's timestamps, counted from the clip's start."""
+    facts = entry.facts
+    _, height, width = facts["size"]
+    times = facts["times"]
+    rate = Fraction(facts["fps"] / facts["stride"]).limit_denominator(1001) if facts["fps"] else None
+    with VideoWriter(path, width, height, time_base=_TIME_BASE, rate=rate) as writer:
+        frames = (frame for piece in decode_entry(vae, entry) for frame in to_bytes(piece))
+        for image, seconds in zip(frames, times, strict=True):
+            writer.write(image, round((seconds - times[0]) / _TIME_BASE))
+
+
+@torch.inference_mode()
+def decode_entry(vae: VAE, entry: Entry) -> Iterator[Tensor]:
+    """Decodes the mean of an entry's posterior.
+
+    Yields:
+        Frames `(t, 3, H, W)` of the clip's true size, float32 in [0, 1].
+
+    Raises:
+        StoreError: they are not finite.
+    """
+    parameter = next(vae.parameters())
+    limit = MEMORY_LIMIT_ON_CPU if parameter.device.type == "cpu" else None
+    latent = entry.tensors["mean"][None].to(parameter)
+    missing, height, width = entry.facts["size"]
+    for frames in _decode(vae, latent, limit):
+        frames = frames[:missing, :, :height, :width].float()
+        missing -= len(frames)
+        if not frames.isfinite().all():
+            raise StoreError(f"{entry.key}: the decoder's output is not finite: it needs another dtype (float32)")
+        yield ((frames + 1) / 2).clamp(0, 1)
+
+
+def _decode(vae: VAE, latent: Tensor, memory_limit: str | None) -> Iterator[Tensor]:
+    """Frames `(t, 3, H, W)` in [-1, 1], padded, of a latent `(1, Z, T', H', W')`."""
+    parts = latent.split(_LATENT_FRAMES_AT_ONCE, dim=2)
+    if isinstance(vae, LeanVAE):
+        yield from (clip[0].transpose(0, 1) for clip in vae.decode_stream(parts, memory_limit=memory_limit))
+    else:
+        yield from (vae.decode(part[0].transpose(0, 1), memory_limit=memory_limit) for part in parts)
+
+
+def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
+    """`(t, 3, H, W)` in [0, 1] as `(t, H, W, 3)` bytes."""
+    return (255 * frames).round().to(torch.uint8).movedim(1, -1).cpu().numpy()

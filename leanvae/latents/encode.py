@@ -1,0 +1,260 @@
+"""Encoding of sources into a latent store: what is left of the work, who does it, and what came of it."""
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from leanvae.checkpoint import load_vae
+from leanvae.data.quarantine import modification_time
+from leanvae.files import write_text
+from leanvae.latents.decoders import Order
+from leanvae.latents.decoding import Finished, Rejected
+from leanvae.latents.encoding import VAE, Encoded, EncodedClip
+from leanvae.latents.engines import Work, encode_here, load_for_encoding
+from leanvae.latents.entry import Entry, make_entry
+from leanvae.latents.progress import Progress
+from leanvae.latents.session import STATISTICS_FIELDS, hash_checkpoint, writing
+from leanvae.latents.sources import Source, list_sources
+from leanvae.latents.statistics import merge_moments
+from leanvae.latents.store import INDEX, STATISTICS, SUMMARY, SourceRecord, Store, StoreError
+from leanvae.latents.writing import ShardWriter
+from leanvae.training.ranks import barrier, gather, joined_ranks, on_main, rank, world_size
+from litevae.pretrained import CONFIG_FILE
+
+logger = logging.getLogger("leanvae")
+
+EngineName = Literal["local", "ray"]
+
+# Of a file with more, the clips before a damage are kept: they cannot all wait in memory for its end.
+_BYTES_HELD_OF_A_SOURCE = 2**29
+
+
+@joined_ranks()
+def encode_clips(
+    inputs: Sequence[str],
+    output: str | Path,
+    work: Work,
+    device: str = "cpu",
+    engine: EngineName = "local",
+    shard_bytes: int = 2**28,
+    update_checkpoint: bool = False,
+) -> dict[str, Any]:
+    """Encodes clips into a store, or goes on with that; to be called by all ranks together.
+
+    Killed at any moment and called again, it leaves each clip in the store exactly once. Sources are shared out over
+    the ranks by a hash of their names. A source that cannot be used is noted with its reason, and tried again if its
+    file has changed, or if the reason may pass, as that of a network or of a decoder that was killed.
+
+    Args:
+        inputs: as in `leanvae.latents.sources.list_sources`.
+        output: path or fsspec address of the store's folder.
+        work: how clips are decoded and encoded.
+        device: where the model runs; with Ray, `cuda` gives each of its actors a GPU.
+        engine: `local`, or `ray` for a cluster, where this process writes what the actors encode.
+        shard_bytes: length of a shard.
+        update_checkpoint: write the latents' mean and standard deviation into the checkpoint's configuration.
+
+    Returns:
+        The content of `summary.json`: `sources`, `clips`, `frames`, `shards` and `bytes` of the store, `skipped`
+        (`source` and `reason` each), `unfinished` (sources that an engine lost), and `run`, with `clips`, `frames`,
+        `seconds`, `clips_per_second` and `frames_per_second` of this run over all ranks.
+
+    Raises:
+        SourceError: an input is missing or wrongly written.
+        StoreError: the store was made with something else; the message says what differs.
+        ValueError: another run is writing to the store, or the model's output is not finite.
+    """
+    if engine == "ray" and world_size() > 1:
+        raise ValueError("--engine ray: Ray starts its own processes; start one with plain python")
+    if work.nvdec and (engine == "ray" or not device.startswith("cuda")):
+        raise ValueError(f"--nvdec: decodes on the model's GPU, and not with --device {device} and --engine {engine}")
+    if work.nvdec:
+        import_module("leanvae.latents.nvdec")  # says what is missing now, and not of each file
+    if update_checkpoint and not Path(work.checkpoint, CONFIG_FILE).is_file():
+        raise ValueError(f"--update-checkpoint: {work.checkpoint} is no folder with a {CONFIG_FILE}")
+    store, sources = Store(output), list_sources(inputs)
+    stored_vae = load_vae(work.checkpoint)
+    checkpoint = hash_checkpoint(stored_vae)
+    started = time.monotonic()
+    with writing(store, _describe(work, stored_vae, checkpoint)):
+        orders = _orders(store, [source for source in sources if source.belongs_to(rank(), world_size())])
+        with (
+            ShardWriter(store, f"{rank():05d}", shard_bytes) as writer,
+            Progress(len(orders), is_shown=rank() == 0) as progress,
+        ):
+            collector = _Collector(writer, progress, work, checkpoint, orders)
+            for encoded in _encode(work, device, engine, stored_vae, orders):
+                collector.take(encoded)
+        done = gather((progress.clips, progress.frames))
+        barrier()
+        run = _run_figures([sum(counts) for counts in zip(*done, strict=True)], time.monotonic() - started)
+        return on_main(lambda: _close(store, sources, run, work if update_checkpoint else None))
+
+
+def _describe(work: Work, vae: VAE, checkpoint: str) -> dict[str, Any]:
+    """What all entries of a store have in common."""
+    compute_dtype = work.compute_dtype or next(vae.parameters()).dtype
+    return {
+        "model": type(vae).__name__,
+        "config": vae.config.model_dump(mode="json", exclude=STATISTICS_FIELDS, exclude_defaults=True),
+        "checkpoint": checkpoint,
+        "rule": work.rule.model_dump(mode="json"),
+        "dtype": str(work.dtype).removeprefix("torch."),
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "flips": work.flips,
+        "thumbnails": work.thumbnails,
+        "decoder": "nvdec" if work.nvdec else "pyav",
+    }
+
+
+def _orders(store: Store, sources: Sequence[Source]) -> list[Order]:
+    """The sources that are left, each with the first frames of its clips that the store has already."""
+    records = store.sources()
+    left = [source for source in sources if not _is_done(source, records.get(source.id))]
+    known: dict[str, set[int]] = defaultdict(set)
+    if left:
+        table = store.merge_indexes().select(["source_id", "first_frame"])
+        for source_id, first in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            known[source_id].add(first)
+    return [(source, frozenset(known.get(source.id, ()))) for source in left]
+
+
+def _is_done(source: Source, record: SourceRecord | None) -> bool:
+    """Whether there is nothing left to do: it has been encoded, or cannot be used until its file changes."""
+    if record is None:
+        return False
+    return record.reason is None or (record.modified != -1 and record.modified == modification_time(source.address))
+
+
+def _encode(work: Work, device: str, engine: EngineName, vae: VAE, orders: Sequence[Order]) -> Iterator[Encoded]:
+    if not orders:
+        return iter(())
+    if engine == "ray":
+        from leanvae.latents.ray_engine import encode_with_ray
+
+        return encode_with_ray(work, vae, device, orders)
+    return encode_here(work, load_for_encoding(vae, work, device), orders)
+
+
+@dataclass
+class _OpenSource:
+    """A source of which not all clips have been encoded yet."""
+
+    entries: list[Entry] = field(default_factory=list)
+    num_bytes: int = 0
+    num_encoded: int = 0
+    num_written: int = 0
+    finished: Finished | None = None
+
+
+class _Collector:
+    """Brings clips of a source together, and writes them when the source has proved to be good."""
+
+    def __init__(
+        self, writer: ShardWriter, progress: Progress, work: Work, checkpoint: str, orders: Sequence[Order]
+    ) -> None:
+        self._writer = writer
+        self._progress = progress
+        self._rule = work.rule
+        self._checkpoint = checkpoint
+        self._num_known = {source.id: len(known) for source, known in orders}
+        self._open: dict[str, _OpenSource] = defaultdict(_OpenSource)
+        self._closed: set[str] = set()
+
+    def take(self, encoded: Encoded) -> None:
+        """Takes what an engine yields."""
+        source = encoded.source
+        if source.id in self._closed:
+            return  # a clip of a source that was rejected
+        state = self._open[source.id]
+        if isinstance(encoded, Rejected):
+            logger.warning("%s: skipped: %s", source.name, encoded.reason)
+            self._close(
+                source, num_frames=0, num_clips=self._num_known[source.id] + state.num_written, rejected=encoded
+            )
+            return
+        if isinstance(encoded, EncodedClip):
+            entry = make_entry(encoded, self._rule, self._checkpoint)
+            state.entries.append(entry)
+            state.num_bytes += sum(tensor.nbytes for tensor in entry.tensors.values())
+            state.num_encoded += 1
+            self._progress.add_clip(len(encoded.times))
+            if state.num_bytes > _BYTES_HELD_OF_A_SOURCE:
+                self._write(state)
+        else:
+            state.finished = encoded
+        if state.finished is not None and state.num_encoded == state.finished.num_sent:
+            self._write(state)
+            self._close(source, state.finished.num_frames, state.finished.num_clips)
+        self._writer.complete_if_due()
+
+    def _write(self, state: _OpenSource) -> None:
+        self._writer.add(state.entries)
+        state.num_written += len(state.entries)
+        state.entries, state.num_bytes = [], 0
+
+    def _close(self, source: Source, num_frames: int, num_clips: int, rejected: Rejected | None = None) -> None:
+        reason = None if rejected is None else rejected.reason
+        modified = -1 if rejected is not None and rejected.may_pass else modification_time(source.address)
+        self._writer.note(SourceRecord(source.id, source.name, modified, num_frames, num_clips, reason))
+        del self._open[source.id]
+        self._closed.add(source.id)
+        self._progress.add_source()
+
+
+def _run_figures(counts: Sequence[int], seconds: float) -> dict[str, Any]:
+    clips, frames = counts
+    return {
+        "clips": clips,
+        "frames": frames,
+        "seconds": round(seconds, 3),
+        "clips_per_second": round(clips / seconds, 3),
+        "frames_per_second": round(frames / seconds, 3),
+    }
+
+
+def _close(store: Store, sources: Sequence[Source], run: dict[str, Any], update: Work | None) -> dict[str, Any]:
+    """Writes what is about the store as a whole, and the summary, which it returns."""
+    index = store.merge_indexes()
+    facts = [store.shard_facts(shard) for shard in store.shards()]
+    moments = merge_moments(shard.moments for shard in facts)
+    if moments.count:
+        store.write_json(STATISTICS, {"count": moments.count, "mean": moments.mean, "std": moments.std})
+    store.write_table(INDEX, index)
+    if update is not None and moments.count:
+        write_statistics(Path(update.checkpoint), moments.mean, moments.std)
+    records = store.sources()
+    listed = [records[source.id] for source in sources if source.id in records]
+    summary = {
+        "store": store.address,
+        "sources": len(sources),
+        "clips": index.num_rows,
+        "frames": sum(size[0] for size in index["size"].to_pylist()),
+        "shards": len(facts),
+        "bytes": sum(shard.bytes for shard in facts),
+        "skipped": [{"source": known.source, "reason": known.reason} for known in listed if known.reason is not None],
+        "unfinished": len(sources) - len(listed),
+        "run": run,
+    }
+    store.write_json(SUMMARY, summary)
+    return summary
+
+
+def write_statistics(checkpoint: Path, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Writes `latent_mean` and `latent_std` into a checkpoint folder's configuration.
+
+    Raises:
+        StoreError: a channel is constant, and cannot be scaled.
+    """
+    if min(std) <= 0:
+        raise StoreError(f"latent_std: channel {list(std).index(min(std))} is constant: {checkpoint} stays as it is")
+    file = checkpoint / CONFIG_FILE
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    tree |= {"latent_mean": list(mean), "latent_std": list(std)}
+    write_text(file, json.dumps(tree, indent=2) + "\n")

@@ -1,0 +1,107 @@
+"""An entry of the store: what a clip's members of the tar hold."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from leanvae.latents.encoding import EncodedClip
+from leanvae.latents.rule import ClipRule
+
+TENSORS, FACTS, THUMBNAIL = "safetensors", "json", "jpg"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A clip in the store.
+
+    Attributes:
+        facts: all that is known of it; the content of its JSON member.
+        tensors: the safetensors member: `mean` and `logvar` `(Z, T', H', W')`, and perhaps those of its mirror image.
+        thumbnail: the clip's first frame as JPEG, if there is one.
+    """
+
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+    thumbnail: bytes | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in the tar."""
+        return self.facts["key"]
+
+    def members(self) -> dict[str, bytes]:
+        """Content by extension."""
+        members = {TENSORS: save(self.tensors), FACTS: json.dumps(self.facts, default=str).encode()}
+        if self.thumbnail is not None:
+            members[THUMBNAIL] = self.thumbnail
+        return members
+
+
+def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> Entry:
+    """Puts together what the store keeps of a clip.
+
+    Args:
+        checkpoint: hash of the weights and the configuration that it was encoded with.
+    """
+    source, last = clip.source, clip.last
+    facts = {
+        "key": f"{source.id}_{clip.first:07d}",
+        "source": source.name,
+        "start": source.start,
+        "end": source.end,
+        "first_frame": clip.first,
+        "stride": rule.stride,
+        "fps": last.fps,
+        "times": clip.times,
+        "size": [len(clip.times), *last.placement.resolution],
+        "source_size": list(last.source_size),
+        "resized": list(last.placement.resized),
+        "crop": list(last.placement.crop),
+        "latent_shape": list(clip.tensors["mean"].shape),
+        "dtype": str(clip.tensors["mean"].dtype).removeprefix("torch."),
+        "flipped": len(clip.tensors) > 2,
+        "checkpoint": checkpoint,
+        "caption": _text(source.columns.get("caption")),
+        "columns": source.columns,
+    }
+    return Entry(facts, clip.tensors, clip.thumbnail)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def read_tensors(data: bytes, name: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors member.
+
+    Raises:
+        ValueError: it holds something else; the message begins with `name`.
+    """
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{name}: no valid safetensors file: {error}") from error
+    if not {"mean", "logvar"} <= tensors.keys():
+        raise ValueError(f"{name}: expected the tensors 'mean' and 'logvar', found {sorted(tensors)}")
+    return tensors
+
+
+def read_entry(path: Path) -> Entry:
+    """Reads an entry that was taken out of a tar: `KEY.safetensors` with `KEY.json` beside it.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: one of them holds something else.
+    """
+    facts = path.with_suffix(f".{FACTS}")
+    if not facts.is_file():
+        raise FileNotFoundError(f"{facts}: missing; it belongs to {path}")
+    try:
+        return Entry(json.loads(facts.read_text(encoding="utf-8")), read_tensors(path.read_bytes(), str(path)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{facts}: no valid JSON: {error}") from error

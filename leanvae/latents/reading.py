@@ -1,0 +1,234 @@
+"""Reading of a store for diffusion training: by index, or in an order that resumes exactly."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, get_worker_info
+
+from leanvae.latents.store import STATISTICS, Store, StoreError
+from litevae.posterior import DiagonalGaussian
+
+# Separate the random streams that share a seed.
+_ORDER, _NOISE = 1, 2
+
+Key = int | tuple[int, int]
+
+
+class LatentClips(Dataset[dict[str, Any]]):
+    """The clips of a store, by index or one after the other.
+
+    An item is a dictionary of `latent` `(Z, T', H', W')` float32, `size` (3,) the true (T, H, W), `fps` (0 where
+    unknown), `key`, `source`, `caption` (empty where there is none) and `flipped`. All of it depends on the seed, the
+    epoch and the clip alone.
+
+    As an iterable it yields an epoch's share of this rank and, in a `DataLoader` worker, of this worker. For batches
+    of one shape give `ShapeBatches` to a `DataLoader` as `batch_sampler`.
+
+    Args:
+        store: path or fsspec address.
+        mode: take the posterior's mean instead of a sample.
+        flip: take the mirror image of half of the clips; the store must hold them.
+        normalize: bring the channels to mean 0 and standard deviation 1 by the store's statistics.
+        seed: of samples, flips and order.
+        rank, world_size: of this process; those of `torch.distributed` by default, if that is in use.
+
+    Attributes:
+        manifest: what the store was made with.
+        statistics: `mean` and `std` of each channel, with `normalize`.
+        epoch: the current epoch; it moves on when one has been iterated over.
+
+    Raises:
+        StoreError: there is no store, it holds no clips or it is damaged.
+        ValueError: `flip` with a store without mirror images.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        *,
+        mode: bool = False,
+        flip: bool = False,
+        normalize: bool = False,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        self._store = Store(store)
+        self.manifest = self._store.manifest()
+        if flip and not self.manifest["flips"]:
+            raise ValueError(f"flip: {store} holds no mirror images; encode_clips --flips makes them")
+        self._index = self._store.index().combine_chunks()  # a row is found at once
+        if not len(self):
+            raise StoreError(f"{store}: holds no clips yet")
+        self.statistics = self._store.read_json(STATISTICS) if normalize else None
+        self._mode = mode
+        self._flip = flip
+        self.seed = seed
+        self.rank, self.world_size = process_place(rank, world_size)
+        self.epoch = 0
+        self._position = 0
+
+    def __len__(self) -> int:
+        return self._index.num_rows
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape `(Z, T', H', W')` of each clip's latent."""
+        return [tuple(shape) for shape in self._index["latent_shape"].to_pylist()]
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """A clip's row of the index, with `columns` as a dictionary of what its source came with."""
+        row = self._index.slice(index, 1).to_pylist()[0]
+        return {**row, "columns": json.loads(row["columns"])}
+
+    def posterior(self, index: int, flipped: bool = False) -> DiagonalGaussian:
+        """A clip's posterior as the store holds it, `(1, Z, T', H', W')` in float32, with its true size."""
+        row = self._index.slice(index, 1).to_pylist()[0]
+        return self._read(row, flipped)
+
+    def _read(self, row: dict[str, Any], flipped: bool) -> DiagonalGaussian:
+        tensors = self._store.read_tensors(row)
+        prefix = "flipped_" if flipped else ""
+        mean, logvar = (tensors[f"{prefix}{part}"][None].float() for part in ("mean", "logvar"))
+        return DiagonalGaussian(mean, logvar, tuple(row["size"]))
+
+    def __getitem__(self, index: Key) -> dict[str, Any]:
+        """An item; an index may be a pair of epoch and index, and is of the current epoch otherwise."""
+        epoch, index = index if isinstance(index, tuple) else (self.epoch, index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"the store holds {len(self)} clips, there is no number {index}")
+        index %= len(self)
+        row = self._index.slice(index, 1).to_pylist()[0]
+        seed = int(np.random.SeedSequence([_NOISE, self.seed, epoch, index]).generate_state(1, np.uint64)[0])
+        generator = torch.Generator().manual_seed(seed)
+        flipped = self._flip and row["flipped"] and bool(torch.rand((), generator=generator) < 0.5)
+        posterior = self._read(row, flipped)
+        latent = (posterior.mode() if self._mode else posterior.sample(generator))[0]
+        return make_item(self._normalized(latent), row, flipped)
+
+    def _normalized(self, latent: Tensor) -> Tensor:
+        if self.statistics is None:
+            return latent
+        mean, std = (torch.tensor(self.statistics[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+        return (latent - mean) / std
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields what is left of this rank's and this worker's share of the epoch, which then moves on."""
+        worker = get_worker_info()
+        share, num_shares = (worker.id, worker.num_workers) if worker else (0, 1)
+        order = epoch_order(len(self), self.seed, self.epoch)
+        for number, place in enumerate(range(self._position + self.rank, len(order), self.world_size)):
+            self._position = place - self.rank + self.world_size
+            if number % num_shares == share:
+                yield self[self.epoch, int(order[place])]
+        self.epoch, self._position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the iteration is: the epoch, and how many clips of it all ranks together have had."""
+        return {"epoch": self.epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on where an iteration with the same seed was, on any number of ranks."""
+        self.epoch, self._position = state["epoch"], state["position"]
+
+
+class ShapeBatches(Sampler[list[Key]]):
+    """Batches of clips whose latents have one shape, to be a `DataLoader`'s `batch_sampler`.
+
+    Each rank gets as many batches as the others, of the same shape at a time. An epoch has each clip once; where the
+    last batch of a shape is not full, clips of that shape come again in it.
+
+    Args:
+        clips: the data set.
+        batch_size: clips of a rank's batch.
+
+    Attributes:
+        epoch: the current epoch; it moves on when one has been iterated over.
+    """
+
+    def __init__(self, clips: LatentClips, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        self._clips = clips
+        self._batch_size = batch_size
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for index, shape in enumerate(clips.shapes):
+            shapes.setdefault(shape, []).append(index)
+        self._buckets = [np.asarray(indices) for _, indices in sorted(shapes.items())]
+        self.epoch = 0
+        self._position = 0
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        together = self._batch_size * self._clips.world_size
+        return sum(-(-len(bucket) // together) for bucket in self._buckets)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """Yields what is left of the epoch, which then moves on."""
+        together = self._batch_size * self._clips.world_size
+        batches = shape_batches(self._buckets, together, self._clips.seed, self.epoch)
+        start = self._clips.rank * self._batch_size
+        for position in range(self._position, len(batches)):
+            self._position = position + 1
+            yield [(self.epoch, int(index)) for index in batches[position][start : start + self._batch_size]]
+        self.epoch, self._position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the iteration is: the epoch, and its batches so far.
+
+        A `DataLoader` with workers draws batches ahead: there, count those that it has yielded instead.
+        """
+        return {"epoch": self.epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on where an iteration with the same seed, batch size and number of ranks was."""
+        self.epoch, self._position = state["epoch"], state["position"]
+
+
+def make_item(latent: Tensor, facts: dict[str, Any], flipped: bool) -> dict[str, Any]:
+    """An item of a data set of latents; see `LatentClips`."""
+    return {
+        "latent": latent,
+        "size": torch.tensor(facts["size"]),
+        "fps": facts["fps"] or 0.0,
+        "key": facts["key"],
+        "source": facts["source"],
+        "caption": facts["caption"] or "",
+        "flipped": flipped,
+    }
+
+
+def epoch_order(num_clips: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The clips of an epoch in order: a permutation."""
+    return np.random.default_rng([_ORDER, seed, epoch]).permutation(num_clips)
+
+
+def shape_batches(
+    buckets: Sequence[NDArray[np.int64]], batch_size: int, seed: int, epoch: int
+) -> list[NDArray[np.int64]]:
+    """The batches of an epoch in order, each from one bucket; a bucket's last one is filled up with its first clips."""
+    generator = np.random.default_rng([_ORDER, seed, epoch])
+    batches: list[NDArray[np.int64]] = []
+    for bucket in buckets:
+        num_batches = -(-len(bucket) // batch_size)
+        filled = np.resize(generator.permutation(bucket), num_batches * batch_size)
+        batches.extend(filled.reshape(num_batches, batch_size))
+    return [batches[number] for number in generator.permutation(len(batches))]
+
+
+def process_place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Rank and number of ranks, those of `torch.distributed` where they are not given."""
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"rank and world_size: give both or none, got {rank} and {world_size}")
+    if rank is None or world_size is None:
+        in_use = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if in_use else (0, 1)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+    return rank, world_size

@@ -1,0 +1,93 @@
+"""Opening of a store for writing: one run at a time, with the same weights, rule and types as before."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanvae.latents.encoding import VAE
+from leanvae.latents.store import FORMAT, INDEX, MANIFEST, Store, StoreError
+from leanvae.training.ranks import LOCK_FILE, barrier, lock_folder, on_main
+
+STATISTICS_FIELDS = {"latent_mean", "latent_std"}
+
+
+def hash_checkpoint(vae: VAE) -> str:
+    """SHA-256 over a model's configuration and its weights as they are stored; the latents' statistics do not count."""
+    digest = hashlib.sha256()
+    # Without defaults, fields that configurations may gain leave the hash as it is.
+    digest.update(vae.config.model_dump_json(exclude=STATISTICS_FIELDS, exclude_defaults=True).encode())
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def writing(store: Store, made_with: dict[str, Any]) -> Iterator[None]:
+    """Holds a store open for all ranks of a run; to be entered by all of them together.
+
+    Args:
+        made_with: everything that entries of the store must have in common.
+
+    Raises:
+        StoreError: the store was made with something else; the message says what differs.
+        ValueError: another run is writing to it.
+    """
+    descriptors: list[int] = []
+
+    def begin() -> None:
+        store.fs.makedirs(store.root, exist_ok=True)
+        if store.is_local:
+            descriptors.append(lock_folder(Path(store.root)))
+        _prepare(store, made_with)
+
+    try:
+        on_main(begin)
+        if store.is_local:
+            # From here on all ranks share the lock, so that one that outlives the others keeps the next run waiting.
+            if not descriptors:
+                descriptors.append(os.open(store.path(LOCK_FILE), os.O_RDWR | os.O_CLOEXEC))
+            fcntl.flock(descriptors[0], fcntl.LOCK_SH)
+        barrier()
+        yield
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _prepare(store: Store, made_with: dict[str, Any]) -> None:
+    made_with = {"format": FORMAT, **made_with}
+    if store.exists(MANIFEST):
+        differences = describe_differences(store.manifest(), made_with)
+        if differences:
+            raise StoreError(
+                f"{store.address}: made with other settings, and cannot be continued with these: {differences}; "
+                "choose another --output"
+            )
+    else:
+        store.write_json(MANIFEST, made_with)
+    store.remove_leftovers()
+    store.remove(INDEX)
+
+
+def describe_differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
+    """The keys in which two nested dictionaries differ, with both values."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found.append(describe_differences(old, new, f"{prefix}{key}."))
+        elif old != new:
+            found.append(f"{prefix}{key} was {_shortened(old)}, is {_shortened(new)}")
+    return "; ".join(filter(None, found))
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

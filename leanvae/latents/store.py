@@ -1,0 +1,287 @@
+"""The store on disk or at any fsspec address: shards with their indexes, and what is known of the sources.
+
+    store.json              what the store was made with; nothing else may be added to it
+    shards/NAME.tar         entries, in WebDataset's form
+    shards/NAME.parquet     a row for each of them; written before the tar appears under its name
+    sources/NAME.parquet    sources that are done with: their number of clips, or why they cannot be used
+    index.parquet           the rows of all shards; while a run is writing there is none
+    statistics.json         mean and standard deviation of the latents' channels
+    summary.json            what the last run did
+
+A tar appears under its name in one step, complete and with its index in place: the tars alone decide what the store
+holds. A source is noted as done with after its last clip is in a tar, so that a run that was killed repeats at most
+the decoding of sources whose clips are there already.
+"""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from torch import Tensor
+
+from leanvae.files import atomic_path
+from leanvae.latents.entry import FACTS, TENSORS, Entry, read_tensors
+from leanvae.latents.statistics import Moments
+
+FORMAT = 1
+MANIFEST, INDEX, STATISTICS, SUMMARY = "store.json", "index.parquet", "statistics.json", "summary.json"
+SHARDS, SOURCES = "shards", "sources"
+_METADATA = b"leanvae"
+
+# Columns of the index that an entry's own JSON has, too.
+SHARED_COLUMNS = ("key", "source", "first_frame", "stride", "fps", "size", "latent_shape", "flipped", "caption")
+
+# fmt: off
+INDEX_SCHEMA = pa.schema([
+    ("key", pa.string()), ("source_id", pa.string()), ("source", pa.string()), ("shard", pa.string()),
+    ("offset", pa.int64()), ("bytes", pa.int64()), ("facts_offset", pa.int64()), ("facts_bytes", pa.int64()),
+    ("first_frame", pa.int64()), ("stride", pa.int64()),
+    ("fps", pa.float64()), ("size", pa.list_(pa.int64())), ("latent_shape", pa.list_(pa.int64())),
+    ("flipped", pa.bool_()), ("caption", pa.string()), ("columns", pa.string()),
+])
+SOURCE_SCHEMA = pa.schema([
+    ("id", pa.string()), ("source", pa.string()), ("modified", pa.int64()), ("num_frames", pa.int64()),
+    ("num_clips", pa.int64()), ("reason", pa.string()),
+])
+# fmt: on
+
+
+class StoreError(ValueError):
+    """A store is missing, damaged, or not the one that it should be; the message says which and how."""
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """What is known of a source that is done with.
+
+    Attributes:
+        id: of the source.
+        source: its name.
+        modified: time at which its file was last changed, in nanoseconds; -1 where unknown, or of no account.
+        num_frames: frames that it holds; 0 if it cannot be used.
+        num_clips: clips of it in the store.
+        reason: why it cannot be used, or None.
+    """
+
+    id: str
+    source: str
+    modified: int
+    num_frames: int
+    num_clips: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What a shard's index says of the shard itself.
+
+    Attributes:
+        sha256: of the tar, in hexadecimal.
+        bytes: its length.
+        moments: sums over its latents.
+    """
+
+    sha256: str
+    bytes: int
+    moments: Moments
+
+
+class Store:
+    """A store's files.
+
+    Args:
+        address: path or fsspec address of its folder.
+    """
+
+    def __init__(self, address: str | Path) -> None:
+        self.address = str(address)
+        self.fs, self.root = fsspec.url_to_fs(self.address)
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """A file's path in the store's file system."""
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self.fs.exists(self.path(name))
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """A file's content, or a part of it.
+
+        Raises:
+            StoreError: there is no such file.
+        """
+        try:
+            return self.fs.cat_file(self.path(name), start=start, end=end)
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.address}: {name} is missing") from error
+
+    def names(self, folder: str, suffix: str) -> list[str]:
+        """Names of a folder's files without the suffix, sorted; hidden ones are left out."""
+        if not self.fs.isdir(self.path(folder)):
+            return []
+        self.fs.invalidate_cache(self.path(folder))
+        names = [str(path).rpartition("/")[2] for path in self.fs.ls(self.path(folder), detail=False)]
+        return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix) and name[0] != ".")
+
+    @contextmanager
+    def new_file(self, name: str) -> Iterator[Path]:
+        """Yields a local path to write to; if the block succeeds, the file appears under its name, complete."""
+        self.fs.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
+        if self.is_local:
+            with atomic_path(self.path(name)) as temporary:
+                yield temporary
+            return
+        with tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
+            file = Path(folder, "file")
+            yield file
+            # Not every file system writes a file in one step, but all of them rename in one.
+            folder_name, _, base = self.path(name).rpartition("/")
+            arriving = f"{folder_name}/.{base}.{os.getpid()}.tmp"
+            self.fs.put_file(str(file), arriving)
+            self.fs.mv(arriving, self.path(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file: it appears complete or not at all."""
+        with self.new_file(name) as temporary:
+            temporary.write_bytes(data)
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        if self.exists(name):
+            self.fs.rm_file(self.path(name))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The content of a JSON file.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        try:
+            return json.loads(self.read(name))
+        except ValueError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"{self.address}: {name} is no valid JSON: {error}") from error
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Writes a JSON file."""
+        self.write(name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def read_table(self, name: str) -> pa.Table:
+        """The content of a Parquet file.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        try:
+            return pq.read_table(io.BytesIO(self.read(name)))
+        except pa.ArrowInvalid as error:
+            raise StoreError(f"{self.address}: {name} is no valid Parquet file: {error}") from error
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Writes a Parquet file."""
+        with self.new_file(name) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+
+    def manifest(self) -> dict[str, Any]:
+        """What the store was made with.
+
+        Raises:
+            StoreError: there is no store here.
+        """
+        if not self.exists(MANIFEST):
+            raise StoreError(f"{self.address}: no latent store: {MANIFEST} is missing")
+        return self.read_json(MANIFEST)
+
+    def shards(self) -> list[str]:
+        """Names of the shards."""
+        return self.names(SHARDS, ".tar")
+
+    def shard_facts(self, shard: str) -> ShardFacts:
+        """What a shard's index says of the shard itself."""
+        metadata = self.read_table(f"{SHARDS}/{shard}.parquet").schema.metadata or {}
+        facts = json.loads(metadata[_METADATA])
+        return ShardFacts(facts["sha256"], facts["bytes"], Moments.from_json(facts["moments"]))
+
+    def write_shard_index(self, shard: str, rows: Sequence[dict[str, Any]], facts: ShardFacts) -> None:
+        """Writes a shard's index; the tar itself follows."""
+        described = {"sha256": facts.sha256, "bytes": facts.bytes, "moments": facts.moments.to_json()}
+        table = pa.Table.from_pylist(list(rows), INDEX_SCHEMA)
+        table = table.replace_schema_metadata({_METADATA: json.dumps(described).encode()})
+        self.write_table(f"{SHARDS}/{shard}.parquet", table)
+
+    def index(self) -> pa.Table:
+        """A row for each clip of the store, shard by shard; also while a run is writing."""
+        return self.read_table(INDEX) if self.exists(INDEX) else self.merge_indexes()
+
+    def merge_indexes(self) -> pa.Table:
+        """A row for each clip, from the shards' own indexes."""
+        tables = [self.read_table(f"{SHARDS}/{shard}.parquet").replace_schema_metadata() for shard in self.shards()]
+        return pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
+
+    def read_tensors(self, row: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors of the entry that a row of the index is of."""
+        data, place = self._read_member(row, "")
+        return read_tensors(data, f"{place}.{TENSORS}")
+
+    def read_entry(self, row: dict[str, Any]) -> Entry:
+        """The entry that a row of the index is of, without its thumbnail.
+
+        Raises:
+            StoreError: the shard is not what the index says.
+        """
+        data, place = self._read_member(row, "facts_")
+        try:
+            return Entry(json.loads(data), self.read_tensors(row))
+        except json.JSONDecodeError as error:
+            raise StoreError(f"{place}.{FACTS}: no valid JSON: {error}") from error
+
+    def _read_member(self, row: dict[str, Any], prefix: str) -> tuple[bytes, str]:
+        name = f"{SHARDS}/{row['shard']}.tar"
+        start = row[f"{prefix}offset"]
+        return self.read(name, start, start + row[f"{prefix}bytes"]), f"{self.address}: {name}: {row['key']}"
+
+    def sources(self) -> dict[str, SourceRecord]:
+        """The sources that are done with, by id; of those noted twice, what counts is that they could be used."""
+        records: dict[str, SourceRecord] = {}
+        for name in self.names(SOURCES, ".parquet"):
+            for row in self.read_table(f"{SOURCES}/{name}.parquet").to_pylist():
+                known = records.get(row["id"])
+                if known is None or known.reason is not None:
+                    records[row["id"]] = SourceRecord(**row)
+        return records
+
+    def write_sources(self, name: str, records: Sequence[SourceRecord]) -> None:
+        """Notes sources that are done with."""
+        table = pa.Table.from_pylist([asdict(record) for record in records], SOURCE_SCHEMA)
+        self.write_table(f"{SOURCES}/{name}.parquet", table)
+
+    def next_number(self, writer: str) -> int:
+        """The number of a writer's next shard."""
+        names = [*self.shards(), *self.names(SOURCES, ".parquet")]
+        return 1 + max((int(name.rpartition("-")[2]) for name in names if name.startswith(f"{writer}-")), default=-1)
+
+    def remove_leftovers(self) -> None:
+        """Removes what a run that was killed left behind; to be called while no run is writing."""
+        shards = set(self.shards())
+        for shard in self.names(SHARDS, ".parquet"):
+            if shard not in shards:
+                self.remove(f"{SHARDS}/{shard}.parquet")
+        for folder in ("", SHARDS, SOURCES):
+            if self.fs.isdir(self.path(folder)):
+                for path in self.fs.ls(self.path(folder), detail=False):
+                    name = str(path).rpartition("/")[2]
+                    if name.startswith(".") and ".tmp" in name:
+                        self.fs.rm_file(str(path))

@@ -1,0 +1,139 @@
+"""Writing of shards: each becomes part of the store in one step."""
+
+import hashlib
+import json
+import tarfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from io import BufferedWriter, BytesIO, FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import Self
+
+from leanvae.latents.entry import FACTS, TENSORS, Entry
+from leanvae.latents.statistics import Moments
+from leanvae.latents.store import SHARDS, SHARED_COLUMNS, ShardFacts, SourceRecord, Store
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+_INDEXED = {TENSORS: "", FACTS: "facts_"}  # members that the index tells the place of, with its columns' prefix
+_SECONDS_PER_SHARD = 120.0  # the most work that a kill costs
+
+
+class ShardWriter:
+    """Collects entries into shards; use it in a `with` block, whose regular end completes the last one.
+
+    Args:
+        writer: name of the process among those that write to the store at a time.
+        shard_bytes: length at which a shard is complete; two minutes complete one, too.
+    """
+
+    def __init__(self, store: Store, writer: str, shard_bytes: int) -> None:
+        self._store = store
+        self._writer = writer
+        self._shard_bytes = shard_bytes
+        self._number = store.next_number(writer)
+        self._records: list[SourceRecord] = []
+        self._shard: _OpenShard | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.complete()
+        elif self._shard is not None:
+            self._shard.discard()
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Adds entries."""
+        for entry in entries:
+            if self._shard is None:
+                self._shard = _OpenShard(self._store, self._name)
+            self._shard.add(entry)
+
+    def note(self, record: SourceRecord) -> None:
+        """Notes a source whose entries have all been added."""
+        self._records.append(record)
+
+    def complete_if_due(self) -> None:
+        """Completes the shard if it is long or old enough."""
+        shard = self._shard
+        if shard is not None and (
+            shard.num_bytes >= self._shard_bytes or time.monotonic() - shard.started > _SECONDS_PER_SHARD
+        ):
+            self.complete()
+
+    def complete(self) -> None:
+        """Makes what was added part of the store, first the entries, then the sources that they complete."""
+        if self._shard is None and not self._records:
+            return
+        if self._shard is not None:
+            self._shard.complete()
+        if self._records:
+            self._store.write_sources(self._name, self._records)
+        self._shard, self._records = None, []
+        self._number += 1
+
+    @property
+    def _name(self) -> str:
+        return f"{self._writer}-{self._number:06d}"
+
+
+class _OpenShard:
+    """A tar that is being written."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.started = time.monotonic()
+        self._store = store
+        self._name = name
+        self._rows: list[dict[str, Any]] = []
+        self._moments = Moments()
+        with ExitStack() as stack:
+            path = stack.enter_context(store.new_file(f"{SHARDS}/{name}.tar"))
+            self._file = stack.enter_context(_HashedFile(path))
+            self._tar = stack.enter_context(tarfile.open(fileobj=self._file, mode="w|", format=tarfile.USTAR_FORMAT))
+            self._stack = stack.pop_all()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._tar.offset
+
+    def add(self, entry: Entry) -> None:
+        facts = entry.facts
+        row = {name: facts[name] for name in SHARED_COLUMNS}
+        row |= {"source_id": entry.key.partition("_")[0], "shard": self._name}
+        row |= {"columns": json.dumps(facts["columns"], default=str)}
+        for extension, data in entry.members().items():
+            info = tarfile.TarInfo(f"{entry.key}.{extension}")
+            info.size = len(data)
+            if extension in _INDEXED:
+                prefix = _INDEXED[extension]
+                row |= {f"{prefix}offset": self._tar.offset + tarfile.BLOCKSIZE, f"{prefix}bytes": len(data)}
+            self._tar.addfile(info, BytesIO(data))
+        self._rows.append(row)
+        self._moments.add(entry.tensors["mean"], entry.tensors["logvar"])
+
+    def complete(self) -> None:
+        self._tar.close()
+        facts = ShardFacts(self._file.hash.hexdigest(), self._file.tell(), self._moments)
+        self._store.write_shard_index(self._name, self._rows, facts)
+        self._stack.close()
+
+    def discard(self) -> None:
+        self._stack.__exit__(RuntimeError, RuntimeError("the shard is given up"), None)
+
+
+class _HashedFile(BufferedWriter):
+    """A file that is written once, from its beginning to its end, and hashed on the way."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(FileIO(path, "wb"))
+        self.hash = hashlib.sha256()
+
+    def write(self, data: "ReadableBuffer") -> int:
+        self.hash.update(data)
+        return super().write(data)

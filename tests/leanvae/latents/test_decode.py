@@ -1,0 +1,163 @@
+"""Entries back to clips, against the reconstruction of the files; and checking of stores that something happened to."""
+
+import json
+import tarfile
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from leanvae import load_vae
+from leanvae.cli import main
+from leanvae.latents.decode import decode_entry, decode_latents
+from leanvae.latents.encode import encode_clips
+from leanvae.latents.rule import ClipRule
+from leanvae.latents.store import Store, StoreError
+from leanvae.latents.verify import verify_store
+from leanvae.media import iter_frames, probe
+from litevae import LiteVAE, LiteVAEConfig
+
+
+@pytest.fixture
+def odd_clip(tmp_path, write_clip):
+    """A clip with a size and a length that patches do not divide, at a variable rate."""
+    plain = write_clip(tmp_path / "plain.mp4", num_frames=11, height=50, width=70, seed=3)
+    path = tmp_path / "odd.mkv"
+    with av.open(str(plain)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream("libx264", rate=Fraction(24000, 1001))
+        stream.width, stream.height, stream.pix_fmt = 70, 50, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, frame in enumerate(source.decode(video=0)):
+            frame.pts, frame.time_base = number * 40 + 15 * (number % 3), Fraction(1, 1000)
+            target.mux(stream.encode(frame))
+        target.mux(stream.encode())
+    return path
+
+
+def test_entries_decode_to_the_reconstruction(odd_clip, checkpoint, make_work, tmp_path):
+    encode_clips([str(odd_clip)], tmp_path / "store", make_work(ClipRule()))
+    store, vae = Store(tmp_path / "store"), load_vae(checkpoint)
+    (row,) = store.index().to_pylist()
+    decoded = torch.cat(list(decode_entry(vae, store.read_entry(row))))
+    frames = np.stack([frame.image for frame in iter_frames(odd_clip)])
+    x = torch.from_numpy(frames).movedim(-1, 0)[None].float() / 127.5 - 1
+    with torch.inference_mode():
+        y = vae.decode(vae.encode(x).mode(), (11, 50, 70))
+    expected = ((y[0].movedim(0, 1) + 1) / 2).clamp(0, 1)
+    assert decoded.shape == (11, 3, 50, 70)
+    assert (decoded - expected).abs().max() < 1 / 255
+
+
+def test_stores_become_clips_of_the_sources_times(odd_clip, checkpoint, make_work, tmp_path):
+    encode_clips([str(odd_clip)], tmp_path / "store", make_work(ClipRule()))
+    out = tmp_path / "out"
+    assert decode_latents(checkpoint, tmp_path / "store", out) == {"decoded": 1, "present": 0}
+    (path,) = out.iterdir()
+    before, after = list(iter_frames(odd_clip)), list(iter_frames(path))
+    times = [frame.time - before[0].time for frame in before]
+    assert [frame.time for frame in after] == pytest.approx(times, abs=1e-3)
+    info = probe(path)
+    assert (info.width, info.height) == (70, 50)
+    changed = path.stat().st_mtime_ns
+    assert decode_latents(checkpoint, tmp_path / "store", out) == {"decoded": 0, "present": 1}
+    assert path.stat().st_mtime_ns == changed
+
+
+def test_image_models_decode_frame_by_frame(odd_clip, make_work, tmp_path):
+    small = {"extraction_channels": 4, "aggregation_channels": 4, "decoder_channels": 8, "num_res_blocks": 1}
+    LiteVAE(LiteVAEConfig(**small)).save_pretrained(tmp_path / "lite")
+    work = make_work(ClipRule(), checkpoint=tmp_path / "lite")
+    encode_clips([str(odd_clip)], tmp_path / "store", work)
+    decode_latents(tmp_path / "lite", tmp_path / "store", tmp_path / "out")
+    (path,) = (tmp_path / "out").iterdir()
+    assert len(list(iter_frames(path))) == 11
+
+
+def test_single_entries_become_clips(store, checkpoint, tmp_path):
+    keys = Store(store).index()["key"].to_pylist()
+    assert decode_latents(checkpoint, store, tmp_path / "some", keys=keys[:2])["decoded"] == 2
+    (shard,) = Path(store, "shards").glob("*.tar")
+    with tarfile.open(shard) as tar:
+        tar.extractall(tmp_path / "taken", filter="data")
+    flags = ["--checkpoint", str(checkpoint), "--input", str(tmp_path / "taken" / f"{keys[0]}.safetensors")]
+    assert main([*flags, "--output", str(tmp_path / "one")], command="decode_latents") == 0
+    name = f"{keys[0]}.mp4"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "some" / name).read_bytes()
+    (tmp_path / "taken" / f"{keys[0]}.json").unlink()
+    assert main([*flags, "--output", str(tmp_path / "none")], command="decode_latents") == 2
+    with pytest.raises(StoreError, match="there is no entry 'other'"):
+        decode_latents(checkpoint, store, tmp_path / "some", keys=["other"])
+
+
+def test_other_checkpoints_do_not_decode(store, checkpoint, tmp_path):
+    vae = load_vae(checkpoint)
+    with torch.no_grad():
+        vae.logvar.bias += 1
+    vae.save_pretrained(tmp_path / "other")
+    with pytest.raises(StoreError, match="was encoded with the checkpoint"):
+        decode_latents(tmp_path / "other", store, tmp_path / "out")
+    with pytest.raises(StoreError, match="another checkpoint"):
+        verify_store(store, tmp_path / "other")
+
+
+def test_good_stores_pass(store, checkpoint, capsys):
+    assert main(["store", "verify", str(store), "--checkpoint", str(checkpoint), "--samples", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["clips"], report["shards"], report["problems"]) == (5, 1, [])
+    assert len(report["samples"]) == 2
+    assert all(3 < sample["psnr"] < 60 for sample in report["samples"])
+
+
+def damage_shard(store):
+    (path,) = Path(store, "shards").glob("*.tar")
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+
+
+def remove_shard(store):
+    for path in Path(store, "shards").iterdir():
+        path.unlink()
+
+
+def remove_index(store):
+    (store / "index.parquet").unlink()
+
+
+def shorten_index(store):
+    table = pq.read_table(store / "index.parquet")
+    pq.write_table(table.slice(1), store / "index.parquet")
+
+
+def copy_shard(store):
+    for suffix in ("tar", "parquet"):
+        path = store / "shards" / f"00000-000000.{suffix}"
+        path.with_name(f"00001-000000.{suffix}").write_bytes(path.read_bytes())
+
+
+def change_shard_index(store):
+    path = store / "shards" / "00000-000000.parquet"
+    table = pq.read_table(path)
+    rows = [{**row, "latent_shape": [4, 2, 4, 5]} for row in table.to_pylist()]
+    pq.write_table(type(table).from_pylist(rows, table.schema), path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (damage_shard, "its SHA-256 differs"),
+        (remove_shard, "0 clips in the store, 3 expected"),
+        (remove_index, "index.parquet is missing"),
+        (shorten_index, "index.parquet is not what the shards' own indexes make together"),
+        (copy_shard, "2 times in the store"),
+        (change_shard_index, "mean is (4, 2, 4, 4) torch.float16, [4, 2, 4, 5] float16 expected"),
+    ],
+)
+def test_damage_is_found(store, capsys, harm, message):
+    harm(store)
+    assert main(["store", "verify", str(store)]) == 1
+    assert any(message in problem for problem in json.loads(capsys.readouterr().out)["problems"])
