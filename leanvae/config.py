@@ -16,7 +16,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from litevae.config import StrictConfig
+from litevae.config import AutoencoderConfig, StrictConfig
 from litevae.wavelet import check_wavelet
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
@@ -139,11 +139,11 @@ def _read_tree(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     return merge(_read_tree(path.parent / base, (*readers, path.resolve())), tree)
 
 
-class LeanVAEConfig(StrictConfig):
+class LeanVAEConfig(AutoencoderConfig):
     """Architecture of `LeanVAE`; the defaults are the published 39.77M-parameter model with 4 latent channels.
 
     Attributes:
-        latent_channels: channels Z of the latent.
+        latent_channels, latent_mean, latent_std: see `AutoencoderConfig`.
         patch_size: pixels (frames, height, width) per latent element, the wavelet's factor 2 included.
         wavelet: `haar`, a discrete wavelet of pywt (in space; Haar in time), or `none` for raw pixel patches.
         streams: `separate` keeps low and high bands apart in the first layers, `joint` does not
@@ -160,7 +160,6 @@ class LeanVAEConfig(StrictConfig):
         data_scale: factor from public [-1, 1] pixels to what the network was trained on ([-0.5, 0.5]).
     """
 
-    latent_channels: PositiveInt = 4
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 8, 8)
     wavelet: str = "haar"
     streams: Literal["separate", "joint"] = "separate"

@@ -13,6 +13,7 @@ from leanvae.naf import NAFLayers, Past, init_linear_maps
 from leanvae.patchify import Bands, PatchEmbedding, PatchProjection, stream_widths
 from leanvae.planner import Parts
 from leanvae.streaming import check_latent, decode_in_parts, decode_stream, encode_in_parts, encode_stream
+from litevae.normalization import denormalize, normalize_posterior
 from litevae.pixels import check_pixels, crop
 from litevae.posterior import DiagonalGaussian
 
@@ -110,6 +111,7 @@ class LeanVAE(nn.Module):
         chunk: int | None = None,
         memory_limit: str | int | None = None,
         approximate: bool = False,
+        normalize: bool = False,
     ) -> DiagonalGaussian:
         """The posterior of an image or a clip.
 
@@ -126,23 +128,27 @@ class LeanVAE(nn.Module):
                 out nevertheless, it is tried once more with half of it, and the log says so.
             approximate: where tiles are not exact, because the wavelet is longer than Haar, blends overlapping
                 ones linearly instead of refusing.
+            normalize: brings each channel to mean 0 and standard deviation 1, by the configuration's `latent_mean`
+                and `latent_std`.
 
         Returns:
             The posterior, `(B, Z, T', H', W')` with T' = 1 for an image; its `size` is the true `(H, W)` or
             `(T, H, W)`, which `decode` crops to.
 
         Raises:
-            ValueError: the shape or dtype of `x` or an argument is wrong, the memory limit cannot be kept, or tiles
-                are needed and not exact.
+            ValueError: the shape or dtype of `x` or an argument is wrong, the memory limit cannot be kept, tiles
+                are needed and not exact, or there are no statistics to normalize by.
         """
         check_pixels(x)
         parts = Parts(tile, chunk, memory_limit, approximate)
         if parts.are_wanted(x):
-            return encode_in_parts(self, x, parts)
-        clip = x if x.ndim == 5 else x.unsqueeze(2)
-        bands = self.encoder.embedding.analyse(pad_to_patches(clip, self.config.patch_size))
-        features, _ = self.encoder(bands)
-        return self.posterior(features, tuple(x.shape[2:]))
+            posterior = encode_in_parts(self, x, parts)
+        else:
+            clip = x if x.ndim == 5 else x.unsqueeze(2)
+            bands = self.encoder.embedding.analyse(pad_to_patches(clip, self.config.patch_size))
+            features, _ = self.encoder(bands)
+            posterior = self.posterior(features, tuple(x.shape[2:]))
+        return normalize_posterior(posterior, self.config) if normalize else posterior
 
     def decode(
         self,
@@ -152,6 +158,7 @@ class LeanVAE(nn.Module):
         chunk: int | None = None,
         memory_limit: str | int | None = None,
         approximate: bool = False,
+        normalize: bool = False,
     ) -> Tensor:
         """Pixels of a latent.
 
@@ -159,15 +166,19 @@ class LeanVAE(nn.Module):
             latent: `(B, Z, T', H', W')`.
             size: true size to crop to, `(T, H, W)`, or `(H, W)` for an image; without it the padded clip.
             tile, chunk, memory_limit, approximate: as in `encode`; the limit includes what is returned.
+            normalize: the latent is a normalized one, as `encode` with `normalize` gives.
 
         Returns:
             Clip `(B, 3, T, H, W)`, or image `(B, 3, H, W)` for a size of two; about [-1, 1], not clamped.
 
         Raises:
             ValueError: the latent's shape is wrong, `size` is not one that it can come from, an argument is wrong,
-                the memory limit cannot be kept, or tiles are needed and not exact.
+                the memory limit cannot be kept, tiles are needed and not exact, or there are no statistics to
+                normalize by.
         """
         check_latent(latent, self.config.latent_channels)
+        if normalize:
+            latent = denormalize(latent, self.config)
         parts = Parts(tile, chunk, memory_limit, approximate)
         if parts.are_wanted(latent):
             return decode_in_parts(self, latent, size, parts)

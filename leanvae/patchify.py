@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from leanvae.config import LeanVAEConfig
 from leanvae.folding import LinearMap
 from leanvae.packed import pack_linear, packed_linear
-from leanvae.prepared import Preparable
+from litevae.prepared import Preparable
 from litevae.wavelet import dwt2d, dwt3d, idwt2d, idwt3d
 
 # The published model's bands are the orthonormal ones times these.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from litevae.recompute import Recomputable
 from litevae.smc import SelfModulatedConv
 
 Norm = Literal["group", "smc"]
@@ -42,7 +43,7 @@ class NormConv(nn.Module):
         return self.conv(F.silu(normed, inplace=normed is not x and not torch.is_grad_enabled()))
 
 
-class ResBlock(nn.Module):
+class ResBlock(Recomputable):
     """Two `NormConv` and a skip, by a 1x1 convolution where the widths differ (LiteVAE, Appendix G)."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: Norm) -> None:
@@ -52,6 +53,9 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.run(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         branch = self.conv2(self.conv1(x))
         return branch + self.skip(x) if torch.is_grad_enabled() else branch.add_(self.skip(x))
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from typing_extensions import Self
 
 NUM_LEVELS = 3
@@ -28,11 +28,34 @@ class StrictConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
-class LiteVAEConfig(StrictConfig):
-    """Architecture of `LiteVAE`; the defaults are LiteVAE-B with 4 latent channels and the SD-VAE's decoder.
+class AutoencoderConfig(StrictConfig):
+    """What the configurations of all autoencoders hold.
 
     Attributes:
         latent_channels: channels Z of the latent.
+        latent_mean: mean of each channel over a data set, which `normalize=True` subtracts; `None` if unknown.
+        latent_std: standard deviation of each channel, which it divides by.
+    """
+
+    latent_channels: PositiveInt = 4
+    latent_mean: tuple[float, ...] | None = None
+    latent_std: tuple[PositiveFloat, ...] | None = None
+
+    @model_validator(mode="after")
+    def _statistics_are_of_all_channels(self) -> Self:
+        if (self.latent_mean is None) != (self.latent_std is None):
+            raise ValueError("latent_mean and latent_std: expected both or none")
+        for name, values in (("latent_mean", self.latent_mean), ("latent_std", self.latent_std)):
+            if values is not None and len(values) != self.latent_channels:
+                raise ValueError(f"{name}: expected a value for each of {self.latent_channels} channels, got {values}")
+        return self
+
+
+class LiteVAEConfig(AutoencoderConfig):
+    """Architecture of `LiteVAE`; the defaults are LiteVAE-B with 4 latent channels and the SD-VAE's decoder.
+
+    Attributes:
+        latent_channels, latent_mean, latent_std: see `AutoencoderConfig`.
         encoder: `wavelet` (LiteVAE), `sd` (the SD-VAE's convolutional one, the baseline), or one without weights:
             `dwt`, the bands of the third wavelet level (Z = 12; Table 11), or `dwt2`, with the high bands of the
             second level besides (Z = 48; Table 12).
@@ -57,7 +80,6 @@ class LiteVAEConfig(StrictConfig):
         output_type: `image`, or `wavelet`: the decoder upsamples one time less and gives the bands of level 1.
     """
 
-    latent_channels: PositiveInt = 4
     encoder: Literal["wavelet", "sd", "dwt", "dwt2"] = "wavelet"
     levels: tuple[int, ...] = (1, 2, 3)
     extraction: Literal["unet", "naf"] = "unet"

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from litevae.config import DOWNSAMPLING, LiteVAEConfig
 from litevae.decoder import Decoder
 from litevae.encoder import build_encoder
+from litevae.normalization import denormalize, normalize_posterior
 from litevae.pixels import check_pixels, crop, pad_to_multiple
 from litevae.planner import Work, are_parts_wanted, make_plan, run_in_parts
 from litevae.posterior import DiagonalGaussian
+from litevae.prepared import prepare
 
 
 class LiteVAE(nn.Module):
@@ -36,6 +38,7 @@ class LiteVAE(nn.Module):
         tile: Sequence[int] | None = None,
         memory_limit: str | int | None = None,
         approximate: bool = False,
+        normalize: bool = False,
     ) -> DiagonalGaussian:
         """The posterior of images.
 
@@ -51,13 +54,15 @@ class LiteVAE(nn.Module):
                 the input not counted, stays within so many bytes or `"6GiB"`, as estimated for inference. If memory
                 runs out nevertheless, it is tried once more with half of it, and the log says so.
             approximate: where tiles are not exact, blends overlapping ones linearly instead of refusing.
+            normalize: brings each channel to mean 0 and standard deviation 1, by the configuration's `latent_mean`
+                and `latent_std`.
 
         Returns:
             The posterior, `(B, Z, H', W')`; its `size` is the true `(H, W)`, which `decode` crops to.
 
         Raises:
             ValueError: the shape or dtype of `x` or an argument is wrong, a value is not finite, the memory limit
-                cannot be kept, or tiles are needed and not exact.
+                cannot be kept, tiles are needed and not exact, or there are no statistics to normalize by.
         """
         check_pixels(x, [4])
         padded = pad_to_multiple(x, DOWNSAMPLING)
@@ -69,7 +74,8 @@ class LiteVAE(nn.Module):
         else:
             parameters = self._encode(padded)
         mean, logvar = parameters.chunk(2, dim=1)
-        return DiagonalGaussian(mean, logvar, size=tuple(x.shape[2:]))
+        posterior = DiagonalGaussian(mean, logvar, size=tuple(x.shape[2:]))
+        return normalize_posterior(posterior, self.config) if normalize else posterior
 
     def _encode(self, images: Tensor) -> Tensor:
         """Mean and log-variance `(B, 2Z, H/8, W/8)` of images whose sizes 8 divides."""
@@ -82,6 +88,7 @@ class LiteVAE(nn.Module):
         tile: Sequence[int] | None = None,
         memory_limit: str | int | None = None,
         approximate: bool = False,
+        normalize: bool = False,
     ) -> Tensor:
         """Images of latents.
 
@@ -90,18 +97,21 @@ class LiteVAE(nn.Module):
             size: true `(H, W)` to crop to; without it the padded images.
             tile, memory_limit, approximate: as in `encode`; the decoder only convolves with `decoder_norm="smc"` and
                 without `decoder_attention`. The limit includes what is returned.
+            normalize: the latents are normalized ones, as `encode` with `normalize` gives.
 
         Returns:
             `(B, 3, H, W)`; about [-1, 1], not clamped.
 
         Raises:
             ValueError: the latent's shape is wrong, `size` is not one that it can come from, an argument is wrong, the
-                memory limit cannot be kept, or tiles are needed and not exact.
+                memory limit cannot be kept, tiles are needed and not exact, or there are no statistics to normalize by.
         """
         if latent.ndim != 4 or latent.shape[1] != self.config.latent_channels or 0 in latent.shape:
             raise ValueError(
                 f"latent has shape {tuple(latent.shape)}: expected (B, {self.config.latent_channels}, H', W')"
             )
+        if normalize:
+            latent = denormalize(latent, self.config)
         if are_parts_wanted(latent, tile, memory_limit):
             batch, _, height, width = latent.shape
             work = Work("decode", self.config, batch, height, width, latent.element_size())
@@ -124,6 +134,23 @@ class LiteVAE(nn.Module):
         posterior = self.encode(x)
         latent = posterior.mode() if noise is None else posterior.sample_with(noise)
         return self.decode(latent, tuple(x.shape[2:])), posterior
+
+    def compile(self) -> "LiteVAE":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Prepares the weights as they are now for inference, with the same results up to rounding.
+
+        Self-modulation goes into the weights; on GPUs encoder and decoder are also compiled, once for all sizes.
+        `train()` goes back to the weights themselves; so does anything that changes them: loading, and a move to
+        another device or dtype, after which it can be called again. Saved weights are always the true ones.
+
+        Returns:
+            The model itself, in evaluation mode.
+        """
+        self.eval()
+        prepare(self)
+        if next(self.parameters()).is_cuda:
+            for part in (self.encoder, self.decoder):
+                part.compile(dynamic=True)
+        return self
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into a folder, each atomically."""

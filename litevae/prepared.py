@@ -35,3 +35,13 @@ class Preparable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "prepared": None}  # packed weights cannot be copied
+
+
+def prepare(module: nn.Module) -> None:
+    """Prepares what is preparable in a module; of what is inside of it, it needs nothing more."""
+    if isinstance(module, Preparable):
+        module.prepare()
+        if module.prepared is not None:
+            return
+    for child in module.children():
+        prepare(child)

@@ -1,13 +1,14 @@
 """Self-modulated convolution (LiteVAE, Section 4.2), for pointwise maps and for 1D, 2D and 3D kernels."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_CONVOLUTIONS = {1: (F.conv1d, nn.Conv1d), 2: (F.conv2d, nn.Conv2d), 3: (F.conv3d, nn.Conv3d)}
+from litevae.prepared import Preparable
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def modulated_weight(weight: Tensor, scale: Tensor, gain: Tensor, eps: float = 1e-8) -> Tensor:
@@ -36,8 +37,8 @@ def modulated_weight(weight: Tensor, scale: Tensor, gain: Tensor, eps: float = 1
     return (modulated * inverse_norm.reshape(-1, 1, *[1] * kernel_axes) * gain.to(dtype)).to(weight.dtype)
 
 
-class _SelfModulated(nn.Module):
-    """The parameters of a self-modulated map: weight, scale, gain and bias."""
+class _SelfModulated(Preparable):
+    """The parameters of a self-modulated map: weight, scale, gain and bias; prepared, the modulated weight."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: tuple[int, ...], bias: bool, gain_init: float
@@ -59,7 +60,11 @@ class _SelfModulated(nn.Module):
             nn.init.zeros_(self.bias)
 
     def _plain_weight(self) -> Tensor:
-        return modulated_weight(self.weight, self.scale, self.gain)
+        return modulated_weight(self.weight, self.scale, self.gain) if self.prepared is None else self.prepared
+
+    def prepare(self) -> None:
+        """Modulates the weight once."""
+        self.prepared = self.fold()
 
     @torch.no_grad()
     def fold(self) -> Tensor:
@@ -69,12 +74,6 @@ class _SelfModulated(nn.Module):
             `(O, I, *kernel)`, without a gradient.
         """
         return self._plain_weight()
-
-    def _filled(self, plain: nn.Module) -> nn.Module:
-        """Gives the plain map of this one's shape the weight and bias with which it computes the same."""
-        state = {"weight": self.fold()} | ({} if self.bias is None else {"bias": self.bias.detach().clone()})
-        plain.load_state_dict(state, strict=True, assign=True)
-        return plain.train(self.training)
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}, bias={self.bias is not None}, gain_init={self.gain_init}"
@@ -96,11 +95,6 @@ class SelfModulatedLinear(_SelfModulated):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self._plain_weight(), self.bias)
-
-    def folded(self) -> nn.Module:
-        """The plain map that computes the same, with parameters of its own."""
-        out_channels, in_channels = self.weight.shape
-        return self._filled(nn.Linear(in_channels, out_channels, bias=self.bias is not None, device="meta"))
 
 
 class SelfModulatedConv(_SelfModulated):
@@ -136,30 +130,15 @@ class SelfModulatedConv(_SelfModulated):
         super().__init__(in_channels, out_channels, kernel_size, bias, gain_init)
         self.stride = stride
         self.padding = padding
-        self._convolve, self._plain_class = _CONVOLUTIONS[len(kernel_size)]
+        self._convolve = _CONVOLUTIONS[len(kernel_size)]
+
+    def prepare(self) -> None:
+        """Modulates the weight once; two-dimensional ones channels-last, as images are."""
+        weight = self.fold()
+        self.prepared = weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self._convolve(x, self._plain_weight(), self.bias, stride=self.stride, padding=self.padding)
 
-    def folded(self) -> nn.Module:
-        """The plain convolution that computes the same, with parameters of its own."""
-        out_channels, in_channels, *kernel_size = self.weight.shape
-        shape: Any = {"kernel_size": tuple(kernel_size), "stride": self.stride, "padding": self.padding}
-        return self._filled(
-            self._plain_class(in_channels, out_channels, **shape, bias=self.bias is not None, device="meta")
-        )
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}"
-
-
-def fold_self_modulation(module: nn.Module) -> None:
-    """Replaces every self-modulated map below `module` by the plain one that computes the same, for inference.
-
-    The scales and gains are gone afterwards: it is not undone, and the module no longer loads its own state dict.
-    """
-    for name, child in module.named_children():
-        if isinstance(child, SelfModulatedLinear | SelfModulatedConv):
-            setattr(module, name, child.folded())
-        else:
-            fold_self_modulation(child)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from litevae.blocks import Middle, Norm, ResBlock
+from litevae.recompute import Recomputable
 
 
 class UNet(nn.Module):
@@ -64,7 +65,7 @@ class UNet(nn.Module):
         return self.conv_out(x)
 
 
-class NAFNetBlock(nn.Module):
+class NAFNetBlock(Recomputable):
     """Block of NAFNet: gated depthwise convolution with channel attention, then a gated feedforward.
 
     Source: Chen et al., "Simple baselines for image restoration" (2022), Figure 3d; a gate is the product of the two
@@ -85,6 +86,9 @@ class NAFNetBlock(nn.Module):
         self.scale2 = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.run(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         gated = _gate(self.depthwise(self.expand1(_at_positions(self.norm1, x))))
         gated = gated * self.attention(gated.mean((2, 3), keepdim=True))
         x = x + self.scale1 * self.contract1(gated)
@@ -114,7 +118,7 @@ class NAFNet(nn.Module):
         return self.conv_out(self.blocks(self.conv_in(x)))
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Recomputable):
     """Pre-norm self-attention and MLP on tokens `(B, N, D)` (Dosovitskiy et al., 2021)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: int = 4) -> None:
@@ -128,6 +132,9 @@ class TransformerBlock(nn.Module):
         self.contract = nn.Linear(mlp_ratio * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.run(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)  # B heads 3 N d
         attended = F.scaled_dot_product_attention(*qkv.unbind(2))
         x = x + self.out(attended.transpose(1, 2).flatten(2))

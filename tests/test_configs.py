@@ -1,5 +1,6 @@
 """Every file in configs/: built on the meta device, trained for some steps at a tiny size, and as its table says."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ IMAGE_ABLATIONS = sorted((CONFIGS / "ablations" / "image").glob("*.yaml"))
 TINY = ["training.engine=plain", "losses.perceptual=none", "training.batch_size=2", "optimizer.warmup_steps=0"]
 TINY_GAN = ["gan.start_step=0", "gan.warmup_steps=0", "gan.discriminator.base_channels=8"]
 TINY_VIDEO = ["model.low_channels=8", "model.high_channels=24", "data.num_frames=5", "training.max_steps=3"]
+TINY_VIDEO += ["training.tokens_per_batch=null", "training.tokens_per_micro_batch=null"]
+TINY_BUCKETS = ("5x32x32", "1x24x32")
 TINY_IMAGE = [
     *(f"model.{part}_channels=8" for part in ("extraction", "aggregation", "encoder", "decoder")),
     "model.num_res_blocks=1",
@@ -43,8 +46,14 @@ def tiny(path, *overrides):
     config = load(path)
     overrides = [*TINY, *(TINY_GAN if config.gan else []), *overrides]
     if isinstance(config, TrainVideoConfig):
-        return load(path, [*overrides, *TINY_VIDEO, "data.resolution=[32,32]", "training.micro_batch_size=1"])
-    phases = [{"resolution": SIZES[phase.resolution[0]], "steps": 2, "batch": 2} for phase in config.stretches]
+        overrides += [*TINY_VIDEO, "data.resolution=[32,32]", "training.micro_batch_size=1"]
+        if config.phases:
+            short = {"steps": 2, "buckets": list(TINY_BUCKETS)}
+            small = [phase.model_dump(mode="json") | short for phase in config.phases]
+            overrides += [f"phases={json.dumps(small)}", "training.max_steps=null"]
+        return load(path, overrides)
+    resolutions = [(phase.resolution or config.data.resolution)[0] for phase in config.stretches]
+    phases = [{"resolution": SIZES[resolution], "steps": 2, "batch": 2} for resolution in resolutions]
     if config.model.aggregation == "vit":
         overrides.append("model.vit_grid=[3,3]")
     return load(path, [*overrides, *TINY_IMAGE, f"phases={phases}"])
@@ -54,13 +63,18 @@ def train(config, num_steps=None):
     """Trains on random pixels; returns the step and the logs of all steps."""
     take_step, _ = build_networks(config, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    frames = (config.data.num_frames,) if isinstance(config, TrainVideoConfig) else ()
     logs = []
     for step in range(num_steps or config.curriculum.max_steps):
-        size = config.curriculum.phases[config.curriculum.number_at(step)].resolution
-        pixels = torch.randint(0, 256, (2, 3, *frames, *size), generator=generator, dtype=torch.uint8)
+        buckets = list(config.curriculum.phases[config.curriculum.number_at(step)].batches)
+        size = pixel_size(buckets[step % len(buckets)])
+        pixels = torch.randint(0, 256, (2, 3, *size), generator=generator, dtype=torch.uint8)
         logs.append(take_step(pixels, [0, 1], step))
     return take_step, logs
+
+
+def pixel_size(bucket):
+    """Size of a clip, or of an image."""
+    return bucket.resolution if bucket.is_image else (bucket.frames, *bucket.resolution)
 
 
 def meta_model(config):
@@ -72,9 +86,8 @@ def meta_model(config):
 def test_configuration_builds_its_model_at_its_sizes(path):
     config = load(path)
     vae = meta_model(config)
-    frames = (config.data.num_frames,) if isinstance(config, TrainVideoConfig) else ()
-    for phase in config.curriculum.phases:
-        size = (*frames, *phase.resolution)
+    for bucket in {bucket for phase in config.curriculum.phases for bucket in phase.batches}:
+        size = pixel_size(bucket)
         with torch.device("meta"):
             reconstruction, posterior = vae(torch.empty(1, 3, *size), torch.empty(1, *vae.latent_shape(size)))
         assert reconstruction.shape == (1, 3, *size)

@@ -54,7 +54,11 @@ def test_readme_commands_run(tmp_path, write_clip):
     for line in COMMANDS:
         words = shlex.split(line)
         small = {
-            "scripts/train_video.py": ["--set", "training.max_steps=2"],
+            "scripts/train_video.py": [
+                *("--set", "training.max_steps=2"),
+                *("--set", "training.tokens_per_batch=5120"),
+                *("--set", "training.batch_multiple=1"),
+            ],
             "scripts/bench_res.py": [
                 "--models",
                 "leanvae-c4",

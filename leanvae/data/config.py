@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from leanvae.data.buckets import Bucket, Shape
 from litevae.config import StrictConfig
 
 BUILTIN = "builtin"
@@ -20,11 +22,14 @@ class SourceConfig(StrictConfig):
     Attributes:
         path: a folder, a glob, one file, a text list (``.txt``), a CSV with a ``path`` column, or ``builtin``; for
             images also ``.tar`` shards, several at once as in ``shard-{000000..000012}.tar``.
+        kind: `clips`, or `images`; those of the other samples by default. A video model takes both: images are
+            clips of one frame for it.
         weight: how many draws the source gets relative to the others; without one, each file is drawn once
             an epoch.
     """
 
     path: str = Field(min_length=1)
+    kind: Literal["clips", "images"] | None = None
     weight: float | None = Field(default=None, gt=0)
 
 
@@ -35,6 +40,9 @@ class DataConfig(StrictConfig):
         sources: paths, or paths with weights; ``builtin`` is made of photographs of installed packages.
         resolution: (height, width) in pixels, or one number for both; pictures are resized to cover it, then
             cropped.
+        buckets: shapes in place of the resolution, as in ``[17x256x256, 17x192x320, 1x512x512]``; each file goes
+            to one by its own shape, which is read before training where there is a choice. Those with one frame are
+            for images.
         flip: mirror half of the training samples left to right.
         held_out: share of the files kept from training, chosen by a hash of the file name.
         max_bad_share: share of the training files that may turn out unusable before the run stops.
@@ -47,6 +55,7 @@ class DataConfig(StrictConfig):
 
     sources: tuple[SourceConfig, ...] = Field(default=(SourceConfig(path=BUILTIN),), min_length=1)
     resolution: tuple[int, int] = (256, 256)
+    buckets: tuple[Bucket, ...] = ()
     flip: bool = True
     held_out: float = Field(default=0.1, ge=0, lt=1)
     max_bad_share: float = Field(default=0.25, ge=0, le=1)
@@ -74,6 +83,29 @@ class DataConfig(StrictConfig):
             raise ValueError("height and width must be at least 1 pixel")
         return value
 
+    default_kind: ClassVar[Literal["clips", "images"]] = "clips"
+
+    @field_validator("buckets")
+    @classmethod
+    def _check_buckets(cls, value: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("each bucket may be given once")
+        return value
+
+    @property
+    def kinds(self) -> tuple[Literal["clips", "images"], ...]:
+        """What each source gives."""
+        return tuple(source.kind or self.default_kind for source in self.sources)
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The buckets, or those that the resolution stands for."""
+        return self.buckets or self.shapes_at(self.resolution)
+
+    def shapes_at(self, resolution: tuple[int, int]) -> tuple[Shape, ...]:
+        """The buckets of one resolution, for each kind of source."""
+        raise NotImplementedError
+
     @model_validator(mode="after")
     def _check_weights(self) -> "DataConfig":
         weighted = [source.weight is not None for source in self.sources]
@@ -94,21 +126,58 @@ class ClipDataConfig(DataConfig):
     """The ``data:`` block of a video autoencoder.
 
     Attributes:
-        num_frames: frames of a clip.
-        stride: every how many frames of the file one is taken.
+        num_frames: frames of a clip, unless the buckets say so.
+        stride: every how many frames of the file one is taken, or a range ``[1, 4]`` of which each sample draws as
+            far as its file's length allows.
+        fps: frames a second instead, or a range of them, taken by the file's own timestamps: the nearest to each
+            point of time.
     """
 
-    num_frames: int = Field(default=17, ge=1)
-    stride: int = Field(default=1, ge=1)
+    num_frames: int = Field(default=17, ge=2)
+    stride: tuple[int, int] = (1, 1)
+    fps: tuple[float, float] | None = None
 
-    @property
-    def span(self) -> int:
-        """Frames of the file from a clip's first to its last."""
-        return (self.num_frames - 1) * self.stride + 1
+    @field_validator("stride", "fps", mode="before")
+    @classmethod
+    def _one_number_is_a_range(cls, value: object) -> object:
+        return (value, value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+    @field_validator("stride", "fps")
+    @classmethod
+    def _check_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError(f"expected a positive number, or [lowest, highest], got {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _stride_or_fps(self) -> "ClipDataConfig":
+        if self.fps is not None and self.stride != (1, 1):
+            raise ValueError("stride and fps: both say which frames are taken, give one of them")
+        return self
+
+    def shapes_at(self, resolution: tuple[int, int]) -> tuple[Shape, ...]:
+        """One bucket for clips, and one for images if a source has them."""
+        frames = {"clips": self.num_frames, "images": 1}
+        return tuple(Shape(frames[kind], *resolution) for kind in sorted(set(self.kinds)))
 
 
 class ImageDataConfig(DataConfig):
     """The ``data:`` block of an image autoencoder."""
+
+    default_kind: ClassVar[Literal["clips", "images"]] = "images"
+
+    @model_validator(mode="after")
+    def _images_alone(self) -> "ImageDataConfig":
+        if "clips" in self.kinds:
+            raise ValueError("sources: an image model is trained on images, not on clips")
+        for bucket in self.buckets:
+            if not bucket.is_image:
+                raise ValueError(f"buckets: {bucket} is for clips; images have one frame, as in 1x256x256")
+        return self
+
+    def shapes_at(self, resolution: tuple[int, int]) -> tuple[Shape, ...]:
+        """One bucket for images."""
+        return (Shape(1, *resolution),)
 
 
 def source_weights(config: DataConfig, sizes: list[int]) -> list[float]:

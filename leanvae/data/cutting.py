@@ -14,6 +14,7 @@ class Cut:
 
     Attributes:
         window: place of a clip's first frame.
+        pace: place in the range of strides or frame rates.
         down, across: place of the crop.
         flip: mirror left to right.
     """
@@ -22,14 +23,15 @@ class Cut:
     down: float = 0.5
     across: float = 0.5
     flip: bool = False
+    pace: float = 0.5
 
 
 def draw_cut(generator: np.random.Generator | None, flip: bool) -> Cut:
     """Draws a cut, flipped half of the time if ``flip``; the central one, unflipped, without a generator."""
     if generator is None:
         return Cut()
-    window, down, across, flipped = generator.random(4)
-    return Cut(window, down, across, flip and flipped < 0.5)
+    window, down, across, flipped, pace = generator.random(5)
+    return Cut(window, down, across, flip and flipped < 0.5, pace)
 
 
 def cut_picture(image: NDArray[np.uint8], resolution: tuple[int, int], cut: Cut) -> NDArray[np.uint8]:

@@ -16,6 +16,7 @@ Elsewhere decord's colours lie about 1 level (8 bit, mean) from PyAV's, whose co
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -175,8 +176,9 @@ def decode_window(
     """Offers ways to decode the same frames, the preferred one first; the caller takes the first that works.
 
     Args:
-        choose: gives the indices of the wanted frames, ascending, from the number of frames. It is asked again
-            where a file proves to hold another number of frames than its packets promised.
+        choose: gives the indices of the wanted frames, never descending, from the number of frames; one that stands
+            there twice is yielded twice. It is asked again where a file proves to hold another number of frames than
+            its packets promised.
 
     Yields:
         The way's name and its frames: (H, W, 3) uint8 images with their times.
@@ -210,7 +212,7 @@ def _with_decord(clip: Clip, table: FrameTable, indices: Sequence[int]) -> Itera
 
 def _with_pyav(clip: Clip, table: FrameTable, indices: Sequence[int]) -> Iterator[TimedImage]:
     """Seeks to the first wanted frame and decodes on, checking every frame's time against the table."""
-    wanted = set(indices)
+    wanted = Counter(indices)
     with open_video(clip.path, threads=1) as (container, stream):
         origin = container_start(container)
         start = float(table.times[indices[0]]) if indices[0] > 0 or clip.start > 0 else 0.0
@@ -222,7 +224,7 @@ def _with_pyav(clip: Clip, table: FrameTable, indices: Sequence[int]) -> Iterato
             if abs(frame.time - origin - table.times[index]) > _SAME_TIME:
                 raise DecoderDisagrees("other timestamps")
             if index in wanted:
-                yield frame_to_rgb(clip.path, frame), float(table.times[index])
+                yield from wanted[index] * [(frame_to_rgb(clip.path, frame), float(table.times[index]))]
 
 
 def _by_counting(clip: Clip, table: FrameTable, choose: Callable[[int], Sequence[int]]) -> Iterator[TimedImage]:
@@ -234,9 +236,9 @@ def _by_counting(clip: Clip, table: FrameTable, choose: Callable[[int], Sequence
         frames = decode_from(clip.path, container, stream, clip.start)
         count = sum(1 for _, _ in zip(range(len(table.times)), frames, strict=False))
     indices = choose(count)
-    wanted = set(indices)
+    wanted = Counter(indices)
     with open_video(clip.path, threads=1) as (container, stream):
         frames = decode_from(clip.path, container, stream, clip.start)
         for index, frame in zip(range(indices[-1] + 1), frames, strict=False):
             if index in wanted:
-                yield frame_to_rgb(clip.path, frame), float(table.times[index])
+                yield from wanted[index] * [(frame_to_rgb(clip.path, frame), float(table.times[index]))]

@@ -1,17 +1,20 @@
-"""The order of training samples: pure functions of the seed, the epoch and the position.
+"""The order of training samples: pure functions of the seed, the epoch and the place.
 
-A *position* counts samples from the start of training over all ranks; a training step takes the next ones, as many
-as its phase's batch. Ranks take slices of it, so the order is the same on any number of them, and resuming is to
-start at a later position. The text says clips; images are ordered the same way.
+Samples of one bucket come from an endless row of epochs, in which a step takes the next ones, as many as its batch.
+Ranks take slices of it, so the order is the same on any number of them, and resuming is to start at a later place.
+The text says clips; images are ordered the same way.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import floor
 
 import numpy as np
 from numpy.typing import NDArray
+
+from leanvae.data.buckets import Shape
 
 # Separate the random streams that share a seed.
 _SHUFFLE, _PERMUTATION, _SUBSTITUTE = 1, 2, 3
@@ -19,47 +22,39 @@ _SHUFFLE, _PERMUTATION, _SUBSTITUTE = 1, 2, 3
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one batch size and one resolution.
+    """A stretch of training with the same buckets.
 
     Attributes:
         first_step: its first training step.
-        first_position: position of that step's first sample.
         steps: how many steps it has; the last phase of a run goes on for ever.
-        batch_size: samples a step, of all ranks together.
-        resolution: (height, width) in pixels.
+        batches: samples a step, of all ranks together, by bucket.
     """
 
     first_step: int
-    first_position: int
     steps: int
-    batch_size: int
-    resolution: tuple[int, int]
-
-    def position(self, step: int, index: int) -> int:
-        """The position of a step's sample ``index``, for steps of this phase."""
-        return self.first_position + (step - self.first_step) * self.batch_size + index
+    batches: Mapping[Shape, int]
 
 
-def phases_of(stretches: Iterable[tuple[int, int, tuple[int, int]]]) -> tuple[Phase, ...]:
-    """Lays phases one behind the other; no position is left out or taken twice between them.
+def phases_of(stretches: Iterable[tuple[int, Mapping[Shape, int]]]) -> tuple[Phase, ...]:
+    """Lays phases one behind the other.
 
     Args:
-        stretches: (steps, batch size, resolution) of each.
+        stretches: steps, and batch sizes by bucket, of each.
 
     Raises:
-        ValueError: no phases, or a number of steps, batch size, height or width below 1.
+        ValueError: no phases, a phase without buckets, or a number of steps or a batch size below 1.
     """
     phases: list[Phase] = []
-    step = position = 0
-    for steps, batch_size, resolution in stretches:
-        if min(steps, batch_size, *resolution) < 1:
+    step = 0
+    for steps, batches in stretches:
+        if not batches or min(steps, *batches.values()) < 1:
+            listed = {str(bucket): size for bucket, size in batches.items()}
             raise ValueError(
-                f"phase {len(phases)}: steps, batch size, height and width must be at least 1, "
-                f"got {steps}, {batch_size}, {resolution[0]} and {resolution[1]}"
+                f"phase {len(phases)}: expected at least one bucket, and steps and batch sizes of at least 1, "
+                f"got {steps} steps of {listed}"
             )
-        phases.append(Phase(step, position, steps, batch_size, resolution))
+        phases.append(Phase(step, steps, batches))
         step += steps
-        position += steps * batch_size
     if not phases:
         raise ValueError("expected at least one phase")
     return tuple(phases)
@@ -76,8 +71,27 @@ def phase_at(phases: Sequence[Phase], step: int) -> Phase:
     return phases[bisect_right([phase.first_step for phase in phases], step) - 1]
 
 
-def source_shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Splits an epoch's length, sum(sizes), over the sources by weight, by largest remainder.
+def even_counts(shares: Sequence[float], offsets: Sequence[float], total: int) -> list[int]:
+    """Splits the first things of an endless row by shares, each to less than two of what it should get.
+
+    The first share is taken of all; what is left over is split among the others in the same way. So no count falls
+    when the total grows, and they always add up.
+
+    Args:
+        shares: positive, summing to 1.
+        offsets: in [0, 1), by share: where in its period it begins.
+        total: how many to split.
+    """
+    counts, left, rest = [], total, 1.0
+    for share, offset in zip(shares[:-1], offsets[:-1], strict=True):
+        count = min(left, floor(left * min(1.0, share / rest) + offset))
+        counts.append(count)
+        left, rest = left - count, rest - share
+    return [*counts, left]
+
+
+def source_counts(sizes: Sequence[int], weights: Sequence[float], epochs: int) -> list[int]:
+    """Draws of each source in the first epochs, of sum(sizes) draws each, by weight.
 
     Raises:
         ValueError: a size or weight that is not positive, or lists of different lengths.
@@ -86,16 +100,14 @@ def source_shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
         raise ValueError(f"expected one weight a source, got {len(sizes)} sizes and {len(weights)} weights")
     if min(sizes) < 1 or min(weights) <= 0:
         raise ValueError(f"sizes and weights must be positive, got {list(sizes)} and {list(weights)}")
-    total = sum(sizes)
-    exact = np.asarray(weights, np.float64) / sum(weights) * total
-    # Rounding first keeps shares that are whole numbers whole.
-    shares = np.floor(np.round(exact, 9)).astype(np.int64)
-    by_remainder = np.argsort(-np.round(exact - shares, 9), kind="stable")
-    shares[by_remainder[: total - int(shares.sum())]] += 1
-    return shares.tolist()
+    shares = [weight / sum(weights) for weight in weights]
+    # Half a draw at the start rounds to the nearest, so that what is whole stays whole.
+    return even_counts(shares, len(sizes) * [0.5], epochs * sum(sizes))
 
 
-def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> NDArray[np.int64]:
+def epoch_order(
+    sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int, row: int = 0
+) -> NDArray[np.int64]:
     """The clips of one epoch in order.
 
     Each source deals its clips from an endless row of seeded permutations, which epochs continue: none comes
@@ -105,36 +117,34 @@ def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch
         sizes: number of clips of each source.
         weights: relative number of draws of each source; ``sizes`` themselves draw each clip once.
         seed, epoch: non-negative integers.
+        row: number of the row of epochs; others are in another order.
 
     Returns:
         (sum(sizes), 2) pairs of source and index within the source.
     """
     drawn = []
-    for source, (size, share) in enumerate(zip(sizes, source_shares(sizes, weights), strict=True)):
-        places = np.arange(epoch * share, (epoch + 1) * share)
-        rounds = range(epoch * share // size, -(-(epoch + 1) * share // size))
-        dealt = [_permutation(seed, source, turn, size) for turn in rounds]
+    starts, ends = (source_counts(sizes, weights, epochs) for epochs in (epoch, epoch + 1))
+    for source, (size, start, end) in enumerate(zip(sizes, starts, ends, strict=True)):
+        places = np.arange(start, end)
+        rounds = range(start // size, -(-end // size))
+        dealt = [_permutation(seed, row, source, turn, size) for turn in rounds]
         indices = np.concatenate([*dealt, np.empty(0, np.int64)])[places - rounds.start * size]
-        drawn.append(np.stack([np.full(share, source), indices], axis=1))
+        drawn.append(np.stack([np.full(end - start, source), indices], axis=1))
     order = np.concatenate(drawn)
-    return order[np.random.default_rng([_SHUFFLE, seed, epoch]).permutation(len(order))]
+    return order[np.random.default_rng([_SHUFFLE, seed, row, epoch]).permutation(len(order))]
 
 
 @lru_cache(maxsize=16)
-def _permutation(seed: int, source: int, turn: int, size: int) -> NDArray[np.int64]:
-    return np.random.default_rng([_PERMUTATION, seed, source, turn]).permutation(size)
+def _permutation(seed: int, row: int, source: int, turn: int, size: int) -> NDArray[np.int64]:
+    return np.random.default_rng([_PERMUTATION, seed, row, source, turn]).permutation(size)
 
 
-def locate(position: int, length: int) -> tuple[int, int]:
-    """The epoch of a position and the place in it, for epochs of ``length`` clips."""
-    return divmod(position, length)
-
-
-def substitute(seed: int, epoch: int, place: int, attempt: int, index: int, size: int) -> int:
+def substitute(seed: int, position: int, attempt: int, index: int, size: int) -> int:
     """The clip that stands in for an unusable one: another of the same source.
 
     Args:
-        seed, epoch, place: where in the order the unusable clip stands.
+        seed: of the run.
+        position: number of the sample in the run.
         attempt: 0 for the first substitute, 1 for the one after that fails too, ...
         index: the unusable clip's index within its source.
         size: number of clips of the source.
@@ -147,6 +157,6 @@ def substitute(seed: int, epoch: int, place: int, attempt: int, index: int, size
     """
     if attempt >= size - 1:
         raise IndexError(f"no substitute is left after {attempt} attempts among {size} clips")
-    others = np.random.default_rng([_SUBSTITUTE, seed, epoch, place]).permutation(size - 1)
+    others = np.random.default_rng([_SUBSTITUTE, seed, position]).permutation(size - 1)
     # The permutation runs over the source without `index` itself.
     return int(others[attempt] + (others[attempt] >= index))

@@ -37,9 +37,15 @@ def read_picture(
     Raises:
         MediaError: the file or the tar's member is no usable image; the reason says what is wrong.
     """
+    return PictureSample(picture, cut_picture(load_picture(picture), resolution, draw_cut(generator, flip)))
+
+
+def load_picture(picture: Picture) -> NDArray[np.uint8]:
+    """Decodes an image, (H, W, 3) uint8.
+
+    Raises:
+        MediaError: the file or the tar's member is no usable image; the reason says what is wrong.
+    """
     if picture.archive is None:
-        image = read_image(picture.path)
-    else:
-        data = read_member(picture.archive, picture.offset, picture.size, picture.path)
-        image = decode_image(data, picture.path)
-    return PictureSample(picture, cut_picture(image, resolution, draw_cut(generator, flip)))
+        return read_image(picture.path)
+    return decode_image(read_member(picture.archive, picture.offset, picture.size, picture.path), picture.path)

@@ -19,7 +19,7 @@ class Rejection:
     """A clip or an image that could not be used at a position of the order.
 
     Attributes:
-        position: of the order; see :class:`leanvae.data.order.Phase`.
+        position: number of the sample in the run.
         attempt: 0 for what the order names, 1 for its first substitute, ...
         path: the file, or the tar and the name in it.
         reason: what is wrong with it.
@@ -29,7 +29,6 @@ class Rejection:
     """
 
     position: int
-    epoch: int
     attempt: int
     path: str
     reason: str

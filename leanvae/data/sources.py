@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from leanvae.data.builtin import find_photographs, make_builtin_clips
-from leanvae.data.config import BUILTIN, ClipDataConfig, ImageDataConfig, SourceError
+from leanvae.data.config import BUILTIN, DataConfig, SourceError
 from leanvae.data.shards import expand_braces, has_braces, list_members
 from leanvae.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -114,47 +114,38 @@ class _Entry:
     caption: str | None = None
 
 
-def list_clips(config: ClipDataConfig) -> list[Clip]:
-    """Lists the clips of all sources, source by source, in an order that does not depend on the machine.
+def list_items(config: DataConfig) -> list[Item]:
+    """Lists the clips and images of all sources, source by source, in an order that does not depend on the machine.
 
-    The built-in clips are made now if they are not there yet.
-
-    Raises:
-        SourceError: a source is missing, empty or wrongly written.
-        FileNotFoundError: the packages with the built-in source's photographs are not installed.
-    """
-    clips = []
-    for index, source in enumerate(config.sources):
-        if source.path == BUILTIN:
-            found = [_Entry(str(path)) for path in make_builtin_clips(config.cache_folder)]
-        else:
-            found = _list_source(source.path, _CLIPS)
-        if not found:
-            raise SourceError(f"data.sources: {source.path}: no clips found")
-        clips.extend(Clip(entry.path, entry.start, entry.end, entry.caption, index) for entry in found)
-    return clips
-
-
-def list_pictures(config: ImageDataConfig) -> list[Picture]:
-    """Lists the images of all sources, source by source, in an order that does not depend on the machine.
-
-    Of tars only the headers are read, wherever they are named; their images stand in the tar's own order.
+    The built-in clips are made now if they are not there yet. Of tars only the headers are read, wherever they are
+    named; their images stand in the tar's own order.
 
     Raises:
         SourceError: a source is missing, empty, wrongly written, or a tar that cannot be used.
         FileNotFoundError: the packages with the built-in source's photographs are not installed.
     """
-    pictures = []
-    for index, source in enumerate(config.sources):
-        if source.path == BUILTIN:
-            photographs = sorted(find_photographs().items())
-            found = [Picture(str(path), source=index, clip=f"photo_{name}.mp4") for name, path in photographs]
-        else:
-            found = _to_pictures(_list_source(source.path, _PICTURES), index)
+    items: list[Item] = []
+    for index, (source, kind) in enumerate(zip(config.sources, config.kinds, strict=True)):
+        found = _list_clips(source.path, index, config) if kind == "clips" else _list_pictures(source.path, index)
         if not found:
-            raise SourceError(f"data.sources: {source.path}: no images found")
-        pictures.extend(found)
-    return pictures
+            raise SourceError(f"data.sources: {source.path}: no {kind} found")
+        items.extend(found)
+    return items
+
+
+def _list_clips(path: str, source: int, config: DataConfig) -> list[Clip]:
+    if path == BUILTIN:
+        found = [_Entry(str(clip)) for clip in make_builtin_clips(config.cache_folder)]
+    else:
+        found = _list_source(path, _CLIPS)
+    return [Clip(entry.path, entry.start, entry.end, entry.caption, source) for entry in found]
+
+
+def _list_pictures(path: str, source: int) -> list[Picture]:
+    if path == BUILTIN:
+        photographs = sorted(find_photographs().items())
+        return [Picture(str(photo), source=source, clip=f"photo_{name}.mp4") for name, photo in photographs]
+    return _to_pictures(_list_source(path, _PICTURES), source)
 
 
 def _to_pictures(entries: list[_Entry], source: int) -> list[Picture]:

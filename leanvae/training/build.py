@@ -1,7 +1,10 @@
 """What a run starts with: its files, its networks under their engines, its perceptual losses."""
 
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,32 +12,50 @@ from torch import Tensor, nn
 
 from leanvae.checkpoint import build_vae
 from leanvae.config import ConfigError
-from leanvae.data.config import BUILTIN, ClipDataConfig, DataConfig, ImageDataConfig
-from leanvae.data.sources import Item, list_clips, list_pictures, split_held_out
+from leanvae.data.buckets import Shape
+from leanvae.data.config import BUILTIN, ClipDataConfig, DataConfig
+from leanvae.data.schedule import Schedule, has_choice
+from leanvae.data.shapes import measure_shapes
+from leanvae.data.sources import Item, Picture, list_items, split_held_out
+from leanvae.files import write_text
+from leanvae.model import LeanVAE
 from leanvae.training.config import LossConfig, TrainConfig
 from leanvae.training.engine import build_engine
+from leanvae.training.initial import freeze, frozen_names, load_initial
 from leanvae.training.ranks import on_main, rank
+from leanvae.training.state import items_digest
 from leanvae.training.step import TrainingStep
 from leanvae.training.terms import Perceptual
 from litevae.discriminators import build_discriminator
-from litevae.perceptual import Backbone, find_backbone, load_lpips, load_vgg_features, missing_backbone_message
+from litevae.model import LiteVAE
+from litevae.perceptual import (
+    Backbone,
+    PerceptualDistance,
+    find_backbone,
+    load_lpips,
+    load_vgg_features,
+    missing_backbone_message,
+)
+from litevae.recompute import recompute_activations
 
 logger = logging.getLogger("leanvae")
 
 
 def check_passes(config: TrainConfig, world_size: int) -> None:
-    """Raises `ConfigError` unless every phase's batch divides among the ranks and passes, as the losses need it."""
-    config.curriculum.check(world_size)
-    numbers = range(len(config.curriculum.phases))
-    if (
-        config.gan
-        and config.gan.weighting == "adaptive"
-        and any(config.curriculum.passes(number, world_size) > 1 for number in numbers)
-    ):
+    """Raises `ConfigError` unless every batch divides among the ranks and passes, as the losses need it."""
+    passes = config.curriculum.all_passes(world_size)
+    if config.gan and config.gan.weighting == "adaptive" and max(passes) > 1:
         raise ConfigError(
             "gan.weighting is adaptive: its weight depends on the whole batch, which takes one pass; "
             "leave training.micro_batch_size out, or make the weight constant"
         )
+
+
+def count_items(items: Sequence[Item]) -> str:
+    """A number of clips and images in words."""
+    images = sum(isinstance(item, Picture) for item in items)
+    parts = [f"{number} {kind}" for number, kind in ((len(items) - images, "clips"), (images, "images")) if number]
+    return " and ".join(parts) or "nothing"
 
 
 def find_items(data: DataConfig) -> tuple[list[Item], list[Item]]:
@@ -44,36 +65,58 @@ def find_items(data: DataConfig) -> tuple[list[Item], list[Item]]:
         SourceError: a source is missing, empty or wrongly written.
         ValueError: nothing is left to train on.
     """
-    items: list[Item] = on_main(lambda: _list_items(data))
+    items: list[Item] = on_main(lambda: list_items(data))
     train, held_out = split_held_out(items, data.held_out)
     if not train:
         raise ValueError(f"data.held_out is {data.held_out}: of {len(items)} files none is left to train on")
     if rank() == 0:
-        kind = "clips" if isinstance(data, ClipDataConfig) else "images"
         if any(source.path == BUILTIN for source in data.sources):
-            what = "moving photographs" if kind == "clips" else "photographs"
-            logger.info("training on the built-in %s (%s); name your own with --set data.sources=[FOLDER]", kind, what)
-        logger.info("%d %s to train on, %d held out", len(train), kind, len(held_out))
+            logger.info("training on built-in photographs; name your own data with --set data.sources=[FOLDER]")
+        logger.info("%s to train on, %s held out", count_items(train), count_items(held_out))
         if data.held_out and not held_out:
-            logger.warning("nothing is held out: data.held_out is %g of only %d %s", data.held_out, len(items), kind)
+            logger.warning("nothing is held out: data.held_out is %g of only %s", data.held_out, count_items(items))
     return train, held_out
 
 
-def _list_items(data: DataConfig) -> list[Item]:
-    if isinstance(data, ClipDataConfig):
-        return list(list_clips(data))
-    assert isinstance(data, ImageDataConfig)
-    return list(list_pictures(data))
+def make_schedule(config: TrainConfig, items: Sequence[Item], kept: Path | None = None) -> Schedule:
+    """What each step draws, the same on all ranks; files are measured first where there are buckets to choose from.
+
+    Args:
+        kept: file of a run that keeps what was measured: a file that breaks later must not change the order.
+    """
+    phases = config.curriculum.phases
+    shapes = None
+    if any(has_choice(phase.batches) for phase in phases):
+        shapes = on_main(lambda: _shapes_of_run(config.data, items, kept))
+    return Schedule(config.data, items, shapes, phases, config.training.seed)
 
 
-def build_networks(config: TrainConfig, device: torch.device) -> tuple[TrainingStep, dict[str, Tensor]]:
+def _shapes_of_run(data: DataConfig, items: Sequence[Item], kept: Path | None) -> list[Shape | None]:
+    rate = f"{data.stride} {data.fps}" if isinstance(data, ClipDataConfig) else ""
+    key = f"{items_digest(items)} {rate}"
+    if kept and kept.exists() and (tree := json.loads(kept.read_text(encoding="utf-8")))["of"] == key:
+        return [shape and Shape(*shape) for shape in tree["shapes"]]
+    shapes = measure_shapes(items, data)
+    if kept:
+        write_text(kept, json.dumps({"of": key, "shapes": [shape and astuple(shape) for shape in shapes]}) + "\n")
+    return shapes
+
+
+def build_networks(
+    config: TrainConfig, device: torch.device, resumes: bool = False
+) -> tuple[TrainingStep, dict[str, Tensor]]:
     """Both networks under their engines, and the averaged weights.
 
     The main rank keeps the average up; with the LDL loss, whose reference it gives, every rank does.
+
+    Args:
+        config: the run's configuration.
+        device: where they go.
+        resumes: whether a checkpoint's weights will replace these, so that initial ones need not be loaded.
     """
     perceptual = load_perceptual(config.losses, device)
     torch.manual_seed(config.training.seed)
-    model = build_vae(config.model)
+    model = build_autoencoder(config, resumes)
     networks: list[nn.Module] = [model]
     if config.gan:
         networks.append(build_discriminator(config.gan.discriminator))
@@ -85,9 +128,35 @@ def build_networks(config: TrainConfig, device: torch.device) -> tuple[TrainingS
         # The same tensors: what the average becomes, the model has.
         average_model.load_state_dict(average, strict=True, assign=True)
         average_model.requires_grad_(False)
-    engines = [build_engine(network, config, device) for network in networks]
-    discriminator = engines[1] if config.gan else None
-    return TrainingStep(config, engines[0], discriminator, perceptual, average_model, device), average
+    vae = build_engine(networks[0], config, device, config.curriculum.freeze)
+    discriminator = build_engine(networks[1], config, device) if config.gan else None
+    return TrainingStep(config, vae, discriminator, perceptual, average_model, device), average
+
+
+def build_autoencoder(config: TrainConfig, resumes: bool) -> LeanVAE | LiteVAE:
+    """The autoencoder as `training` wants it: initial weights, frozen parameters, activation checkpointing, compiled.
+
+    Raises:
+        ConfigError: the initial weights do not fit at all, or what is to be frozen does not exist.
+    """
+    training = config.training
+    model = build_vae(config.model)
+    if training.initial_weights and not resumes:
+        fit = load_initial(model, training.initial_weights)
+        if rank() == 0:
+            level = logging.INFO if fit.is_complete else logging.WARNING
+            logger.log(level, "initial weights from %s: %s", training.initial_weights, fit)
+    if training.freeze:
+        share = freeze(model, training.freeze)
+        if rank() == 0:
+            logger.info("training.freeze: %.1f %% of the autoencoder's numbers stay as they are", 100 * share)
+    for number, patterns in enumerate(config.curriculum.freeze):
+        frozen_names(model, patterns, f"phases.{number}.freeze")
+    if training.activation_checkpointing:
+        recompute_activations(model)
+    if training.compile:
+        model.forward = torch.compile(model.forward)
+    return model
 
 
 def load_perceptual(losses: LossConfig, device: torch.device) -> Perceptual:
@@ -114,3 +183,19 @@ def load_perceptual(losses: LossConfig, device: torch.device) -> Perceptual:
             if rank() == 0:
                 logger.warning("training without the perceptual loss losses.%s: %s", name, error)
     return found
+
+
+def load_held_out_lpips(losses: LossConfig, perceptual: Perceptual, device: torch.device) -> PerceptualDistance | None:
+    """LPIPS to measure held-out files with: the loss's own, or else one whose weights are found.
+
+    `None` where they are not, or where `losses.perceptual` is `none`.
+    """
+    if isinstance(distance := perceptual.get("lpips"), PerceptualDistance):
+        return distance
+    if losses.perceptual == "none" or find_backbone(losses.lpips_backbone) is None:
+        return None
+    try:
+        return load_lpips(losses.lpips_backbone).to(device)
+    except ImportError as error:
+        logger.info("LPIPS of held-out files is not measured: %s", error)
+        return None

@@ -1,21 +1,29 @@
 """The folder of a run's checkpoints: complete ones only, and `latest` always names one."""
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from leanvae.files import flush_to_disk, write_text
 
 logger = logging.getLogger("leanvae")
 
 LATEST = "latest"
+BEST = "best"
 STATE_FILE = "trainer.json"
 MANIFEST_FILE = "manifest.json"
+FIGURES_FILE = "held_out.json"  # of the averaged weights, where they were evaluated
 _BLOCK = 2**24  # bytes read at a time
+_ALMOST_NOTHING = 2**20  # bytes free on a full disk
 _NAME = re.compile(r"step_(\d{8,})(?:_(\d+))?")
 
 
@@ -41,8 +49,25 @@ def temporary_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.tmp")
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Removes what was written of a checkpoint when that fails, and says where and why.
+
+    Raises:
+        OSError: with the checkpoint's folder; torch and safetensors have errors of their own for a full disk.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder.parent).free
+        number = getattr(error, "errno", None) or (errno.ENOSPC if free < _ALMOST_NOTHING else errno.EIO)
+        shutil.rmtree(temporary_folder(folder), ignore_errors=True)
+        message = f"{os.strerror(number)}: this checkpoint cannot be written, those before it are intact ({error})"
+        raise OSError(number, message, str(folder)) from error
+
+
 def commit(folder: Path, keep: int, keep_every: int | None = None) -> None:
-    """Gives a written checkpoint its name, points `latest` to it and removes old ones.
+    """Gives a written checkpoint its name, points `latest` to it and `best` to the best, and removes old ones.
 
     Killed at any moment, `latest` names a complete checkpoint.
 
@@ -58,14 +83,42 @@ def commit(folder: Path, keep: int, keep_every: int | None = None) -> None:
     for path in [*written.rglob("*"), written]:
         flush_to_disk(path)
     written.rename(folder)
-    link = root / f".{LATEST}.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    os.replace(link, root / LATEST)
+    _point(root / LATEST, folder)
+    if best := best_checkpoint(root):
+        _point(root / BEST, best)
     flush_to_disk(root)
     for old in complete_checkpoints(root)[:-keep]:
-        if old != folder and not (keep_every and _step(old) % keep_every == 0):
-            shutil.rmtree(old)
+        if old not in (folder, best) and not (keep_every and _step(old) and _step(old) % keep_every == 0):
+            # Killed half-way, it must not stay behind under a complete one's name.
+            shutil.rmtree(old.rename(temporary_folder(old)))
+
+
+def _point(link: Path, folder: Path) -> None:
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.name)
+    os.replace(temporary, link)
+
+
+def best_checkpoint(root: Path) -> Path | None:
+    """The checkpoint with the highest PSNR of held-out files, the older of equals; `None` if none was evaluated."""
+    figures = {folder: held_out_psnr(folder) for folder in complete_checkpoints(root)}
+    evaluated = {folder: psnr for folder, psnr in figures.items() if psnr is not None}
+    return max(evaluated, key=evaluated.__getitem__, default=None)
+
+
+def is_best(root: Path, psnr: float | None) -> bool:
+    """Whether a PSNR of held-out files is above that of every checkpoint."""
+    others = [held_out_psnr(folder) for folder in complete_checkpoints(root)]
+    return psnr is not None and all(other is None or psnr > other for other in others)
+
+
+def held_out_psnr(folder: Path) -> float | None:
+    """PSNR in dB of held-out files with a checkpoint's averaged weights; `None` if it is not known."""
+    try:
+        return json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))["psnr"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _files(folder: Path) -> list[str]:

@@ -8,14 +8,16 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_serializer,
     model_validator,
 )
 from typing_extensions import Self
 
 from leanvae.config import LeanVAEConfig, merge
+from leanvae.data.buckets import Shape
 from leanvae.data.config import ClipDataConfig, DataConfig, ImageDataConfig
-from leanvae.training.phases import Curriculum, PhaseConfig, lay_out
+from leanvae.training.phases import BatchRule, Curriculum, PhaseConfig, lay_out
 from litevae.config import DOWNSAMPLING, LiteVAEConfig, StrictConfig
 from litevae.discriminators import DiscriminatorConfig
 
@@ -29,10 +31,11 @@ _KEYS_OF_OURS = {
     "gradient_clipping": "training.gradient_clipping",
     "optimizer": "optimizer",
     "scheduler": "optimizer",
+    "activation_checkpointing": "training.activation_checkpointing",
 }
 # The other top-level keys of DeepSpeed's configuration; it takes unknown ones for nothing, which hides misspelt ones.
 _DEEPSPEED_KEYS = frozenset(
-    """activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile
+    """aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile
     csv_monitor data_types disable_allgather dump_state elasticity flops_profiler gradient_predivide_factor
     memory_breakdown prescale_gradients seq_parallel_communication_data_type sparse_gradients steps_per_print
     tensorboard timers torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer
@@ -161,6 +164,34 @@ class OptimizerConfig(StrictConfig):
     weight_decay: NonNegativeFloat = 0.0
 
 
+class FaultConfig(StrictConfig):
+    """What to do about bad steps: those whose loss or gradient is not finite, which update nothing.
+
+    Attributes:
+        max_bad_steps: so many in a row, and the networks go back to an older checkpoint.
+        max_rollbacks: how often they may in all; then the run stops.
+        gan_weight_factor: what each time the weight of the adversarial loss is multiplied with, where it counted.
+    """
+
+    max_bad_steps: PositiveInt = 5
+    max_rollbacks: NonNegativeInt = 3
+    gan_weight_factor: float = Field(default=0.5, ge=0.0, le=1.0)
+
+
+class WandbConfig(StrictConfig):
+    """Where Weights & Biases shows a run; `WANDB_MODE=offline` keeps it in the run's folder.
+
+    Attributes:
+        project: its project.
+        entity: user or team; without it, the account's default.
+        name: of the run; without it, Weights & Biases makes one up.
+    """
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+    name: str | None = None
+
+
 class TrainingConfig(StrictConfig):
     """The course of a run.
 
@@ -169,33 +200,67 @@ class TrainingConfig(StrictConfig):
         batch_size: clips or images a step, over all ranks and passes.
         micro_batch_size: clips or images that a rank takes in one pass; the gradients of several passes are
             accumulated. Without it a rank takes its whole share at once. It bounds memory and changes no result.
+        tokens_per_batch: instead of `batch_size`, most latent tokens a step, so that buckets of small samples get
+            larger batches.
+        batch_multiple: what batch sizes by tokens are rounded down to a multiple of; the numbers of ranks that a run
+            may have must divide it.
+        tokens_per_micro_batch: instead of `micro_batch_size`, most latent tokens that a rank takes in one pass (at
+            least one sample).
         gradient_clipping: highest norm of each network's gradient; 0 turns clipping off.
         ema_decay: decay of the averaged weights (rises to it over the first steps).
         seed: of weights, data order, crops, noise.
+        initial_weights: what a new run starts from instead of random weights: whatever `load_vae` reads. What does
+            not fit the model is listed and starts anew. A run that resumes has its own.
+        freeze: names of parameters of the autoencoder that stay as they are, with wildcards: `encoder.*`.
+        activation_checkpointing: whether the autoencoder's blocks compute their activations again in the backward
+            pass instead of keeping them: less memory for more time, and the same gradients.
         engine: `deepspeed`, or `plain` torch in one process (no DeepSpeed needed).
+        compile: whether torch.compile compiles the autoencoder's forward and backward passes, once for each shape;
+            not under ZeRO-3.
+        faults: what to do about steps that are not finite.
+        profile: first and last step, from 1, that each rank records in `trace.rank<R>.json` in the run's folder, for
+            chrome://tracing or Perfetto.
         log_every: steps between log lines.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         keep_checkpoints: newest checkpoints kept.
         keep_every: checkpoints after a multiple of so many steps are kept for good.
         validate_every: steps between evaluations on held-out data; also before the first step and at the end.
-        validation_clips: held-out clips or images evaluated.
+        validation_clips: held-out clips evaluated, and images likewise.
+        wandb: shows the run in Weights & Biases too (`pip install 'leanvae[wandb]'`).
         output: folder of the run, unless the command line names one.
     """
 
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 40
     micro_batch_size: PositiveInt | None = None
+    tokens_per_batch: PositiveInt | None = None
+    batch_multiple: PositiveInt = 1
+    tokens_per_micro_batch: PositiveInt | None = None
     gradient_clipping: NonNegativeFloat = 1.0
     ema_decay: Decay = 0.999
     seed: NonNegativeInt = 0
+    initial_weights: str | None = None
+    freeze: tuple[str, ...] = ()
+    activation_checkpointing: bool = False
     engine: Literal["deepspeed", "plain"] = "deepspeed"
+    compile: bool = False
+    faults: FaultConfig = FaultConfig()
+    profile: tuple[PositiveInt, PositiveInt] | None = None
     log_every: PositiveInt = 50
     checkpoint_every: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 3
     keep_every: PositiveInt | None = None
     validate_every: PositiveInt = 1000
     validation_clips: PositiveInt = 4
+    wandb: WandbConfig | None = None
     output: str = "runs/video"
+
+    @field_validator("profile")
+    @classmethod
+    def _steps_are_in_order(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value and value[0] > value[1]:
+            raise ValueError(f"the first step comes after the last: {list(value)}")
+        return value
 
     def is_logged(self, step: int) -> bool:
         """Whether a step, counted from 0, is among those whose figures are shown: the first, then every few."""
@@ -207,8 +272,8 @@ class TrainConfig(StrictConfig):
 
     Attributes:
         model, data, losses, gan, optimizer, training: see there; `gan: null` trains without a discriminator.
-        phases: a curriculum of resolutions and batch sizes (LiteVAE, Section 4.3), one after the other; without it
-            the run has one phase, of `data.resolution` and `training.batch_size`.
+        phases: a curriculum of shapes, batch sizes and trained parts (LiteVAE, Section 4.3), one after the other;
+            without it the run has one phase, as `data` and `training` say.
         deepspeed: DeepSpeed's own configuration (`zero_optimization`, `bf16`, ...), used for both networks.
     """
 
@@ -231,6 +296,12 @@ class TrainConfig(StrictConfig):
                 raise ValueError(f"deepspeed.{key} is set by {field}: remove it from the deepspeed block")
         if "fp16" in self.deepspeed:
             raise ValueError("deepspeed.fp16: training in float16 is not supported, use bf16")
+        zero = self.deepspeed.get("zero_optimization")
+        if self.training.compile and isinstance(zero, dict) and zero.get("stage") == 3:
+            raise ValueError(
+                "training.compile: torch.compile does not see the weights that ZeRO-3 gathers on its way through the "
+                "network: use a lower deepspeed.zero_optimization.stage"
+            )
         if unknown := sorted(self.deepspeed.keys() - _DEEPSPEED_KEYS):
             raise ValueError(
                 f"deepspeed.{unknown[0]}: unknown key; DeepSpeed's are {', '.join(sorted(_DEEPSPEED_KEYS))}"
@@ -238,24 +309,40 @@ class TrainConfig(StrictConfig):
         return self
 
     @property
-    def stretches(self) -> list[PhaseConfig]:
-        """The phases with nothing left out; at least one."""
+    def patch_size(self) -> tuple[int, int, int]:
+        """Pixels (frames, height, width) of a latent token."""
+        if isinstance(self.model, LeanVAEConfig):
+            return self.model.patch_size
+        return (1, DOWNSAMPLING, DOWNSAMPLING)
+
+    @property
+    def stretches(self) -> tuple[PhaseConfig, ...]:
+        """The phases; at least one."""
+        return self.phases or (PhaseConfig(steps=self.training.max_steps or self.default_steps),)
+
+    def shapes(self, phase: PhaseConfig) -> tuple[Shape, ...]:
+        """The buckets of a phase."""
+        if phase.buckets:
+            return phase.buckets
+        return self.data.shapes_at(phase.resolution) if phase.resolution else self.data.shapes
+
+    def batch_rule(self, phase: PhaseConfig) -> BatchRule:
+        """How large the batches of a phase are."""
         training = self.training
-        given = self.phases or (PhaseConfig(steps=training.max_steps or self.default_steps),)
-        return [
-            PhaseConfig(
-                steps=phase.steps,
-                resolution=phase.resolution or self.data.resolution,
-                batch=phase.batch or training.batch_size,
-                micro_batch=phase.micro_batch or training.micro_batch_size,
-            )
-            for phase in given
-        ]
+        return BatchRule(
+            patch_size=self.patch_size,
+            batch=phase.batch or training.batch_size,
+            micro_batch=phase.micro_batch or training.micro_batch_size,
+            tokens_per_batch=phase.tokens_per_batch or (None if phase.batch else training.tokens_per_batch),
+            multiple=training.batch_multiple,
+            tokens_per_micro_batch=None if phase.micro_batch else training.tokens_per_micro_batch,
+        )
 
     @property
     def curriculum(self) -> Curriculum:
         """What depends on the number of a step alone."""
-        return lay_out(self.stretches, self.training.max_steps)
+        rules, shapes = map(self.batch_rule, self.stretches), map(self.shapes, self.stretches)
+        return lay_out(self.stretches, list(rules), list(shapes), self.training.max_steps)
 
 
 class TrainVideoConfig(TrainConfig):
@@ -272,6 +359,15 @@ class TrainVideoConfig(TrainConfig):
         group, *patch = self.model.patch_size
         if (self.data.num_frames - 1) % group:
             raise ValueError(f"data.num_frames is {self.data.num_frames}: model.patch_size needs {group}n + 1")
+        buckets = {bucket for phase in self.stretches for bucket in self.shapes(phase)}
+        for bucket in sorted(buckets):
+            if (bucket.frames - 1) % group:
+                raise ValueError(f"bucket {bucket} has {bucket.frames} frames: model.patch_size needs {group}n + 1")
+        for kind in ("clips", "images"):
+            has_bucket = any(bucket.is_image == (kind == "images") for bucket in buckets)
+            if has_bucket != (kind in self.data.kinds):
+                there, missing = ("bucket", "source") if has_bucket else ("source", "bucket")
+                raise ValueError(f"data: there is a {there} of {kind}, but no {missing} of them")
         _check_resolutions(self, tuple(patch), "model.patch_size")
         if self.gan and self.gan.looks_at_gradients:
             field = "weighting" if self.gan.weighting == "adaptive" else "log_gradient_ratio"
@@ -318,17 +414,17 @@ class TrainImageConfig(TrainConfig):
     def _latents_are_whole(self) -> Self:
         _check_resolutions(self, (DOWNSAMPLING, DOWNSAMPLING), "the model's downsampling")
         if self.model.aggregation == "vit" and self.model.encoder == "wavelet":
-            for phase in self.stretches:
-                grid = tuple(side // DOWNSAMPLING for side in phase.resolution or ())
+            for bucket in {bucket for phase in self.stretches for bucket in self.shapes(phase)}:
+                grid = tuple(side // DOWNSAMPLING for side in bucket.resolution)
                 if grid != self.model.vit_grid:
                     raise ValueError(
-                        f"model.vit_grid is {self.model.vit_grid}: images of {phase.resolution} need {grid}"
+                        f"model.vit_grid is {self.model.vit_grid}: images of {bucket.resolution} need {grid}"
                     )
         return self
 
 
 def _check_resolutions(config: TrainConfig, step: tuple[int, ...], rule: str) -> None:
     for phase in config.stretches:
-        assert phase.resolution is not None
-        if any(side % size for side, size in zip(phase.resolution, step, strict=True)):
-            raise ValueError(f"resolution {phase.resolution} is not divisible by {rule} {step}")
+        for bucket in config.shapes(phase):
+            if any(side % size for side, size in zip(bucket.resolution, step, strict=True)):
+                raise ValueError(f"resolution {bucket.resolution} is not divisible by {rule} {step}")

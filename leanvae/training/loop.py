@@ -1,9 +1,12 @@
 """The course of a run: counts steps, logs, validates, saves and resumes."""
 
+import errno
 import logging
+import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,24 +15,42 @@ from tqdm import tqdm
 
 from leanvae.config import load_config
 from leanvae.data.loader import Batch, Loader
-from leanvae.data.order import phase_at
 from leanvae.data.quarantine import check_bad_share
 from leanvae.files import write_text
-from leanvae.training.build import build_networks, check_passes, find_items
-from leanvae.training.checkpoints import clean, find_checkpoint
+from leanvae.training.build import (
+    build_networks,
+    check_passes,
+    find_items,
+    load_held_out_lpips,
+    make_schedule,
+)
+from leanvae.training.checkpoints import clean, complete_checkpoints, damage, find_checkpoint, is_best
 from leanvae.training.config import TrainConfig, TrainImageConfig, TrainVideoConfig
 from leanvae.training.engine import start_processes
+from leanvae.training.faults import FaultRecord, TrainingDiverged, check_roll_back, checkpoint_to_restore
+from leanvae.training.profiling import StepTimes, StepTrace, memory_in_use
 from leanvae.training.ranks import StopRequests, gather, highest, lock_folder, on_main, rank, world_size
-from leanvae.training.record import RunRecord
+from leanvae.training.record import RunRecord, write_summary
 from leanvae.training.schedule import ema_decay
-from leanvae.training.state import RESOLVED_CONFIG, items_digest, load_run, resolved_config, save_run
+from leanvae.training.state import (
+    RESOLVED_CONFIG,
+    WeightsNotFinite,
+    check_same_run,
+    items_digest,
+    read_state,
+    resolved_config,
+    restore,
+    save_run,
+)
 from leanvae.training.step import update_average
-from leanvae.training.validation import Validation
+from leanvae.training.validation import Validation, read_validation_samples
+from leanvae.training.wandb_run import check_wandb
 
 logger = logging.getLogger("leanvae")
 
 CHECKPOINTS = "checkpoints"
 HELD_OUT = "held_out.txt"
+SHAPES = "shapes.json"
 _LONG_RUN_SECONDS = 24 * 3600.0
 _STEPS_BEFORE_ESTIMATE = 4
 
@@ -55,6 +76,9 @@ def train(
 
     Raises:
         ConfigError, ValueError, FileNotFoundError: the configuration, the data or the checkpoint is wrong.
+        TooManyBadClips: the share of unusable files is too large.
+        TrainingDiverged: steps go on being not finite.
+        OSError: the disk is full; the newest checkpoint is intact.
     """
     settings = load_config(config_class, config, overrides)
     device = start_processes(settings.training.engine)
@@ -68,9 +92,13 @@ def train(
 
     try:
         lock = on_main(take_folder)
-        with Trainer(settings, root, device) as trainer:
-            trainer.start(resume)
+        with Trainer(settings, root, device, resume) as trainer:
+            trainer.start()
             return trainer.run(requests)
+    except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(root)) from error
+        raise
     finally:
         if lock is not None and rank() == 0:
             os.close(lock)
@@ -85,27 +113,38 @@ class Trainer:
         config: the run's configuration.
         root: its output folder.
         device: this rank's device.
+        resume: see `find_checkpoint`.
 
     Raises:
         ConfigError: a batch does not divide among the ranks and passes.
         ValueError: the data sources hold nothing to train on.
     """
 
-    def __init__(self, config: TrainConfig, root: Path, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, root: Path, device: torch.device, resume: str) -> None:
         self.config = config
         self.root = root
         self.device = device
         self.is_main = rank() == 0
         self.step = 0
+        self.faults = FaultRecord()
         self.bad_clips: dict[str, str] = {}
+        self._bad_files: dict[int, list[str]] = {}
+        self._saved_step: int | None = None
         self._first_step, self._busy_seconds = 0, 0.0
         self.loader: Loader | None = None
         self.curriculum = config.curriculum
         check_passes(config, world_size())
+        check_wandb(config.training.wandb)
+        self._checkpoint = on_main(lambda: find_checkpoint(root / CHECKPOINTS, resume))
         self.train_items, self.held_out = find_items(config.data)
-        self.take_step, self.average = build_networks(config, device)
-        self.record = RunRecord(root) if self.is_main else None
-        self.validation = Validation(config, self.held_out, device) if self.is_main else None
+        self.items_digest = items_digest(self.train_items)
+        self.take_step, self.average = build_networks(config, device, resumes=self._checkpoint is not None)
+        self.record = self.validation = None
+        if self.is_main:
+            self.record = RunRecord(root, config)
+            lpips = load_held_out_lpips(config.losses, self.take_step.perceptual, device)
+            self.validation = Validation(config, read_validation_samples(config, self.held_out), lpips, device)
+        self._figures: tuple[int, dict[str, float | None]] = (0, {})  # of held-out files, after so many steps
 
     def __enter__(self) -> "Trainer":
         return self
@@ -116,15 +155,15 @@ class Trainer:
         if self.record:
             self.record.close()
 
-    def start(self, resume: str) -> None:
-        """Goes on from a checkpoint, or begins; see `find_checkpoint` for `resume`."""
-        folder = on_main(lambda: find_checkpoint(self.root / CHECKPOINTS, resume))
-        if folder:
-            self.step, average = load_run(
-                folder, self.config, self.take_step, items_digest(self.train_items), self.device
-            )
-            for name, value in average.items():
-                self.average[name].copy_(value)
+    def start(self) -> None:
+        """Goes on from the checkpoint that was found, or begins."""
+        if folder := self._checkpoint:
+            check_same_run(folder, self.config, self.take_step, self.items_digest)
+            state = restore(folder, self.take_step, self.average)
+            self.step, self.faults = state.step, FaultRecord.from_json(state.faults)
+            self.take_step.gan_factor = self.faults.gan_factor
+            if self.is_main:
+                logger.info("resuming from %s (step %d)", folder, self.step)
         if self.record:
             clean(self.root / CHECKPOINTS)
             self.record.start(self.step if folder else None)
@@ -132,9 +171,7 @@ class Trainer:
             write_text(self.root / HELD_OUT, "".join(f"{item.path}\n" for item in self.held_out))
         self.loader = Loader(
             self.config.data,
-            self.train_items,
-            seed=self.config.training.seed,
-            phases=self.curriculum.phases,
+            make_schedule(self.config, self.train_items, self.root / SHAPES),
             rank=rank(),
             world_size=world_size(),
             start_step=self.step,
@@ -148,32 +185,40 @@ class Trainer:
         assert self.loader is not None
         training, max_steps = self.config.training, self.curriculum.max_steps
         self._first_step = self.step
-        if self.step == 0:
+        if not self._checkpoint:
             self._validate()
+        if on_main(lambda: not complete_checkpoints(self.root / CHECKPOINTS)):
+            # What a first roll-back goes to; it also shows now, not in an hour, whether checkpoints can be written.
+            self._save()
         batches = iter(self.loader)
         bar = tqdm(total=max_steps, initial=self.step, unit="step", disable=None if self.is_main else True)
-        with bar, requests.listening():
+        trace = StepTrace(self.root / f"trace.rank{rank()}.json", training.profile)
+        with bar, trace, requests.listening():
             while self.step < max_steps:
+                trace.begin(self.step + 1)
                 started = time.monotonic()
                 batch = next(batches)
                 if stop := self._agree(requests, batch):
                     self._save()
                     logger.info("stopped by a signal after step %d; saved", self.step)
                     return 130 if stop == signal.SIGINT else 0
-                waited = time.monotonic() - started
+                waited = time.monotonic()
                 logs = self.take_step(batch.pixels, batch.indices, self.step)
-                self._update_average()
+                stepped = time.monotonic()
+                if not logs["skipped"]:
+                    self._update_average()
                 self.step += 1
-                self._log(logs, time.monotonic() - started, waited)
+                self._meet_faults(logs, batch.paths)
+                self._log(logs, batch, StepTimes(waited - started, stepped - waited, time.monotonic() - started))
                 bar.update()
                 bar.set_postfix(loss=f"{logs['loss']:.4f}")
                 # In this order a kill in between repeats the validation instead of leaving it out.
-                if self.step == max_steps or self.step % training.validate_every == 0:
-                    self._validate()
-                if self.step == max_steps or self.step % training.checkpoint_every == 0:
+                last = self.step == max_steps
+                improved = (last or self.step % training.validate_every == 0) and self._validate()
+                if last or improved or self.step % training.checkpoint_every == 0:
                     self._save()
         if self.record:
-            if summary := self.record.write_summary():
+            if summary := write_summary(self.root):
                 logger.info("%s", summary)
             logger.info("done: %s", self.root / CHECKPOINTS / "latest")
         return 0
@@ -182,6 +227,53 @@ class Trainer:
         weights = self.take_step.vae.full_weights()
         if self.is_main or self.take_step.average:
             update_average(self.average, weights, ema_decay(self.step, self.config.training.ema_decay))
+
+    def _meet_faults(self, logs: dict[str, float], paths: list[str]) -> None:
+        """Takes a bad step into the record, names its files, and goes back when there are too many in a row."""
+        bad = bool(logs["skipped"])
+        self.faults = self.faults.after(self.step, bad)
+        if not bad:
+            self._bad_files.clear()
+            return
+        files = self._bad_files[self.step] = sorted({path for part in gather(paths) for path in part})
+        if self.is_main:
+            values = [f"{name} is {value}" for name, value in logs.items() if not math.isfinite(value)]
+            reason = ", ".join(values) or "a gradient is not finite"
+            logger.warning("step %d is skipped: %s; its files: %s", self.step, reason, ", ".join(files))
+        if self.faults.bad_in_a_row >= self.config.training.faults.max_bad_steps:
+            listed = ", ".join(sorted({file for files in self._bad_files.values() for file in files}))
+            first = self.step - self.faults.bad_in_a_row + 1
+            self._roll_back(f"steps {first} to {self.step} are not finite; their files: {listed}")
+
+    def _roll_back(self, reason: str) -> None:
+        """Sets the networks back to an older checkpoint; the numbers of the steps go on.
+
+        Raises:
+            TrainingDiverged: the run has gone back as often as it may.
+        """
+        config, root = self.config.training.faults, self.root / CHECKPOINTS
+        check_roll_back(config, self.faults, reason)
+        folder = on_main(lambda: checkpoint_to_restore(_updates_of_checkpoints(root), self.faults.updates))
+        if folder is None:
+            raise TrainingDiverged(f"{reason}; {root} holds no checkpoint to go back to")
+        state = restore(folder, self.take_step, self.average)
+        self._bad_files.clear()
+        gan_factor = config.gan_weight_factor if self.take_step.gan_weight(self.step - 1) else 1.0
+        before = FaultRecord.from_json(state.faults)
+        self.faults = self.faults.rolled_back(before, state.step, self.step, gan_factor)
+        self.take_step.gan_factor = self.faults.gan_factor
+        if self.is_main:
+            logger.warning(
+                "%s. Back to the weights of %s (roll-back %d of %d); the data go on with step %d; GAN weight x %g",
+                reason,
+                folder,
+                self.faults.roll_backs,
+                config.max_rollbacks,
+                self.step + 1,
+                self.faults.gan_factor,
+            )
+        self._saved_step = None  # what may have been written of this step is of the weights from before
+        self._save()  # else a run killed now would take the lost steps again
 
     def _agree(self, requests: StopRequests, batch: Batch) -> int:
         """Tells all ranks what one has met: requests to stop and broken files.
@@ -203,20 +295,24 @@ class Trainer:
             check_bad_share(self.bad_clips, num_files, self.config.data.max_bad_share)
         return stop
 
-    def _log(self, logs: dict[str, float], seconds: float, waited: float) -> None:
-        training = self.config.training
+    def _log(self, logs: dict[str, float], batch: Batch, times: StepTimes) -> None:
+        training, seconds = self.config.training, times.whole
         self._busy_seconds += seconds
         logs = {
-            **logs,
+            **{name: value for name, value in logs.items() if math.isfinite(value)},
             "seconds_per_step": seconds,
-            "data_wait_share": waited / seconds,
-            "samples_per_second": phase_at(self.curriculum.phases, self.step - 1).batch_size / seconds,
+            "step_seconds": times.step,
+            "data_wait_share": times.wait / seconds,
+            "frames": batch.bucket.frames,
+            "height": batch.bucket.height,
+            "width": batch.bucket.width,
+            "samples_per_second": batch.size / seconds,
+            "frames_per_second": batch.size * batch.bucket.frames / seconds,
+            "memory_mib": memory_in_use(self.device) / 2**20,
             "bad_clips": len(self.bad_clips),
+            "skipped_steps": len(self.faults.skipped),
+            "roll_backs": self.faults.roll_backs,
         }
-        if not torch.tensor(logs["loss"]).isfinite():
-            raise ValueError(
-                f"the loss is {logs['loss']} at step {self.step}: the run stops; its last checkpoint is from before"
-            )
         if not (self.is_main and self.record):
             return
         self.record.log(self.step, logs, to_board=training.is_logged(self.step - 1))
@@ -233,15 +329,39 @@ class Trainer:
             if long:
                 logger.warning("this is a run for GPUs; %s is made for a machine without one", self.config.small_config)
 
-    def _validate(self) -> None:
-        """Measures the averaged weights on held-out data, on the main rank."""
-        if self.validation and self.record and (results := self.validation.run(self.average)):
+    def _validate(self) -> bool:
+        """Measures the averaged weights on held-out data, on the main rank; tells whether they are the best yet."""
+
+        def evaluate() -> bool:
+            assert self.validation
+            assert self.record
+            results = self.validation.run(self.average)
+            if results is None:
+                return False
             self.record.log_validation(self.step, results)
-            logger.info("step %d: held-out PSNR %.2f dB (%d files)", self.step, results.mean_psnr, len(results.psnr))
+            logger.info("step %d: held-out %s", self.step, results)
+            self._figures = (self.step, results.means)
+            return is_best(self.root / CHECKPOINTS, results.means["psnr"])
+
+        return on_main(evaluate)
 
     def _save(self) -> None:
-        digest = items_digest(self.train_items)
-        save_run(self.root / CHECKPOINTS, self.config, self.take_step, self.average, self.step, digest)
+        if self._saved_step == self.step:
+            return
+        self._saved_step = self.step
+        root, digest = self.root / CHECKPOINTS, self.items_digest
+        figures = self._figures[1] if self._figures[0] == self.step else None
+        try:
+            save_run(root, self.config, self.take_step, self.average, self.step, digest, self.faults, figures)
+        except WeightsNotFinite as error:
+            self._roll_back(str(error))
+
+
+def _updates_of_checkpoints(root: Path) -> Iterator[tuple[Path, int]]:
+    """Checkpoints that are not damaged, the newest first, and the updates that their weights have had."""
+    for folder in reversed(complete_checkpoints(root)):
+        if damage(folder) is None:
+            yield folder, FaultRecord.from_json(read_state(folder).faults).updates
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Phases of a run: a curriculum of resolutions and batch sizes, as a pure function of the step."""
+"""Phases of a run: curricula of shapes, batch sizes and trained parts, as pure functions of the step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pydantic import PositiveInt, field_validator
 
 from leanvae.config import ConfigError
+from leanvae.data.buckets import Bucket, Shape
 from leanvae.data.order import Phase, phase_at, phases_of
 from litevae.config import StrictConfig
 
@@ -16,14 +17,22 @@ class PhaseConfig(StrictConfig):
     Attributes:
         steps: optimizer steps.
         resolution: (height, width) in pixels, or one number for both.
-        batch: clips or images a step, over all ranks and passes.
+        buckets: shapes of the samples, in place of a resolution; see `data.buckets`.
+        batch: samples a step, over all ranks and passes.
         micro_batch: of them, how many a rank takes in one pass.
+        tokens_per_batch: latent tokens a step, in place of `batch`.
+        gan: whether the discriminator may train and count; from the first such phase on it stays.
+        freeze: patterns of the autoencoder's parameters that stay as they are, as in `[encoder.*]`.
     """
 
     steps: PositiveInt
     resolution: tuple[PositiveInt, PositiveInt] | None = None
+    buckets: tuple[Bucket, ...] = ()
     batch: PositiveInt | None = None
     micro_batch: PositiveInt | None = None
+    tokens_per_batch: PositiveInt | None = None
+    gan: bool = True
+    freeze: tuple[str, ...] = ()
 
     @field_validator("resolution", mode="before")
     @classmethod
@@ -31,21 +40,74 @@ class PhaseConfig(StrictConfig):
         return (value, value) if isinstance(value, int) else value
 
 
-def passes(batch: int, micro_batch: int | None, world_size: int) -> int:
-    """Passes a step on each of `world_size` ranks.
+@dataclass(frozen=True)
+class BatchRule:
+    """How many samples of a bucket a step takes, and in how many passes.
 
-    Raises:
-        ConfigError: the batch does not divide among the ranks, or a rank's share into its passes.
+    Attributes:
+        patch_size: pixels (frames, height, width) of a latent token.
+        batch: samples a step, unless tokens count.
+        micro_batch: samples that a rank takes in one pass; `None` for its whole share.
+        tokens_per_batch: most latent tokens a step.
+        multiple: what batch sizes by tokens are rounded down to a multiple of.
+        tokens_per_micro_batch: most latent tokens that a rank takes in one pass, but one sample at least.
     """
-    share, rest = divmod(batch, world_size)
-    if rest:
-        raise ConfigError(f"training.batch_size is {batch}: it must be divisible by the number of ranks, {world_size}")
-    number, rest = divmod(share, min(share, micro_batch or share))
-    if rest:
-        raise ConfigError(
-            f"training.micro_batch_size is {micro_batch}: it must divide each rank's share of the batch, {share}"
-        )
-    return number
+
+    patch_size: tuple[int, int, int]
+    batch: int
+    micro_batch: int | None = None
+    tokens_per_batch: int | None = None
+    multiple: int = 1
+    tokens_per_micro_batch: int | None = None
+
+    def tokens(self, bucket: Shape) -> int:
+        """Latent tokens of a sample; its first frame stands alone."""
+        group, height, width = self.patch_size
+        return (1 + -(-(bucket.frames - 1) // group)) * -(-bucket.height // height) * -(-bucket.width // width)
+
+    def batch_size(self, bucket: Shape) -> int:
+        """Samples a step.
+
+        Raises:
+            ConfigError: not even the smallest batch has few enough tokens.
+        """
+        if self.tokens_per_batch is None:
+            return self.batch
+        size = self.tokens_per_batch // (self.tokens(bucket) * self.multiple) * self.multiple
+        if not size:
+            raise ConfigError(
+                f"training.tokens_per_batch is {self.tokens_per_batch}: {self.multiple} of {bucket} have "
+                f"{self.multiple * self.tokens(bucket)}"
+            )
+        return size
+
+    def passes(self, bucket: Shape, world_size: int) -> int:
+        """Passes a step on each of `world_size` ranks.
+
+        Raises:
+            ConfigError: the batch does not divide among the ranks, or a rank's share into its passes.
+        """
+        batch = self.batch_size(bucket)
+        share, rest = divmod(batch, world_size)
+        if rest and self.tokens_per_batch:
+            raise ConfigError(
+                f"training.tokens_per_batch makes a step of {batch} of {bucket}, which {world_size} ranks cannot "
+                f"share: set training.batch_multiple to {world_size}"
+            )
+        if rest:
+            raise ConfigError(
+                f"training.batch_size is {batch}: it must be divisible by the number of ranks, {world_size}"
+            )
+        if self.tokens_per_micro_batch is not None:
+            most = max(1, self.tokens_per_micro_batch // self.tokens(bucket))
+            return next(number for number in range(1, share + 1) if share % number == 0 and share // number <= most)
+        number, rest = divmod(share, min(share, self.micro_batch or share))
+        if rest:
+            raise ConfigError(
+                f"training.micro_batch_size is {self.micro_batch}: it must divide each rank's share of the batch, "
+                f"{share}"
+            )
+        return number
 
 
 @dataclass(frozen=True)
@@ -54,35 +116,58 @@ class Curriculum:
 
     Attributes:
         phases: what the data loader needs of them.
-        micro_batches: samples that a rank takes in one pass, by phase; `None` for its whole share.
+        rules: batch sizes and passes, by phase.
+        freeze: patterns of parameters that stay as they are, by phase.
+        gan_from: first step of a phase with the discriminator.
         max_steps: steps in all.
     """
 
     phases: tuple[Phase, ...]
-    micro_batches: tuple[int | None, ...]
+    rules: tuple[BatchRule, ...]
+    freeze: tuple[tuple[str, ...], ...]
+    gan_from: int
     max_steps: int
 
     def number_at(self, step: int) -> int:
         """Number of the phase that a step belongs to, from 0."""
         return self.phases.index(phase_at(self.phases, step))
 
-    def passes(self, number: int, world_size: int) -> int:
-        """Passes a step on each of `world_size` ranks, in a phase.
+    def all_passes(self, world_size: int) -> list[int]:
+        """Passes a step of every bucket in every phase.
 
         Raises:
-            ConfigError: the batch does not divide among the ranks, or a rank's share into its passes.
+            ConfigError: a batch does not divide among the ranks, or a rank's share into its passes.
         """
-        return passes(self.phases[number].batch_size, self.micro_batches[number], world_size)
+        return [
+            rule.passes(bucket, world_size)
+            for phase, rule in zip(self.phases, self.rules, strict=True)
+            for bucket in phase.batches
+        ]
 
-    def check(self, world_size: int) -> None:
-        """Raises `ConfigError` unless every phase's batch divides among the ranks and passes."""
-        for number in range(len(self.phases)):
-            self.passes(number, world_size)
 
+def lay_out(
+    stretches: Sequence[PhaseConfig],
+    rules: Sequence[BatchRule],
+    shapes: Sequence[Sequence[Shape]],
+    max_steps: int | None,
+) -> Curriculum:
+    """Lays phases one behind the other, up to `max_steps`.
 
-def lay_out(stretches: Sequence[PhaseConfig], max_steps: int | None) -> Curriculum:
-    """Lays phases with nothing left out one behind the other, up to `max_steps`."""
-    phases = phases_of((s.steps, s.batch, s.resolution) for s in stretches if s.batch and s.resolution)
+    Raises:
+        ConfigError: phases without a discriminator after one with it, or none with it.
+    """
+    batches = [
+        {bucket: rule.batch_size(bucket) for bucket in buckets} for rule, buckets in zip(rules, shapes, strict=True)
+    ]
+    phases = phases_of((stretch.steps, sizes) for stretch, sizes in zip(stretches, batches, strict=True))
+    flags = [stretch.gan for stretch in stretches]
+    if flags != sorted(flags) or not flags[-1]:
+        raise ConfigError("phases: gan may be false in the first phases alone; to train without one write gan: null")
     steps = sum(stretch.steps for stretch in stretches)
-    micro_batches = tuple(stretch.micro_batch for stretch in stretches)
-    return Curriculum(phases, micro_batches, min(steps, max_steps or steps))
+    return Curriculum(
+        phases=phases,
+        rules=tuple(rules),
+        freeze=tuple(stretch.freeze for stretch in stretches),
+        gan_from=phases[flags.index(True)].first_step,
+        max_steps=min(steps, max_steps or steps),
+    )

@@ -1,16 +1,22 @@
-"""What a run leaves to be read: `metrics.jsonl` with every step, and TensorBoard."""
+"""What a run leaves to be read: figures as JSON lines, reconstructions as files, TensorBoard and Weights & Biases."""
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from leanvae.files import write_text
+from leanvae.training.comparison import Comparison, animation, picture, write_comparisons
+from leanvae.training.config import TrainConfig
 from leanvae.training.validation import ValidationResults
+from leanvae.training.wandb_run import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 SUMMARY_FILE = "summary.txt"
+HELD_OUT_FOLDER = "held_out"
+_BESIDE = "held_out/source_and_reconstruction"
 
 
 class RunRecord:
@@ -18,12 +24,15 @@ class RunRecord:
 
     Args:
         root: the run's folder.
+        config: the run's configuration.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, config: TrainConfig) -> None:
         self._root = root
+        self._config = config
         self._metrics: Any = None
         self._board: Any = None
+        self._wandb: WandbRun | None = None
 
     def start(self, step: int | None) -> None:
         """Opens the files and takes back what will be written again.
@@ -37,6 +46,8 @@ class RunRecord:
             drop_lines_after(self._root / name, -1 if step is None else step)
         self._metrics = (self._root / METRICS_FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(self._root / "tensorboard"), purge_step=0 if step is None else step + 1)
+        if wandb := self._config.training.wandb:
+            self._wandb = WandbRun(wandb, self._root, self._config.model_dump(mode="json"))
 
     def log(self, step: int, logs: dict[str, float], to_board: bool) -> None:
         """Writes a step's figures.
@@ -44,43 +55,74 @@ class RunRecord:
         Args:
             step: number of steps taken.
             logs: scalars by name.
-            to_board: whether TensorBoard gets them too.
+            to_board: whether TensorBoard and Weights & Biases get them too.
         """
         self._metrics.write(json.dumps({"step": step, **logs}) + "\n")
         self._metrics.flush()
         if to_board:
-            for name, value in logs.items():
-                self._board.add_scalar(f"train/{name}", value, step)
+            self._show(step, {f"train/{name}": value for name, value in logs.items()})
 
     def log_validation(self, step: int, results: ValidationResults) -> None:
-        """Writes the held-out PSNR, and the pictures to TensorBoard."""
+        """Writes the held-out figures and reconstructions."""
+        entry: dict[str, Any] = {"step": step, **results.means}
+        entry |= {f"{metric}_by_clip": values for metric, values in results.figures.items()}
         with (self._root / VALIDATION_FILE).open("a", encoding="utf-8") as file:
-            entry = {"step": step, "psnr": results.mean_psnr, "psnr_by_clip": results.psnr}
             file.write(json.dumps(entry) + "\n")
-        self._board.add_scalar("held_out/psnr", results.mean_psnr, step)
-        self._board.add_image("held_out/source_and_reconstruction", results.picture, step, dataformats="HWC")
+        means = {f"held_out/{metric}": mean for metric, mean in results.means.items() if mean is not None}
+        self._show(step, means)
+        files = write_comparisons(self._root / HELD_OUT_FOLDER, step, results.comparisons)
+        rows = picture(results.comparisons)
+        self._board.add_image(_BESIDE, rows, step, dataformats="HWC")
+        if clip := next((each for each in results.comparisons if each.rate), None):
+            self._add_animation("held_out/clip", clip, step)
         self._board.flush()
+        if self._wandb:
+            self._wandb.log_reconstructions(step, rows, files)
 
-    def write_summary(self) -> str:
-        """Writes and returns what training has done to each held-out clip; empty if there are none."""
-        path = self._root / VALIDATION_FILE
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        if not entries:
-            return ""
-        before, after = entries[0]["psnr_by_clip"], entries[-1]["psnr_by_clip"]
-        both = [name for name in before if name in after]
-        lines = [f"{name}: {before[name]:.2f} dB before, {after[name]:.2f} dB after" for name in both]
-        lines.append(f"mean: {entries[0]['psnr']:.2f} dB before, {entries[-1]['psnr']:.2f} dB after")
-        text = f"PSNR of held-out clips before training and after {entries[-1]['step']} steps\n" + "\n".join(lines)
-        write_text(self._root / SUMMARY_FILE, text + "\n")
-        return text
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends scalars to the boards."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(step, values)
+
+    def _add_animation(self, name: str, clip: Comparison, step: int) -> None:
+        """Puts an animated GIF among TensorBoard's images, which play it; its own add_video needs moviepy."""
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        height, width = clip.frames.shape[1:3]
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=animation(clip))
+        self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def close(self) -> None:
         """Closes the files; may be called at any time."""
-        if self._metrics:
-            self._metrics.close()
-        if self._board:
-            self._board.close()
+        for part in (self._metrics, self._board, self._wandb):
+            if part:
+                part.close()
+
+
+def write_summary(root: Path) -> str:
+    """Writes and returns what training has done to each held-out file; empty if there are none.
+
+    Args:
+        root: the run's folder.
+    """
+    path = root / VALIDATION_FILE
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if not entries:
+        return ""
+    first, last = entries[0], entries[-1]
+    before, after = first["psnr_by_clip"], last["psnr_by_clip"]
+    lines = [f"{name}: {_change(before[name], after[name])}" for name in before if name in after]
+    lines.append(f"mean: {_change(first['psnr'], last['psnr'])}")
+    text = f"PSNR of held-out clips before training and after {last['step']} steps\n" + "\n".join(lines)
+    write_text(root / SUMMARY_FILE, text + "\n")
+    return text
+
+
+def _change(before: float | None, after: float | None) -> str:
+    shown = ["not finite" if value is None else f"{value:.2f} dB" for value in (before, after)]
+    return f"{shown[0]} before, {shown[1]} after"
 
 
 def drop_lines_after(path: Path, step: int) -> None:

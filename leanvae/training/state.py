@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from torch import Tensor
 from leanvae.config import ConfigError
 from leanvae.data.sources import Clip, Item
 from leanvae.files import write_text
-from leanvae.training.checkpoints import STATE_FILE, commit, new_checkpoint, temporary_folder
+from leanvae.training.checkpoints import FIGURES_FILE, STATE_FILE, commit, new_checkpoint, temporary_folder, writing
 from leanvae.training.config import TrainConfig
+from leanvae.training.faults import FaultRecord
 from leanvae.training.ranks import barrier, on_main, rank, world_size
 from leanvae.training.step import LeCamAverages, TrainingStep
 from litevae.pretrained import WEIGHTS_FILE, save_pretrained
@@ -41,6 +42,7 @@ class RunState:
         world_size: ranks that wrote the engines' state.
         lecam: running averages of the discriminator's logits.
         torch: version.
+        faults: bad steps and roll-backs; see `FaultRecord`.
     """
 
     step: int
@@ -49,6 +51,7 @@ class RunState:
     world_size: int
     lecam: dict[str, list[float]]
     torch: str
+    faults: dict[str, Any]
 
 
 def items_digest(items: Sequence[Item]) -> str:
@@ -63,8 +66,19 @@ def resolved_config(config: TrainConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+class WeightsNotFinite(ValueError):
+    """The weights are not worth a checkpoint."""
+
+
 def save_run(
-    root: Path, config: TrainConfig, take_step: TrainingStep, average: dict[str, Tensor], step: int, clips: str
+    root: Path,
+    config: TrainConfig,
+    take_step: TrainingStep,
+    average: dict[str, Tensor],
+    step: int,
+    clips: str,
+    faults: FaultRecord,
+    figures: Mapping[str, float | None] | None,
 ) -> None:
     """Writes a checkpoint: averaged weights, both engines, and where the run stands; all ranks together.
 
@@ -75,9 +89,12 @@ def save_run(
         average: averaged weights; read on the main rank.
         step: steps taken.
         clips: digest of the training files.
+        faults: bad steps so far.
+        figures: of held-out files, by metric, where they were evaluated after this step; read on the main rank.
 
     Raises:
-        ValueError: the weights are not finite; nothing is written then.
+        WeightsNotFinite: nothing is written then.
+        OSError: it cannot be written, as on a full disk; the checkpoints before are as they were.
     """
     on_main(lambda: _check_finite(average, step))
 
@@ -86,66 +103,94 @@ def save_run(
         temporary_folder(folder).mkdir(parents=True)
         return folder
 
-    folder = on_main(begin)
-    written = temporary_folder(folder)
-    take_step.vae.save(written / "vae")
-    if take_step.discriminator:
-        take_step.discriminator.save(written / "discriminator")
-    barrier()
-    if rank() == 0:
+    def finish() -> None:
         state = RunState(
-            step, sorted(take_step.perceptual), clips, world_size(), asdict(take_step.lecam), torch.__version__
+            step,
+            sorted(take_step.perceptual),
+            clips,
+            world_size(),
+            asdict(take_step.lecam),
+            torch.__version__,
+            faults.to_json(),
         )
         save_pretrained(type(take_step.vae.module).__name__, config.model, average, written)
         write_text(written / RESOLVED_CONFIG, resolved_config(config))
         write_text(written / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
+        if figures:
+            write_text(written / FIGURES_FILE, json.dumps(figures, indent=2) + "\n")
         commit(folder, config.training.keep_checkpoints, config.training.keep_every)
+
+    folder = on_main(begin)
+    written = temporary_folder(folder)
+    with writing(folder):
+        take_step.vae.save(written / "vae")
+        if take_step.discriminator:
+            take_step.discriminator.save(written / "discriminator")
     barrier()
+    with writing(folder):
+        on_main(finish)
 
 
-def load_run(
-    folder: Path, config: TrainConfig, take_step: TrainingStep, clips: str, device: torch.device
-) -> tuple[int, dict[str, Tensor]]:
-    """Takes up a run where a checkpoint left it; all ranks together.
+def read_state(folder: Path) -> RunState:
+    """Where a run stood when it wrote a checkpoint."""
+    with _naming(folder / STATE_FILE):
+        return RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+
+
+def check_same_run(folder: Path, config: TrainConfig, take_step: TrainingStep, clips: str) -> None:
+    """Refuses a checkpoint that does not fit, and warns of what else is no more as it was.
 
     Args:
         folder: the checkpoint.
         config: the configuration of now.
-        take_step: gets weights, optimizer states and LeCam's averages.
+        take_step: tells the perceptual losses of now.
         clips: digest of the training files of now.
-        device: where the averaged weights go.
-
-    Returns:
-        Steps taken, and the averaged weights.
 
     Raises:
-        ConfigError: the checkpoint is of another model, engine or number of ranks.
+        ConfigError: the checkpoint is damaged, or of another model or engine.
     """
-    with _naming(folder / STATE_FILE):
-        state = RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    state = read_state(folder)
     with _naming(folder / RESOLVED_CONFIG):
         before = yaml.safe_load((folder / RESOLVED_CONFIG).read_text(encoding="utf-8"))
     now = config.model_dump(mode="json")
-    _check_same_run(folder, before, now, state)
+    _refuse_others(folder, before, now)
     changes = _changes(before, now)
     perceptual = sorted(take_step.perceptual)
     if state.perceptual != perceptual:
         changes.append(f"perceptual losses: {state.perceptual} -> {perceptual}")
     if state.clips != clips:
         changes.append("the list of training files, and with it the order of the data")
+    if state.world_size != world_size():
+        changes.append(f"number of ranks: {state.world_size} -> {world_size()}")
     if changes and rank() == 0:
         logger.warning("not the run that wrote %s; changed: %s", folder, "; ".join(changes))
-    with _naming(folder / "vae"):
-        take_step.vae.load(folder / "vae")
-    if take_step.discriminator:
-        with _naming(folder / "discriminator"):
-            take_step.discriminator.load(folder / "discriminator")
+
+
+def restore(folder: Path, take_step: TrainingStep, average: dict[str, Tensor]) -> RunState:
+    """Sets networks, optimizers and averages to what a checkpoint holds; all ranks together.
+
+    Args:
+        folder: the checkpoint, of any number of ranks.
+        take_step: gets weights, optimizer states and LeCam's averages.
+        average: gets the averaged weights.
+
+    Returns:
+        Where the run stood.
+
+    Raises:
+        ConfigError: the checkpoint is damaged.
+    """
+    state = read_state(folder)
+    engines = {"vae": take_step.vae, "discriminator": take_step.discriminator}
+    for name, engine in engines.items():
+        if engine:
+            with _naming(folder / name):
+                engine.load(folder / name, state.world_size)
     take_step.lecam = LeCamAverages(**state.lecam)
     with _naming(folder / WEIGHTS_FILE):
-        average = {name: value.to(device) for name, value in load_file(folder / WEIGHTS_FILE).items()}
-    if rank() == 0:
-        logger.info("resuming from %s (step %d)", folder, state.step)
-    return state.step, average
+        for name, value in load_file(folder / WEIGHTS_FILE).items():
+            average[name].copy_(value)
+    return state
 
 
 @contextmanager
@@ -171,13 +216,12 @@ def _naming(path: Path) -> Iterator[None]:
 def _check_finite(average: dict[str, Tensor], step: int) -> None:
     broken = [name for name, value in average.items() if not value.isfinite().all()]
     if broken:
-        raise ValueError(
-            f"step {step}: {len(broken)} of {len(average)} weights are not finite, first {broken[0]}: "
-            "the run stops; its last checkpoint is from before"
+        raise WeightsNotFinite(
+            f"step {step}: {len(broken)} of {len(average)} averaged weights are not finite, first {broken[0]}"
         )
 
 
-def _check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any], state: RunState) -> None:
+def _refuse_others(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuses a checkpoint whose state does not fit the networks or the engines."""
     discriminators = [tree["gan"] and tree["gan"]["discriminator"] for tree in (before, now)]
     for name, there, here in (
@@ -185,7 +229,7 @@ def _check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any], s
         ("gan.discriminator", *discriminators),
         ("training.engine", before["training"]["engine"], now["training"]["engine"]),
         ("deepspeed", before["deepspeed"], now["deepspeed"]),
-        ("number of ranks", state.world_size, world_size()),
+        ("training.freeze", before["training"].get("freeze", []), now["training"]["freeze"]),
     ):
         if there != here:
             raise ConfigError(f"{folder} cannot be resumed with another {name}: {there} there, {here} here")

@@ -1,5 +1,6 @@
 """One training step: forward passes, losses, backward passes and updates of both networks."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from leanvae.config import LeanVAEConfig
+from leanvae.data.buckets import Shape
 from leanvae.training import balance
 from leanvae.training.config import GANConfig, TrainConfig
 from leanvae.training.engine import Engine, frozen
@@ -81,6 +83,10 @@ class TrainingStep:
         perceptual: networks of the perceptual losses, by the name of their term.
         average: the autoencoder with the averaged weights; needed for the LDL loss.
         device: where to compute.
+
+    Attributes:
+        lecam: LeCam's averages.
+        gan_factor: what the weight of the adversarial loss is multiplied with.
     """
 
     def __init__(
@@ -99,8 +105,10 @@ class TrainingStep:
         self.average = average
         self.device = device
         self.lecam = LeCamAverages()
+        self.gan_factor = 1.0
         self.curriculum = config.curriculum
         self._phase: int | None = None
+        self._batch: tuple[int, int] | None = None
         model: Any = vae.module
         self._latent_shape = model.latent_shape
         looks_at_gradients = config.gan is not None and config.gan.looks_at_gradients
@@ -110,53 +118,70 @@ class TrainingStep:
         """Updates both networks.
 
         Args:
-            pixels: this rank's part of the batch, uint8 clips `(n, 3, T, H, W)` or images `(n, 3, H, W)`.
+            pixels: this rank's part of the batch, uint8 clips `(n, 3, T, H, W)` or images `(n, 3, H, W)`; images are
+                clips of one frame to a video model.
             indices: places of these samples in the global batch.
             step: number of the step, from 0.
 
         Returns:
-            Losses and rates, averaged over all ranks.
+            Losses and rates, averaged over all ranks. `skipped` is 1 where a loss or a gradient was not finite, on
+            whichever rank: then neither network was updated, nor LeCam's averages.
         """
-        size = self._start_phase(step) or len(pixels)
+        size = self._set_batch(pixels, step)
         rates = self._set_learning_rates(step)
         micro_batches = [
             (self._to_pixels(pixels[start : start + size]), indices[start : start + size])
             for start in range(0, len(pixels), size)
         ]
         logs: dict[str, list[Tensor]] = {}
-        gan_weight = self._gan_weight(step)
+        gan_weight = self.gan_weight(step)
         reconstructions = []
         # The autoencoder's pass through the discriminator must leave no gradients there.
-        with frozen(self.discriminator.module) if self.discriminator else nullcontext():
+        with frozen(self.discriminator.module) if self.discriminator else nullcontext(), self.vae.training():
             for target, places in micro_batches:
                 reconstructions.append(self._train_vae(target, places, step, gan_weight, logs))
         if gan_weight:
             for (target, _), reconstruction in zip(micro_batches, reconstructions, strict=True):
                 self._train_discriminator(target, reconstruction, logs)
-        means = mean_over_ranks({name: torch.stack(values).mean() for name, values in logs.items()})
-        if gan_weight and (gan := self.config.gan):
+        engines = [engine for engine in (self.vae, self.discriminator if gan_weight else None) if engine]
+        values = {name: torch.stack(values).mean() for name, values in logs.items()}
+        # No norm of a gradient is finite unless all of it is; nor is the mean of a rank's that is not.
+        sizes = {f"gradient_{number}": engine.gradient_size() for number, engine in enumerate(engines)}
+        means = mean_over_ranks(values | sizes)
+        finite = all(map(math.isfinite, means.values()))
+        for engine in engines:
+            if finite:
+                engine.update()
+            else:
+                engine.skip_update()
+        if finite and gan_weight and (gan := self.config.gan):
             real, fake = (
                 [value for name, value in means.items() if name.startswith(kind)]
                 for kind in ("logits_real", "logits_fake")
             )
             self.lecam.update(real, fake, gan.lecam_decay)
-        return {**means, **rates}
+        return {**{name: means[name] for name in values}, **rates, "skipped": float(not finite)}
 
-    def _start_phase(self, step: int) -> int | None:
-        """Tells the engines when a phase begins; returns how many samples go into a pass, `None` for all."""
+    def _set_batch(self, pixels: Tensor, step: int) -> int:
+        """Tells the engines what this step trains and how large it is; returns how many samples go into a pass."""
         phase = self.curriculum.number_at(step)
         if phase != self._phase:
             self._phase = phase
+            self.vae.set_frozen(self.curriculum.freeze[phase])
+        bucket = Shape(pixels.shape[2] if pixels.ndim == 5 else 1, *pixels.shape[-2:])
+        passes = self.curriculum.rules[phase].passes(bucket, world_size())
+        batch = (len(pixels) * world_size(), passes)
+        if batch != self._batch:
+            self._batch = batch
             for engine in (self.vae, self.discriminator):
                 if engine:
-                    passes = self.curriculum.passes(phase, world_size())
-                    engine.start_phase(self.curriculum.phases[phase].batch_size, passes)
-        return self.curriculum.micro_batches[phase]
+                    engine.set_batch(*batch)
+        return len(pixels) // passes
 
     def _train_vae(
         self, target: Tensor, indices: list[int], step: int, gan_weight: float, logs: dict[str, list[Tensor]]
     ) -> Tensor:
-        """Accumulates (and after the last pass applies) the autoencoder's gradient; returns its output."""
+        """Accumulates the autoencoder's gradient; returns its output."""
         seed = self.config.training.seed
         noise = posterior_noise(self._latent_shape(target.shape[2:]), seed, step, indices).to(self.device)
         prediction, posterior = self.vae(target.to(self.vae.dtype), noise.to(self.vae.dtype))
@@ -232,7 +257,7 @@ class TrainingStep:
         return weight, at_pixels[0] + weight * at_pixels[1]
 
     def _train_discriminator(self, target: Tensor, prediction: Tensor, logs: dict[str, list[Tensor]]) -> None:
-        """Accumulates (and after the last pass applies) the discriminator's gradient."""
+        """Accumulates the discriminator's gradient."""
         gan, discriminator = self._gan()
         images = torch.cat((as_images(target), as_images(prediction)))
         losses, penalties = [], []
@@ -254,9 +279,13 @@ class TrainingStep:
         assert self.discriminator is not None
         return self.config.gan, self.discriminator
 
-    def _gan_weight(self, step: int) -> float:
+    def gan_weight(self, step: int) -> float:
+        """Weight of the adversarial loss in a step."""
         gan = self.config.gan
-        return gan.weight * ramp(step, gan.start_step, gan.warmup_steps) if gan else 0.0
+        if gan is None:
+            return 0.0
+        start_step = max(gan.start_step, self.curriculum.gan_from)
+        return self.gan_factor * gan.weight * ramp(step, start_step, gan.warmup_steps)
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
         optimizer, max_steps = self.config.optimizer, self.curriculum.max_steps

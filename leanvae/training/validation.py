@@ -1,6 +1,6 @@
-"""Held-out clips and images during training: PSNR and side-by-side pictures of the averaged weights."""
+"""Held-out clips and images during training: measures and pictures of what the averaged weights make of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 
 from leanvae.checkpoint import build_vae
-from leanvae.data.loader import read_held_out
-from leanvae.data.sources import Clip, Item
-from leanvae.metrics import psnr
+from leanvae.data.clips import ClipSample
+from leanvae.data.loader import Sample, read_held_out
+from leanvae.data.sources import Clip, Item, Picture
+from leanvae.evaluation.feature_networks import FeatureNetworks
+from leanvae.evaluation.held_out import measure_clip, picture_row
+from leanvae.training.comparison import Comparison
 from leanvae.training.config import TrainConfig
+from litevae.perceptual import PerceptualDistance
+
+_NUM_SHOWN = 8  # reconstructions that are kept of one evaluation
+METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "flicker")  # of `leanvae evaluate`, that training shows
+_DEFAULT_RATE = 25.0  # frames a second, where a file's timestamps tell none
 
 
 @dataclass(frozen=True)
@@ -19,54 +27,93 @@ class ValidationResults:
     """Figures of one evaluation.
 
     Attributes:
-        psnr: in dB by file, the mean over frames.
-        picture: uint8 `(H', W', 3)`; a row a file: the image, or first, middle and last frame of the clip, source
-            beside reconstruction.
+        figures: by metric (of `METRICS`; `lpips` where its weights are to be had) and file; `None` where one is not
+            finite or not defined.
+        comparisons: the first few files beside their reconstructions.
     """
 
-    psnr: dict[str, float]
-    picture: np.ndarray
+    figures: Mapping[str, Mapping[str, float | None]]
+    comparisons: Sequence[Comparison]
+
+    def mean(self, metric: str) -> float | None:
+        """Mean over the files that have a figure; `None` if none has."""
+        values = [value for value in self.figures[metric].values() if value is not None]
+        return sum(values) / len(values) if values else None
+
+    def __str__(self) -> str:
+        shown = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}", "lpips": "LPIPS {:.4f}"}
+        found = {metric: mean for metric, mean in self.means.items() if metric in shown and mean is not None}
+        means = [shown[metric].format(mean) for metric, mean in found.items()]
+        return f"{', '.join(means) or 'nothing finite'} ({len(self.figures['psnr'])} files)"
 
     @property
-    def mean_psnr(self) -> float:
-        """Mean over the files, in dB."""
-        return sum(self.psnr.values()) / len(self.psnr)
+    def means(self) -> dict[str, float | None]:
+        """The mean of each metric."""
+        return {metric: self.mean(metric) for metric in self.figures}
+
+
+def read_validation_samples(config: TrainConfig, items: Sequence[Item]) -> list[Sample]:
+    """Decodes the first usable held-out clips and images, in the largest shapes of the run's last phase.
+
+    Args:
+        config: the run's configuration; of each kind, `training.validation_clips` are taken.
+        items: the held-out clips and images.
+    """
+    samples = []
+    for is_image in (False, True):
+        buckets = [bucket for bucket in config.curriculum.phases[-1].batches if bucket.is_image == is_image]
+        of_kind = [item for item in items if isinstance(item, Picture) == is_image]
+        if buckets and of_kind:
+            largest = max(buckets, key=lambda bucket: bucket.frames * bucket.height * bucket.width)
+            samples += read_held_out(of_kind, config.data, largest, config.training.validation_clips)
+    return samples
 
 
 class Validation:
-    """Evaluates weights on the same held-out clips or images each time, at the resolution of the run's last phase.
+    """Evaluates weights on the same held-out samples each time, one at a time.
 
     Args:
         config: the run's configuration.
-        items: the held-out clips or images; the first usable `training.validation_clips` are taken.
+        samples: decoded held-out clips and images.
+        lpips: the distance, on the device; `None` leaves it out.
         device: where to compute.
     """
 
-    def __init__(self, config: TrainConfig, items: Sequence[Item], device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, samples: Sequence[Sample], lpips: PerceptualDistance | None, device: torch.device
+    ) -> None:
         self._config = config
+        self._samples = {_label(sample.item): sample for sample in samples}
+        self._networks = FeatureNetworks(lpips, None, None, [])
         self._device = device
-        resolution = config.curriculum.phases[-1].resolution
-        samples = read_held_out(items, config.data, resolution, config.training.validation_clips)
-        # (T, H, W, 3) or (H, W, 3) -> 1 3 T H W or 1 3 H W
-        self._pixels = {_label(sample.item): torch.from_numpy(sample.frames).movedim(-1, 0)[None] for sample in samples}
 
     @torch.inference_mode()
     def run(self, weights: dict[str, Tensor]) -> ValidationResults | None:
         """Reconstructs the held-out files with the given weights; `None` if there are none."""
-        if not self._pixels:
+        if not self._samples:
             return None
         with torch.device("meta"):
             vae = build_vae(self._config.model)
         vae.load_state_dict(weights, strict=True, assign=True)
         vae.eval()
-        values, rows = {}, []
-        for name, pixels in self._pixels.items():
+        figures: dict[str, dict[str, float | None]] = {}
+        comparisons = []
+        for name, sample in self._samples.items():
+            # (T, H, W, 3) or (H, W, 3) -> 1 3 T H W or 1 3 H W
+            pixels = torch.from_numpy(sample.frames).movedim(-1, 0)[None]
             target = pixels.to(self._device).float() / 255.0
             output = vae.decode(vae.encode(target * 2.0 - 1.0).mode(), tuple(pixels.shape[2:]))
             output = (output.float() / 2.0 + 0.5).clamp(0.0, 1.0)
-            values[name] = psnr(output, target).mean().item()
-            rows.append(_picture_row(target[0], output[0]))
-        return ValidationResults(values, np.concatenate(rows, axis=0))
+            for metric, value in self._measure(output[0], target[0]).items():
+                figures.setdefault(metric, {})[name] = value
+            if len(comparisons) < _NUM_SHOWN:
+                comparisons.append(_compare(name, sample, output[0], target[0]))
+        return ValidationResults(figures, comparisons)
+
+    def _measure(self, output: Tensor, target: Tensor) -> dict[str, float | None]:
+        """Figures of one image `(3, H, W)` or clip `(3, T, H, W)` in [0, 1]."""
+        row = measure_clip(output, target, self._config.patch_size[1], self._networks)
+        return {name: row[name] for name in METRICS if name != "lpips" or self._networks.lpips}
 
 
 def _label(item: Item) -> str:
@@ -74,12 +121,12 @@ def _label(item: Item) -> str:
     return f"{item.path} at {item.start:g} s" if isinstance(item, Clip) and item.start else item.path
 
 
-def _picture_row(target: Tensor, output: Tensor) -> np.ndarray:
-    """Two images `(3, H, W)`, or first, middle and last frame of two clips `(3, T, H, W)`, in [0, 1], side by side."""
-    if target.ndim == 3:
-        target, output = target.unsqueeze(1), output.unsqueeze(1)
-    pieces = []
-    for frame in sorted({0, target.shape[1] // 2, target.shape[1] - 1}):
-        pieces += [target[:, frame], output[:, frame]]
-    row = torch.cat(pieces, dim=2).permute(1, 2, 0)
-    return (row * 255.0).round().to(torch.uint8).cpu().numpy()
+def _compare(name: str, sample: Sample, output: Tensor, target: Tensor) -> Comparison:
+    """A sample beside its reconstruction, both `(3, T, H, W)` or `(3, H, W)` in [0, 1]."""
+    reconstruction = (output.movedim(0, -1) * 255.0).round().to(torch.uint8).cpu().numpy()
+    frames = np.concatenate((sample.frames, reconstruction), axis=-2)  # (T, H, 2W, 3) or (H, 2W, 3)
+    row = picture_row(output, target)
+    if not isinstance(sample, ClipSample):
+        return Comparison(name, frames[None], None, row)
+    seconds = float(sample.times[-1] - sample.times[0])
+    return Comparison(name, frames, (len(frames) - 1) / seconds if seconds > 0 else _DEFAULT_RATE, row)

@@ -9,7 +9,7 @@ import pytest
 from leanvae.data import builtin
 from leanvae.data.builtin import PHOTOGRAPHS, find_photographs, make_builtin_clips, moving_views
 from leanvae.data.config import ClipDataConfig
-from leanvae.data.sources import Clip, list_clips, split_held_out
+from leanvae.data.sources import Clip, list_items, split_held_out
 from leanvae.media import iter_frames, probe, read_image
 
 
@@ -51,10 +51,10 @@ def test_clips_are_written_once_and_look_like_the_views(few_frames, tmp_path):
 
 def test_a_missing_clip_is_made_again_and_the_source_lists_them(few_frames, tmp_path):
     config = ClipDataConfig(sources=["builtin"], cache_dir=str(tmp_path))
-    clips = list_clips(config)
+    clips = list_items(config)
     first = [Path(clip.path).read_bytes() for clip in clips]
     (tmp_path / "builtin-v1" / "photo_coffee.mp4").unlink()
-    assert list_clips(config) == clips
+    assert list_items(config) == clips
     assert [Path(clip.path).read_bytes() for clip in clips] == first
 
 

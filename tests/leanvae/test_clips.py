@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from leanvae.data import decoding
+from leanvae.data.buckets import Shape
 from leanvae.data.clips import read_clip
 from leanvae.data.config import ClipDataConfig
 from leanvae.data.sources import Clip
@@ -48,7 +49,7 @@ def write_video(path, images, *, codec="libx264", pix_fmt="yuv420p", pts=None, m
     return Clip(str(path))
 
 
-RESOLUTION = (64, 96)
+BUCKET = Shape(5, 64, 96)
 
 
 def config(**changes):
@@ -126,7 +127,7 @@ def test_decord_is_taken_where_it_is_known_to_agree(tmp_path, name, changes, agr
     pytest.importorskip("decord")
     clip = write_video(tmp_path / name, scene(8), **changes)
     assert decoding.decord_agrees(clip, probe(clip.path)) is agrees
-    assert read_clip(clip, config(), RESOLUTION, None).backend == ("decord" if agrees else "pyav")
+    assert read_clip(clip, config(), BUCKET, None).backend == ("decord" if agrees else "pyav")
     part = Clip(clip.path, start=0.05)
     assert not decoding.decord_agrees(part, probe(clip.path))
 
@@ -140,9 +141,9 @@ def test_decord_is_not_taken_for_large_untagged_pictures(tmp_path):
 
 def test_pyav_takes_over_where_decord_is_missing_or_fails(tmp_path, monkeypatch):
     clip = write_video(tmp_path / "clip.mp4", scene(8))
-    with_decord = read_clip(clip, config(), RESOLUTION, None)
+    with_decord = read_clip(clip, config(), BUCKET, None)
     monkeypatch.setattr(decoding, "_decord", lambda: None)
-    without = read_clip(clip, config(), RESOLUTION, None)
+    without = read_clip(clip, config(), BUCKET, None)
     assert without.backend == "pyav"
     assert np.abs(without.frames.astype(int) - with_decord.frames).mean() < 2.2
 
@@ -152,12 +153,12 @@ def test_pyav_takes_over_where_decord_is_missing_or_fails(tmp_path, monkeypatch)
             raise RuntimeError("broken")
 
     monkeypatch.setattr(decoding, "_decord", lambda: Broken)
-    assert read_clip(clip, config(), RESOLUTION, None).backend == "pyav"
+    assert read_clip(clip, config(), BUCKET, None).backend == "pyav"
 
 
 def test_narrow_pictures_whose_padding_decord_miscounts_go_to_pyav(tmp_path):
     clip = write_video(tmp_path / "tiny.mp4", scene(8, 16, 16))
-    sample = read_clip(clip, config(), (16, 16), None)
+    sample = read_clip(clip, config(), Shape(5, 16, 16), None)
     assert sample.backend == "pyav"
     assert sample.frames.shape == (5, 16, 16, 3)
 
@@ -169,10 +170,10 @@ def frame_numbers(sample, whole):
 def test_read_clip_takes_the_central_window_without_a_generator(tmp_path):
     clip = write_video(tmp_path / "clip.mp4", scene(20))
     whole = list(iter_frames(clip.path))
-    sample = read_clip(clip, config(), RESOLUTION, None)
+    sample = read_clip(clip, config(), BUCKET, None)
     assert frame_numbers(sample, whole) == [8, 9, 10, 11, 12]
     assert sample.times == pytest.approx([frame.time for frame in whole[8:13]], abs=1e-6)
-    assert frame_numbers(read_clip(clip, config(stride=3), RESOLUTION, None), whole) == [4, 7, 10, 13, 16]
+    assert frame_numbers(read_clip(clip, config(stride=3), BUCKET, None), whole) == [4, 7, 10, 13, 16]
 
 
 def test_read_clip_draws_all_windows_and_flips_from_the_generator(tmp_path):
@@ -180,8 +181,8 @@ def test_read_clip_draws_all_windows_and_flips_from_the_generator(tmp_path):
     whole = list(iter_frames(clip.path))
     starts, flips = set(), set()
     for seed in range(24):
-        sample = read_clip(clip, config(flip=True), RESOLUTION, np.random.default_rng(seed))
-        again = read_clip(clip, config(flip=True), RESOLUTION, np.random.default_rng(seed))
+        sample = read_clip(clip, config(flip=True), BUCKET, np.random.default_rng(seed))
+        again = read_clip(clip, config(flip=True), BUCKET, np.random.default_rng(seed))
         assert np.array_equal(sample.frames, again.frames)
         flipped = sample.frames[0, 32, -2].min() > 200
         frames = sample.frames[:, :, ::-1] if flipped else sample.frames
@@ -195,7 +196,7 @@ def test_read_clip_draws_all_windows_and_flips_from_the_generator(tmp_path):
 def test_read_clip_covers_any_resolution_without_borders(tmp_path, resolution):
     clip = write_video(tmp_path / "clip.mp4", [np.full((64, 96, 3), 180, np.uint8)] * 6)
     for generator in (None, np.random.default_rng(0)):
-        sample = read_clip(clip, config(), resolution, generator)
+        sample = read_clip(clip, config(), Shape(5, *resolution), generator)
         assert sample.frames.shape == (5, *resolution, 3)
         assert sample.frames.dtype == np.uint8
         assert np.abs(sample.frames.astype(int) - 180).max() <= 4
@@ -205,27 +206,27 @@ def test_read_clip_keeps_to_a_csvs_start_and_end(tmp_path):
     clip = write_video(tmp_path / "clip.mp4", scene(40))
     whole = list(iter_frames(clip.path))
     part = Clip(clip.path, start=10 / 30, end=15 / 30)
-    assert frame_numbers(read_clip(part, config(), RESOLUTION, np.random.default_rng(0)), whole) == [10, 11, 12, 13, 14]
+    assert frame_numbers(read_clip(part, config(), BUCKET, np.random.default_rng(0)), whole) == [10, 11, 12, 13, 14]
     with pytest.raises(MediaError, match="too short: 4 frames, 5 needed"):
-        read_clip(Clip(clip.path, start=11 / 30, end=15 / 30), config(), RESOLUTION, None)
-    tail = read_clip(Clip(clip.path, start=35 / 30), config(), RESOLUTION, None)
+        read_clip(Clip(clip.path, start=11 / 30, end=15 / 30), config(), BUCKET, None)
+    tail = read_clip(Clip(clip.path, start=35 / 30), config(), BUCKET, None)
     assert frame_numbers(tail, whole) == [35, 36, 37, 38, 39]
     with pytest.raises(MediaError, match="too short: 0 frames"):
-        read_clip(Clip(clip.path, start=100.0), config(), RESOLUTION, None)
+        read_clip(Clip(clip.path, start=100.0), config(), BUCKET, None)
 
 
 def test_read_clip_refuses_what_is_too_short_or_ends_early(tmp_path):
     clip = write_video(tmp_path / "short.mp4", scene(4))
     with pytest.raises(MediaError, match=r"short\.mp4: too short: 4 frames, 5 needed"):
-        read_clip(clip, config(), RESOLUTION, None)
+        read_clip(clip, config(), BUCKET, None)
     with pytest.raises(MediaError, match=r"too short: 4 frames, 9 needed \(5 at stride 2\)"):
-        read_clip(clip, config(stride=2), RESOLUTION, None)
+        read_clip(clip, config(stride=2), BUCKET, None)
     noise = np.random.default_rng(0).integers(0, 255, (90, 64, 64, 3), np.uint8)
     write_video(tmp_path / "whole.webm", list(noise), codec="libvpx")
     data = (tmp_path / "whole.webm").read_bytes()
     (tmp_path / "cut.webm").write_bytes(data[: len(data) // 3])
     with pytest.raises(MediaError, match=r"truncated: the data end at 0\.\d s of 3\.0 s"):
-        read_clip(Clip(str(tmp_path / "cut.webm")), config(), RESOLUTION, None)
+        read_clip(Clip(str(tmp_path / "cut.webm")), config(), BUCKET, None)
 
 
 REASONS = {
@@ -252,10 +253,10 @@ REASONS = {
 def test_shared_bad_files_are_refused_with_their_reasons():
     for path in sorted((SHARED / "bad").iterdir()):
         if path.name == "tiny_16x16.mp4":
-            assert read_clip(Clip(str(path)), config(), RESOLUTION, None).frames.shape == (5, 64, 96, 3)
+            assert read_clip(Clip(str(path)), config(), BUCKET, None).frames.shape == (5, 64, 96, 3)
         else:
             with pytest.raises(MediaError) as caught:
-                read_clip(Clip(str(path)), config(), RESOLUTION, None)
+                read_clip(Clip(str(path)), config(), BUCKET, None)
             assert caught.value.reason.startswith(REASONS[path.name]), path.name
 
 

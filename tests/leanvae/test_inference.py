@@ -22,7 +22,7 @@ from leanvae.patchify import (
     synthesis_matrix,
     to_patches,
 )
-from leanvae.prepared import Preparable
+from litevae.prepared import Preparable
 
 SMALL = {"low_channels": 8, "high_channels": 16, "num_stream_layers": 1, "num_fusion_layers": 1, "ista_layers": 1}
 VARIANTS = {

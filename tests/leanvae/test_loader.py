@@ -21,16 +21,19 @@ import pytest
 import torch
 
 from leanvae.data import loader as loader_module
+from leanvae.data import workers as workers_module
+from leanvae.data.buckets import Shape
 from leanvae.data.config import ClipDataConfig, ImageDataConfig
 from leanvae.data.loader import Loader, read_held_out
-from leanvae.data.order import locate, phase_at, phases_of
+from leanvae.data.order import phases_of
 from leanvae.data.quarantine import QuarantineRecord, TooManyBadClips
-from leanvae.data.sources import list_clips, list_pictures
+from leanvae.data.schedule import Schedule
+from leanvae.data.sources import list_items
 from leanvae.data.workers import decode_sample
 
 NUM_STEPS = 6
 BATCH = 4
-PHASES = phases_of([(2, BATCH, (32, 32)), (3, 2 * BATCH, (16, 24)), (1, BATCH, (24, 16))])
+STRETCHES = [(2, BATCH, (32, 32)), (3, 2 * BATCH, (16, 24)), (1, BATCH, (24, 16))]
 
 
 def write_video(path, number, count=9):
@@ -73,16 +76,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = loader_module.start_decoders(1)
+    pool = workers_module.start_decoders(1)
     yield pool
-    loader_module.stop_decoders(pool)
+    workers_module.stop_decoders(pool)
 
 
 @pytest.fixture
 def one_pool(pool, monkeypatch):
     """All loaders of a test share the module's decoder process, which takes a while to start."""
-    monkeypatch.setattr(loader_module, "start_decoders", lambda _: pool)
-    monkeypatch.setattr(loader_module, "stop_decoders", lambda _: None)
+    monkeypatch.setattr(workers_module, "start_decoders", lambda _: pool)
+    monkeypatch.setattr(workers_module, "stop_decoders", lambda _: None)
 
 
 COMMON = {"num_workers": 1, "max_bad_share": 0.5, "prefetch": 1}
@@ -104,23 +107,29 @@ def config(request, folder, clip_config):
 clips_only = pytest.mark.parametrize("config", ["clips"], indirect=True)
 
 
-def list_items(config):
-    return list_clips(config) if isinstance(config, ClipDataConfig) else list_pictures(config)
+def schedule(config, items=None, stretches=STRETCHES, seed=0):
+    """Phases of (steps, batch size, resolution), each with one bucket."""
+    frames = config.num_frames if isinstance(config, ClipDataConfig) else 1
+    phases = phases_of((steps, {Shape(frames, *resolution): batch}) for steps, batch, resolution in stretches)
+    return Schedule(config, items or list_items(config), None, phases, seed)
 
 
 def batches(config, tmp_path, *, start=0, rank=0, world_size=1, stop=NUM_STEPS, seed=0):
     record = tmp_path / f"quarantine.rank{rank}.jsonl"
     with Loader(
         config,
-        list_items(config),
-        seed=seed,
-        phases=PHASES,
+        schedule(config, seed=seed),
         rank=rank,
         world_size=world_size,
         start_step=start,
         record=record,
     ) as loader:
         return list(islice(loader, stop - start))
+
+
+def expected(step):
+    """Batch size and resolution of a step."""
+    return [stretch[1:] for stretch in STRETCHES for _ in range(stretch[0])][step]
 
 
 def assert_same(ours, theirs):
@@ -134,10 +143,11 @@ def assert_same(ours, theirs):
 
 def test_batches_hold_clips_of_the_asked_shape_without_the_bad_ones(one_pool, clip_config, tmp_path):
     for number, step in enumerate(batches(clip_config, tmp_path)):
-        phase = phase_at(PHASES, number)
-        assert step.pixels.shape == (phase.batch_size, 3, 5, *phase.resolution)
+        size, resolution = expected(number)
+        assert step.pixels.shape == (size, 3, 5, *resolution)
+        assert (step.bucket, step.size) == (Shape(5, *resolution), size)
         assert step.pixels.dtype == torch.uint8
-        assert step.indices == list(range(phase.batch_size))
+        assert step.indices == list(range(size))
         for clip, path in zip(step.pixels, step.paths, strict=True):
             assert "good" in path
             number = int(path.rsplit("_")[-1].removesuffix(".mp4"))
@@ -153,8 +163,8 @@ def test_batches_hold_images_of_the_asked_shape_without_the_bad_ones(one_pool, f
         steps = batches(config, tmp_path / f"as{suffix}")
         loaded.append(steps)
         for number, step in enumerate(steps):
-            phase = phase_at(PHASES, number)
-            assert step.pixels.shape == (phase.batch_size, 3, *phase.resolution)
+            size, resolution = expected(number)
+            assert step.pixels.shape == (size, 3, *resolution)
             assert step.pixels.dtype == torch.uint8
             assert step.pixels.is_contiguous()
             numbers = [int(path.rsplit("_")[-1].removesuffix(".png")) for path in step.paths]
@@ -186,7 +196,7 @@ def test_an_epoch_over_phases_takes_each_file_once(one_pool, config, tmp_path):
         start = len(named)
         named += [first.get(start + index, path) for index, path in zip(step.indices, step.paths, strict=True)]
     length = len(list_items(config))
-    assert locate(len(named), length)[0] == 2
+    assert len(named) // length == 2
     for epoch in range(2):
         assert len(set(named[epoch * length : (epoch + 1) * length])) == length
 
@@ -223,7 +233,7 @@ def test_rejections_are_recorded_once_and_replayed_on_any_number_of_ranks(one_po
     recorded = [json.loads(line) for line in lines.splitlines()]
     rejected = [rejection for step in whole for rejection in step.rejected]
     assert [entry["position"] for entry in recorded] == [rejection.position for rejection in rejected]
-    assert set(recorded[0]) == {"position", "epoch", "attempt", "path", "reason", "substitute", "modified", "file"}
+    assert set(recorded[0]) == {"position", "attempt", "path", "reason", "substitute", "modified", "file"}
     assert_same(batches(config, tmp_path), whole)
     assert record.read_text() == lines
     parts = [batches(config, tmp_path, rank=rank, world_size=2) for rank in range(2)]
@@ -238,7 +248,7 @@ def test_a_recorded_decision_is_replayed_though_the_file_is_good(one_pool, confi
     index = 0
     path = whole[1].paths[index]
     attempt = sum(rejection.position == BATCH + index for rejection in whole[1].rejected)
-    entry = {"position": BATCH + index, "epoch": 0, "attempt": attempt, "path": path}
+    entry = {"position": BATCH + index, "attempt": attempt, "path": path}
     entry |= {"reason": "decoding took longer than 30 s", "substitute": "it is worked out again"}
     archive = path.rsplit("/", 1)[0] if ".tar/" in path else ""
     # Records of clips from before there were images have no "file".
@@ -262,10 +272,10 @@ def test_decoders_that_die_while_idle_are_replaced_and_no_clip_is_blamed(config,
     whole = batches(config, tmp_path / "whole")
     others = psutil.Process().children()
     record = tmp_path / "killed" / "quarantine.rank0.jsonl"
-    with Loader(config, list_clips(config), seed=0, phases=PHASES, record=record) as loader:
+    with Loader(config, schedule(config), record=record) as loader:
         steps = iter(loader)
         got = [next(steps)]
-        while not all(item.future.done() for step in loader._ahead for item in step):
+        while not all(item.work.future.done() for _, step in loader._ahead for item in step):
             time.sleep(0.05)
         decoders = [child for child in psutil.Process().children() if child not in others]
         assert decoders
@@ -302,9 +312,8 @@ def test_slow_and_crashing_decoders_are_replaced_within_the_time_limit(config, t
 
     monkeypatch.setattr(loader_module, "decode_sample", odd_decoder.decode_sample)
     config = config.model_copy(update={"timeout": 0.5, "max_bad_share": 0.9, "sources": config.sources[:1]})
-    clips = list_clips(config)
     record = tmp_path / "quarantine.rank0.jsonl"
-    with Loader(config, clips, seed=0, phases=phases_of([(1, 5, (32, 32))]), record=record) as loader:
+    with Loader(config, schedule(config, stretches=[(1, 5, (32, 32))]), record=record) as loader:
         steps = list(islice(loader, 2))
         reasons = {path.rsplit("/")[-1]: reason for path, reason in loader.rejected_paths.items()}
     assert reasons["good_1.mp4"] == "decoding took longer than 0.5 s"
@@ -318,16 +327,11 @@ def test_slow_and_crashing_decoders_are_replaced_within_the_time_limit(config, t
 
 @clips_only
 def test_decoder_processes_import_no_torch_and_end_with_the_loader(config, tmp_path):
-    loader = Loader(
-        config,
-        list_clips(config),
-        seed=0,
-        phases=phases_of([(1, 2, (32, 32))]),
-        record=tmp_path / "quarantine.rank0.jsonl",
-    )
+    drawn = schedule(config, stretches=[(1, 2, (32, 32))])
+    loader = Loader(config, drawn, record=tmp_path / "quarantine.rank0.jsonl")
     with loader:
         next(iter(loader))
-        pool = loader._pool
+        pool = loader._decoders._pool
         found = pool.schedule(eval, args=("[n for n in ('torch', 'cv2') if n in __import__('sys').modules]",))
         assert found.result(timeout=20) == ["cv2"]
         started = time.monotonic()
@@ -356,34 +360,29 @@ def test_a_source_of_bad_clips_alone_stops_the_loader(one_pool, config, tmp_path
 @clips_only
 def test_loader_refuses_what_it_cannot_share(one_pool, config, tmp_path):
     record = tmp_path / "quarantine.rank0.jsonl"
-    clips = list_clips(config)
-    with pytest.raises(ValueError, match=r"phase 0 \(from step 0\): batch size 4 cannot be shared by 3 ranks"):
-        Loader(config, clips, seed=0, phases=PHASES, world_size=3, record=record)
-    with pytest.raises(ValueError, match="two: nothing is left for training"):
-        Loader(config, clips[:3], seed=0, phases=PHASES, record=record)
-    phases = phases_of([(5, 6, (8, 8)), (5, 4, (8, 8))])
-    with pytest.raises(ValueError, match=r"phase 1 \(from step 5\): batch size 4"):
-        Loader(config, clips, seed=0, phases=phases, world_size=3, record=record)
-    with pytest.raises(ValueError, match="at least one phase"):
-        Loader(config, clips, seed=0, phases=[], record=record)
+    with (
+        Loader(config, schedule(config), world_size=3, record=record) as loader,
+        pytest.raises(ValueError, match="step 0: 4 samples of 5x32x32 cannot be shared by 3 ranks"),
+    ):
+        next(iter(loader))
 
 
 @clips_only
 def test_read_held_out_takes_central_windows_and_passes_over_bad_files(one_pool, config, caplog):
-    clips = [clip for clip in list_clips(config) if clip.source == 1][::-1]
+    clips = [clip for clip in list_items(config) if clip.source == 1][::-1]
     assert clips[0].path.endswith("text.mp4")
-    samples = read_held_out(clips, config, (16, 24), limit=2)
+    samples = read_held_out(clips, config, Shape(5, 16, 24), limit=2)
     assert [sample.item for sample in samples] == clips[1:3]
     assert samples[0].frames.shape == (5, 16, 24, 3)
     assert samples[0].times == pytest.approx(np.arange(2, 7) / 30, abs=1e-3)
     assert "held out, but not used: cannot be decoded" in caplog.text
-    assert len(read_held_out(clips, config, (16, 24), limit=100)) == 4
+    assert len(read_held_out(clips, config, Shape(5, 16, 24), limit=100)) == 4
 
 
 def test_read_held_out_reads_images(one_pool, folder, caplog):
     config = ImageDataConfig(sources=[f"{folder}/two.tar"], **COMMON)
-    pictures = list_pictures(config)[::-1]
-    samples = read_held_out(pictures, config, (16, 24), limit=2)
+    pictures = list_items(config)[::-1]
+    samples = read_held_out(pictures, config, Shape(1, 16, 24), limit=2)
     assert [sample.item for sample in samples] == pictures[1:3]
     assert samples[0].frames.shape == (16, 24, 3)
     assert "two.tar/text.png: held out, but not used: no image" in caplog.text
@@ -402,7 +401,7 @@ def test_a_changed_tar_makes_its_records_void(one_pool, folder, tmp_path):
 
 def test_clips_with_a_configuration_of_images_say_so(one_pool, clip_config, tmp_path):
     with pytest.raises(TypeError, match="ClipDataConfig, got ImageDataConfig"):
-        decode_sample(list_clips(clip_config)[0], ImageDataConfig(), (16, 24), None)
+        decode_sample(list_items(clip_config)[0], ImageDataConfig(), Shape(5, 16, 24), None)
 
 
 @pytest.mark.slow
@@ -415,12 +414,15 @@ def test_a_program_that_leaves_the_loader_open_still_ends(config, tmp_path, endi
 
         if __name__ == "__main__":
             from leanvae.data.loader import Loader
+            from leanvae.data.buckets import Shape
             from leanvae.data.order import phases_of
-            from leanvae.data.sources import list_clips
+            from leanvae.data.schedule import Schedule
+            from leanvae.data.sources import list_items
 
             config = ClipDataConfig.model_validate_json({config.model_dump_json()!r})
             record = Path({str(tmp_path)!r}) / "quarantine.rank0.jsonl"
-            loader = Loader(config, list_clips(config), seed=0, phases=phases_of([(1, 2, (32, 32))]), record=record)
+            phases = phases_of([(1, {{Shape(5, 32, 32): 2}})])
+            loader = Loader(config, Schedule(config, list_items(config), None, phases, 0), record=record)
             print(next(iter(loader)).pixels.shape)
             {ending}
     """

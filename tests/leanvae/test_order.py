@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from leanvae.data.order import epoch_order, locate, phase_at, phases_of, source_shares, substitute
+from leanvae.data.buckets import Shape
+from leanvae.data.order import epoch_order, phase_at, phases_of, source_counts, substitute
 
 SIZES = (7, 5, 20)
 
@@ -39,97 +40,66 @@ def test_weighted_sources_repeat_no_clip_before_all_their_clips_were_seen(weight
 
 
 def test_weighted_sources_get_their_shares():
-    shares = source_shares(SIZES, (5, 1, 2))
-    assert shares == [20, 4, 8]
-    order = epoch_order(SIZES, (5, 1, 2), 0, 4)
-    assert np.bincount(order[:, 0]).tolist() == shares
+    counts = np.stack([np.bincount(epoch_order(SIZES, (5, 1, 2), 0, epoch)[:, 0], minlength=3) for epoch in range(9)])
+    assert counts.tolist() == 9 * [[20, 4, 8]]
+    drawn = np.bincount(stream((3, 2), (1, 9), 0, 40)[:, 0])
+    assert drawn.tolist() == [20, 180]  # also a share of less than one an epoch, over the epochs
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1), (0.1, 0.2, 0.3), (1e-9, 1, 3), SIZES])
-def test_source_shares_add_up_to_the_epoch_and_round_by_less_than_one(weights):
-    shares = source_shares(SIZES, weights)
-    assert sum(shares) == sum(SIZES)
-    exact = np.array(weights) / sum(weights) * sum(SIZES)
-    assert (np.abs(exact - shares) < 1).all()
+@pytest.mark.parametrize("epochs", [0, 1, 2, 1000])
+def test_source_counts_add_up_and_round_by_less_than_two(weights, epochs):
+    counts = source_counts(SIZES, weights, epochs)
+    assert sum(counts) == epochs * sum(SIZES)
+    exact = np.array(weights) / sum(weights) * sum(SIZES) * epochs
+    assert (np.abs(exact - counts) < 2).all()
+    if weights == SIZES:
+        assert counts == [epochs * size for size in SIZES]
 
 
-def test_source_shares_refuse_what_is_not_positive():
+def test_source_counts_refuse_what_is_not_positive():
     with pytest.raises(ValueError, match="positive"):
-        source_shares((3, 0), (1, 1))
+        source_counts((3, 0), (1, 1), 1)
     with pytest.raises(ValueError, match="one weight a source"):
-        source_shares((3, 2), (1,))
+        source_counts((3, 2), (1,), 1)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_slices_make_up_the_same_steps(world_size):
-    batch, length = 8, sum(SIZES)
-    whole = stream(SIZES, SIZES, 0, 3)
-    for step in range(10):
-        parts = []
-        for rank in range(world_size):
-            local = batch // world_size
-            for index in range(rank * local, (rank + 1) * local):
-                epoch, place = locate(step * batch + index, length)
-                parts.append(epoch_order(SIZES, SIZES, 0, epoch)[place])
-        assert np.array_equal(parts, whole[step * batch : (step + 1) * batch])
-
-
-STRETCHES = [(3, 8, (16, 16)), (2, 4, (32, 32)), (4, 12, (8, 24))]
+STRETCHES = [(3, {Shape(5, 16, 16): 8}), (2, {Shape(5, 32, 32): 4, Shape(1, 8, 8): 2}), (4, {Shape(1, 8, 24): 12})]
 
 
 def test_phases_follow_each_other_and_the_last_goes_on():
     phases = phases_of(STRETCHES)
     assert [phase.first_step for phase in phases] == [0, 3, 5]
-    assert [phase.first_position for phase in phases] == [0, 24, 32]
     found = [phases.index(phase_at(phases, step)) for step in (0, 2, 3, 4, 5, 8, 9, 1000)]
     assert found == [0, 0, 1, 1, 2, 2, 2, 2]
-    assert phase_at(phases, 9).resolution == (8, 24)
+    assert phase_at(phases, 9).batches == STRETCHES[2][1]
+    assert phases_of(STRETCHES[:1])[0] == phases[0]
 
 
-def slices(phases, rank=0, world_size=1, start=0, stop=12):
-    """The positions of a rank's steps."""
-    for step in range(start, stop):
-        phase = phase_at(phases, step)
-        local = phase.batch_size // world_size
-        yield [phase.position(step, index) for index in range(rank * local, (rank + 1) * local)]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_positions_run_on_over_phases_whatever_the_number_of_ranks(world_size):
-    phases = phases_of(STRETCHES)
-    parts = [list(slices(phases, rank, world_size)) for rank in range(world_size)]
-    positions = [position for step in zip(*parts, strict=True) for part in step for position in part]
-    assert positions == list(range(len(positions)))
-
-
-@pytest.mark.parametrize("start", range(12))
-def test_resuming_at_a_step_drops_the_first_ones_across_phases(start):
-    phases = phases_of(STRETCHES)
-    assert list(slices(phases, start=start)) == list(slices(phases))[start:]
-
-
-def test_a_first_phase_stays_as_it_is_when_others_are_added():
-    assert phases_of(STRETCHES[:1])[0] == phases_of(STRETCHES)[0]
-
-
-@pytest.mark.parametrize("stretch", [(0, 8, (8, 8)), (1, 0, (8, 8)), (1, 8, (0, 8)), (1, 8, (8, -8))])
+@pytest.mark.parametrize("stretch", [(0, {Shape(1, 8, 8): 8}), (1, {Shape(1, 8, 8): 0}), (1, {})])
 def test_phases_refuse_what_is_not_positive(stretch):
-    with pytest.raises(ValueError, match="phase 1: steps, batch size, height and width must be at least 1, got"):
-        phases_of([(1, 1, (1, 1)), stretch])
+    with pytest.raises(ValueError, match="phase 1: expected at least one bucket, and steps and batch sizes of at l"):
+        phases_of([(1, {Shape(1, 1, 1): 1}), stretch])
     with pytest.raises(ValueError, match="at least one phase"):
         phases_of([])
     with pytest.raises(ValueError, match="count from 0, got -1"):
         phase_at(phases_of(STRETCHES), -1)
 
 
+def test_rows_have_orders_of_their_own():
+    orders = [epoch_order(SIZES, SIZES, 0, 0, row).tolist() for row in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+
+
 def test_substitutes_are_all_the_other_clips_of_the_source_each_once():
-    tried = [substitute(0, 2, 11, attempt, index=4, size=9) for attempt in range(8)]
+    tried = [substitute(0, 11, attempt, index=4, size=9) for attempt in range(8)]
     assert sorted(tried) == [0, 1, 2, 3, 5, 6, 7, 8]
     with pytest.raises(IndexError, match="no substitute"):
-        substitute(0, 2, 11, 8, index=4, size=9)
+        substitute(0, 11, 8, index=4, size=9)
 
 
 def test_substitutes_differ_by_position():
-    chosen = {substitute(0, 0, place, 0, index=3, size=1000) for place in range(20)}
+    chosen = {substitute(0, place, 0, index=3, size=1000) for place in range(20)}
     assert len(chosen) > 15
-    assert substitute(0, 0, 5, 0, 3, 1000) == substitute(0, 0, 5, 0, 3, 1000)
+    assert substitute(0, 5, 0, 3, 1000) == substitute(0, 5, 0, 3, 1000)

@@ -13,7 +13,7 @@ from leanvae.config import ConfigError, parse_config
 from leanvae.data.builtin import find_photographs
 from leanvae.data.config import ClipDataConfig, ImageDataConfig, SourceError
 from leanvae.data.pictures import read_picture
-from leanvae.data.sources import Picture, list_pictures, split_held_out
+from leanvae.data.sources import Picture, list_items, split_held_out
 from leanvae.media import MediaError, read_image
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -33,7 +33,7 @@ def names(pictures, folder):
 
 
 def listed(*sources):
-    return list_pictures(ImageDataConfig(sources=sources))
+    return list_items(ImageDataConfig(sources=sources))
 
 
 def test_sources_of_images(folder):

@@ -8,7 +8,7 @@ from leanvae.data.quarantine import QuarantineRecord, Rejection, TooManyBadClips
 def test_a_torn_line_does_not_swallow_the_next(tmp_path):
     path = tmp_path / "quarantine.rank0.jsonl"
     path.write_text('{"position": 1, "ep')
-    rejection = Rejection(7, 0, 0, "a.mp4", "empty file", "b.mp4", -1)
+    rejection = Rejection(7, 0, "a.mp4", "empty file", "b.mp4", -1)
     QuarantineRecord(path).add(rejection)
     again = QuarantineRecord(path)
     assert again.find(7, 0, "a.mp4") == rejection

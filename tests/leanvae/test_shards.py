@@ -9,7 +9,7 @@ import pytest
 
 from leanvae.data.config import ImageDataConfig, SourceError
 from leanvae.data.shards import expand_braces, has_braces, list_members, read_member
-from leanvae.data.sources import list_pictures, split_held_out
+from leanvae.data.sources import list_items, split_held_out
 from leanvae.media import MediaError
 
 
@@ -132,7 +132,7 @@ def test_braces_stand_for_ranges():
 
 
 def listed(*sources):
-    return list_pictures(ImageDataConfig(sources=sources))
+    return list_items(ImageDataConfig(sources=sources))
 
 
 @pytest.fixture

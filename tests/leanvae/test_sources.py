@@ -4,7 +4,7 @@ import pytest
 
 from leanvae.config import ConfigError, parse_config
 from leanvae.data.config import ClipDataConfig, source_weights
-from leanvae.data.sources import Clip, SourceError, list_clips, split_held_out
+from leanvae.data.sources import Clip, SourceError, list_items, split_held_out
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def names(clips, folder):
 
 
 def listed(*sources):
-    return list_clips(ClipDataConfig(sources=sources))
+    return list_items(ClipDataConfig(sources=sources))
 
 
 def test_folders_are_read_recursively_sorted_and_without_hidden_files(folder):

@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from leanvae.config import ConfigError
+from leanvae.data.buckets import Shape
 from leanvae.model import LeanVAE
 from leanvae.patchify import analyse
+from leanvae.training.build import build_networks
 from leanvae.training.config import TrainVideoConfig
 from leanvae.training.engine import PlainEngine, frozen
 from leanvae.training.schedule import posterior_noise
@@ -119,9 +122,13 @@ def test_generator_pass_leaves_no_gradient_in_the_discriminator():
     config = make_config(GAN)
     take_step = make_step(config)
     seen = []
-    take_step._train_discriminator = lambda *_: seen.append(
-        [parameter.grad for parameter in take_step.discriminator.module.parameters()]
-    )
+    train = take_step._train_discriminator
+
+    def look_and_train(*args):
+        seen.append([parameter.grad for parameter in take_step.discriminator.module.parameters()])
+        train(*args)
+
+    take_step._train_discriminator = look_and_train
     take_step(clips_of(0), [0, 1, 2, 3], 0)
     assert seen
     assert all(gradient is None for gradient in seen[0])
@@ -200,10 +207,97 @@ def test_bad_training_configurations_are_refused(fields, message):
 @pytest.mark.parametrize(("world", "micro", "passes"), [(1, None, 1), (1, 2, 4), (2, 2, 2), (4, 2, 1), (8, 2, 1)])
 def test_passes_divide_the_batch(world, micro, passes):
     config = make_config(batch_size=8, micro_batch_size=micro)
-    assert config.curriculum.passes(0, world) == passes
+    assert config.curriculum.all_passes(world) == [passes]
 
 
 @pytest.mark.parametrize(("world", "micro", "message"), [(3, None, "number of ranks, 3"), (2, 3, "share")])
 def test_batches_that_do_not_divide_are_refused(world, micro, message):
     with pytest.raises(ValueError, match=message):
-        make_config(batch_size=8, micro_batch_size=micro).curriculum.check(world)
+        make_config(batch_size=8, micro_batch_size=micro).curriculum.all_passes(world)
+
+
+def joint_config(buckets=("17x64x64", "33x32x32", "1x64x64", "1x128x128"), **training):
+    sources = [{"path": "clips"}, {"path": "images", "kind": "images"}]
+    return TrainVideoConfig.model_validate({"data": {"sources": sources, "buckets": buckets}, "training": training})
+
+
+def test_tokens_set_the_batch_and_the_passes_of_each_bucket():
+    config = joint_config(tokens_per_batch=5000, batch_multiple=4, tokens_per_micro_batch=640)
+    rule, batches = config.curriculum.rules[0], config.curriculum.phases[0].batches
+    assert [rule.tokens(bucket) for bucket in batches] == [5 * 64, 9 * 16, 64, 256]
+    assert list(batches.values()) == [12, 32, 76, 16]
+    for world in (1, 2, 4):
+        for bucket, passes in zip(batches, config.curriculum.all_passes(world), strict=True):
+            share = batches[bucket] // world
+            assert share % passes == 0
+            assert share // passes * rule.tokens(bucket) <= 640
+    with pytest.raises(ConfigError, match=r"a step of 12 of 17x64x64, which 8 ranks cannot share: set .*multiple to 8"):
+        config.curriculum.all_passes(8)
+    with pytest.raises(ConfigError, match=r"tokens_per_batch is 1000: 4 of 17x64x64 have 1280"):
+        _ = joint_config(tokens_per_batch=1000, batch_multiple=4).curriculum
+
+
+@pytest.mark.parametrize(
+    ("buckets", "message"),
+    [
+        (["16x64x64", "1x64x64"], "bucket 16x64x64 has 16 frames: model.patch_size needs 4n"),
+        (["17x60x64", "1x64x64"], r"resolution \(60, 64\) is not divisible"),
+        (["17x64x64"], "there is a source of images, but no bucket of them"),
+        (["1x64x64"], "there is a source of clips, but no bucket of them"),
+    ],
+)
+def test_buckets_fit_the_model_and_the_sources(buckets, message):
+    with pytest.raises(ValueError, match=message):
+        joint_config(buckets)
+
+
+def test_phases_change_shapes_the_gan_and_what_is_frozen():
+    phases = [
+        {"steps": 10, "resolution": 64, "batch": 8, "gan": False},
+        {"steps": 5, "buckets": ["9x32x32"], "batch": 4, "gan": False},
+        {"steps": 7, "freeze": ["encoder.*"]},
+    ]
+    config = TrainVideoConfig.model_validate({"phases": phases, "gan": {"start_step": 3, "warmup_steps": 1}})
+    curriculum = config.curriculum
+    assert [dict(phase.batches) for phase in curriculum.phases] == [
+        {Shape(17, 64, 64): 8},
+        {Shape(9, 32, 32): 4},
+        {Shape(17, 256, 256): 40},
+    ]
+    assert (curriculum.gan_from, curriculum.max_steps) == (15, 22)
+    assert curriculum.freeze == ((), (), ("encoder.*",))
+    phases[0]["gan"] = True
+    with pytest.raises(ConfigError, match="gan may be false in the first phases alone"):
+        _ = TrainVideoConfig.model_validate({"phases": phases}).curriculum
+
+
+def test_images_train_a_video_model_as_clips_of_one_frame():
+    config = make_config(GAN)
+    take_step, other = make_step(config), make_step(config)
+    images = clips_of(0)[:, :, 0]
+    logs = take_step(images, [0, 1, 2, 3], 0)
+    assert all(torch.tensor(value).isfinite() for value in logs.values())
+    assert logs == pytest.approx(other(images.unsqueeze(2), [0, 1, 2, 3], 0), rel=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_phase_keeps_what_it_freezes_to_the_last_bit(decay):
+    phases = [{"steps": 2}, {"steps": 2, "freeze": ["encoder.*", "logvar.*"]}, {"steps": 2}]
+    config = make_config(GAN)
+    optimizer = config.optimizer.model_copy(update={"weight_decay": decay})
+    config = TrainVideoConfig.model_validate({**config.model_dump(), "phases": phases, "optimizer": optimizer})
+    torch.manual_seed(0)
+    vae, discriminator = LeanVAE(config.model), build_discriminator(config.gan.discriminator)
+    engine = PlainEngine(vae, config, CPU, config.curriculum.freeze)
+    take_step = TrainingStep(config, engine, PlainEngine(discriminator, config, CPU), {}, None, CPU)
+    for step in range(6):
+        before = {name: weight.clone() for name, weight in engine.full_weights().items()}
+        take_step(clips_of(step), [0, 1, 2, 3], step)
+        kept = {name for name, weight in engine.full_weights().items() if torch.equal(weight, before[name])}
+        frozen = {name for name in before if name.startswith(("encoder.", "logvar."))}
+        assert kept & frozen == (frozen if step in (2, 3) else set())
+        assert not any(name.startswith("decoder.") for name in kept)
+    phases[1]["freeze"] = ["encode.*"]
+    config = TrainVideoConfig.model_validate({**config.model_dump(), "phases": phases})
+    with pytest.raises(ConfigError, match=r"phases\.1\.freeze: 'encode\.\*' matches no parameter"):
+        build_networks(config, CPU)

@@ -40,7 +40,15 @@ SETTINGS = {
     "training": {"engine": "plain", "checkpoint_every": 1, "validate_every": 2, "keep_checkpoints": 100},
     "phases": [{"resolution": 16, "steps": 3, "batch": 4}, {"resolution": 24, "steps": 3, "batch": 2}],
 }
-TIMINGS = {"seconds_per_step", "data_wait_share", "samples_per_second", "bad_clips"}
+TIMINGS = {
+    "seconds_per_step",
+    "step_seconds",
+    "memory_mib",
+    "data_wait_share",
+    "samples_per_second",
+    "frames_per_second",
+    "bad_clips",
+}
 
 
 def write_images(folder, count=9):

@@ -12,10 +12,11 @@ from leanvae import load_vae
 from leanvae.config import ConfigError
 from leanvae.data.loader import TooManyBadClips
 from leanvae.training.config import TrainVideoConfig
+from leanvae.training.engine import PlainEngine
+from leanvae.training.faults import TrainingDiverged
 from leanvae.training.loop import duration, train
 from leanvae.training.ranks import lock_folder
-from leanvae.training.record import RunRecord
-from leanvae.training.step import TrainingStep
+from leanvae.training.record import write_summary
 
 SETTINGS = {
     "model": {"low_channels": 8, "high_channels": 16, "num_stream_layers": 1, "num_fusion_layers": 1, "ista_layers": 1},
@@ -175,20 +176,34 @@ def test_changed_data_are_told_at_resume(run, tmp_path, caplog, write_clip):
     assert "losses.l1: 2.0 -> 3.0" in caplog.text
 
 
+@pytest.mark.integration
 def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch):
-    update = TrainingStep._train_vae
+    """As when an update itself goes wrong: the gradient was good, and the average takes the weights in."""
+    update = PlainEngine.update
 
-    def spoil(self, *args):
-        output = update(self, *args)
-        next(self.vae.module.parameters()).data.fill_(float("nan"))
-        return output
+    def spoil(self):
+        update(self)
+        next(self.module.parameters()).data.fill_(float("nan"))
 
     run("out", "training.max_steps=2")
-    monkeypatch.setattr(TrainingStep, "_train_vae", spoil)
-    # The loss of the spoilt step itself is from before the update.
-    with pytest.raises(ValueError, match="weights are not finite"):
-        run("out", "training.max_steps=4", "training.checkpoint_every=1")
-    assert json.loads((tmp_path / "out/checkpoints/latest/trainer.json").read_text())["step"] == 2
+    monkeypatch.setattr(PlainEngine, "update", spoil)
+    settings = ["training.max_steps=4", "training.checkpoint_every=1", "training.faults.max_rollbacks=1"]
+    with pytest.raises(TrainingDiverged, match=r"step 4: .* weights are not finite.*max_rollbacks"):
+        run("out", *settings)
+    folder = tmp_path / "out" / "checkpoints"
+    for checkpoint in folder.glob("step_*"):
+        assert all(value.isfinite().all() for value in load_vae(checkpoint).state_dict().values())
+    state = json.loads((folder / "latest" / "trainer.json").read_text())
+    assert (state["step"], state["faults"]["lost"]) == (3, [[3, 3]])
+    monkeypatch.undo()
+    assert run("out", *settings) == 0
+
+
+@pytest.mark.integration
+def test_profiled_steps_leave_a_trace(run, tmp_path):
+    assert run("out", "training.profile=[2,3]", "gan=null") == 0
+    events = json.loads((tmp_path / "out" / "trace.rank0.json").read_text())["traceEvents"]
+    assert {"aten::layer_norm", "Optimizer.step#AdamW.step"} <= {event.get("name") for event in events}
 
 
 @pytest.mark.integration
@@ -221,7 +236,7 @@ def test_summary_survives_other_held_out_clips(tmp_path):
     entries = [{"step": 0, "psnr": 8.0, "psnr_by_clip": {"a": 7.0, "b": 9.0}}]
     entries.append({"step": 5, "psnr": 20.0, "psnr_by_clip": {"a": 20.0, "c": 20.0}})
     (tmp_path / "validation.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert "a: 7.00 dB before, 20.00 dB after" in RunRecord(tmp_path).write_summary()
+    assert "a: 7.00 dB before, 20.00 dB after" in write_summary(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ All stages, with gradients and averages, are compared in `test_ranks_parity.py`.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,7 +36,14 @@ SETTINGS = {
     "training": {"max_steps": 5, "batch_size": 4, "checkpoint_every": 1000, "validate_every": 1000},
 }
 SAME = ("loss", "l1", "low_bands", "high_bands", "kl", "adversarial", "discriminator", "lecam")
-TIMINGS = ("seconds_per_step", "data_wait_share", "samples_per_second")
+TIMINGS = (
+    "seconds_per_step",
+    "step_seconds",
+    "data_wait_share",
+    "samples_per_second",
+    "frames_per_second",
+    "memory_mib",
+)
 
 
 @pytest.fixture
@@ -138,6 +146,18 @@ def test_killed_run_goes_on_as_if_undisturbed(command, tmp_path, ranks, stage):
             del entry[name]
         del entry["bad_clips"]  # known ones count from the first step after a resume
     assert actual == expected
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(command, tmp_path):
+    """All stages, both ways, are compared in `test_ranks_parity.py`; here the data go on, too, bad files included."""
+    settings = ["deepspeed.zero_optimization.stage=2", "training.max_steps=8", "training.checkpoint_every=4"]
+    train(command("whole", 2, *settings))
+    shutil.copytree(tmp_path / "whole", tmp_path / "fewer", symlinks=True)
+    shutil.rmtree(tmp_path / "fewer" / "checkpoints" / "step_00000008")
+    done = train(command("fewer", 0, *settings))
+    assert "number of ranks: 2 -> 1" in done.stderr
+    assert_same_losses(metrics(tmp_path / "fewer"), metrics(tmp_path / "whole"), 1e-5)
+    assert not list((tmp_path / "fewer" / "checkpoints").glob(".*"))
 
 
 def wait_for_step(folder, step, process):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from litevae import LiteVAE, LiteVAEConfig
-from litevae.smc import fold_self_modulation
+from litevae.prepared import Preparable
 
 SMALL = {
     "extraction_channels": 8,
@@ -173,17 +173,26 @@ def test_vit_refuses_a_size_that_it_was_not_built_for():
 
 
 @pytest.mark.parametrize("variant", ["smc", "convolutional"])
-def test_folded_self_modulation_computes_the_same(variant):
+def test_a_compiled_model_computes_the_same_until_its_weights_change(variant):
     vae = make(**VARIANTS[variant]).double()
     for name, parameter in vae.named_parameters():
         if name.endswith(("scale", "gain", "bias")):
             nn.init.normal_(parameter, 1.0, 0.3)
     x = images(2, 3, 32, 32).double()
+    names = set(vae.state_dict())
     with torch.inference_mode():
         expected = vae(x)[0]
-        fold_self_modulation(vae)
+        assert vae.compile() is vae
         torch.testing.assert_close(vae(x)[0], expected, rtol=1e-12, atol=1e-12)
-    assert not any("SelfModulated" in type(module).__name__ for module in vae.modules())
+    assert set(vae.state_dict()) == names
+    maps = [module for module in vae.modules() if isinstance(module, Preparable)]
+    assert maps
+    assert all(module.prepared is not None for module in maps)
+    vae.train()
+    assert all(module.prepared is None for module in maps)
+    torch.testing.assert_close(vae(x)[0], expected, rtol=1e-12, atol=1e-12)
+    vae.compile().load_state_dict({name: 0.5 * weight for name, weight in vae.state_dict().items()})
+    assert not torch.allclose(vae(x)[0], expected)
 
 
 def test_convolutional_model_is_shifted_with_its_input():

@@ -1,0 +1,100 @@
+"""What a run does about steps whose loss or gradient is not finite: pure functions of what has happened so far.
+
+A step's number never goes back: data, rates and noise depend on it. A bad step updates nothing. After several in a row
+the networks go back to an older checkpoint while the numbers go on, so that just the updates in between are lost, and
+the GAN, which most often is at fault, counts less from then on.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+from leanvae.training.config import FaultConfig
+
+T = TypeVar("T")
+
+
+class TrainingDiverged(RuntimeError):
+    """Steps go on being bad though the run has gone back as often as it may."""
+
+
+@dataclass(frozen=True)
+class FaultRecord:
+    """What a run has met; kept in its checkpoints.
+
+    Attributes:
+        updates: updates that the weights have had.
+        bad_in_a_row: bad steps since the last good one or the last roll-back.
+        skipped: numbers, from 1, of all bad steps.
+        lost: first and last step of each stretch whose updates a roll-back took back.
+        gan_factor: what the weight of the adversarial loss is multiplied with.
+    """
+
+    updates: int = 0
+    bad_in_a_row: int = 0
+    skipped: tuple[int, ...] = ()
+    lost: tuple[tuple[int, int], ...] = ()
+    gan_factor: float = 1.0
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> "FaultRecord":
+        """What `to_json` made."""
+        return cls(**{**tree, "skipped": tuple(tree["skipped"]), "lost": tuple(map(tuple, tree["lost"]))})
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain containers."""
+        return asdict(self)
+
+    @property
+    def roll_backs(self) -> int:
+        """How often the run has gone back."""
+        return len(self.lost)
+
+    def after(self, step: int, bad: bool) -> "FaultRecord":
+        """The record after a step, whose number counts from 1."""
+        if bad:
+            return replace(self, bad_in_a_row=self.bad_in_a_row + 1, skipped=(*self.skipped, step))
+        return replace(self, bad_in_a_row=0, updates=self.updates + 1)
+
+    def rolled_back(self, restored: "FaultRecord", restored_step: int, step: int, gan_factor: float) -> "FaultRecord":
+        """The record after a roll-back.
+
+        Args:
+            restored: the record in the checkpoint that the networks went back to.
+            restored_step: number of that checkpoint's step.
+            step: number of the last step taken, which stays.
+            gan_factor: by how much less the GAN counts from now on.
+        """
+        return replace(
+            self,
+            updates=restored.updates,
+            bad_in_a_row=0,
+            lost=(*self.lost, (restored_step + 1, step)),
+            gan_factor=self.gan_factor * gan_factor,
+        )
+
+
+def check_roll_back(config: FaultConfig, record: FaultRecord, reason: str) -> None:
+    """Raises `TrainingDiverged`, with the reason for going back, if the run has done so as often as it may."""
+    if record.roll_backs >= config.max_rollbacks:
+        raise TrainingDiverged(
+            f"{reason}; the run has gone back {record.roll_backs} times already, as often as "
+            f"training.faults.max_rollbacks allows, and stops. Its checkpoints are from before: look at the files, "
+            "lower optimizer.learning_rate or gan.weight, and go on with --resume auto"
+        )
+
+
+def checkpoint_to_restore(newest_first: Iterable[tuple[T, int]], updates: int) -> T | None:
+    """The newest checkpoint whose weights are older than those of now; else the newest that is as old.
+
+    Args:
+        newest_first: checkpoints and the updates that their weights have had.
+        updates: those of the weights of now, which bad steps leave alone.
+    """
+    as_old = None
+    for checkpoint, its_updates in newest_first:
+        if its_updates < updates:
+            return checkpoint
+        if its_updates == updates and as_old is None:
+            as_old = checkpoint
+    return as_old

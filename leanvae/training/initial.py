@@ -1,0 +1,157 @@
+"""Fine-tuning: a new run that starts from trained weights, and parameters that it leaves as they are."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from leanvae.checkpoint import load_vae
+from leanvae.config import ConfigError
+from leanvae.model import LeanVAE
+from litevae.model import LiteVAE
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a model has taken of a file's weights.
+
+    Attributes:
+        loaded: names of the weights taken.
+        share: of the model's numbers, those in the weights taken.
+        new: name and reason of each weight of the model that starts as if there were no file.
+        unused: likewise of the file's weights that the model has no place for.
+        differences: settings of the two architectures that differ, as `field: there -> here`.
+    """
+
+    loaded: list[str]
+    share: float
+    new: dict[str, str]
+    unused: dict[str, str]
+    differences: list[str]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the file's model is the same."""
+        return not (self.new or self.unused or self.differences)
+
+    def __str__(self) -> str:
+        lines = [f"{100 * self.share:.1f} % of the model's numbers are loaded"]
+        lines += [f"  other architecture: {difference}" for difference in self.differences]
+        lines += [f"  {name} starts anew: {reason}" for name, reason in self.new.items()]
+        lines += [f"  {name} is not used: {reason}" for name, reason in self.unused.items()]
+        return "\n".join(lines)
+
+
+def load_initial(model: LeanVAE | LiteVAE, path: str | Path) -> Fit:
+    """Takes over the weights of a file that have the name, the shape and the kind of one in the model.
+
+    Nothing is cut to size, and no weight of a self-modulated map becomes one of a plain map or the other way round,
+    since they mean different things. What does not fit stays as the model was initialised.
+
+    Args:
+        model: with fresh weights.
+        path: whatever `load_vae` reads.
+
+    Raises:
+        ConfigError: the file cannot be read, has a weight that is not finite, or nothing in it fits.
+    """
+    try:
+        source = load_vae(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"training.initial_weights: {error}") from error
+    there, here = dict(source.named_parameters()), dict(model.named_parameters())
+    reasons = {name: _misfit(name, source, model) for name in {**here, **there}}
+    loaded = [name for name, reason in reasons.items() if reason is None]
+    if not loaded:
+        raise ConfigError(
+            f"training.initial_weights: {path} holds a {type(source).__name__} of which nothing fits this "
+            f"{type(model).__name__}: no weight has the same name and shape"
+        )
+    for name in loaded:
+        if not there[name].isfinite().all():
+            raise ConfigError(f"training.initial_weights: {path}: {name} is not finite")
+        with torch.no_grad():
+            here[name].copy_(there[name])
+    before, now = source.config.model_dump(mode="json"), model.config.model_dump(mode="json")
+    return Fit(
+        loaded,
+        _count(here[name] for name in loaded) / _count(here.values()),
+        {name: reason for name, reason in reasons.items() if reason and name in here},
+        {name: reason for name, reason in reasons.items() if reason and name not in here},
+        [f"{field}: {before[field]} -> {now[field]}" for field in now if before.get(field, now[field]) != now[field]],
+    )
+
+
+def _misfit(name: str, source: nn.Module, model: nn.Module) -> str | None:
+    """Why a weight of the source cannot become the model's; `None` if it can."""
+    there, here = _find(source, name), _find(model, name)
+    if there is None or here is None:
+        return "it is not in the file" if there is None else "the model has none"
+    shapes = ["x".join(map(str, weight.shape)) for _, weight in (there, here)]
+    if shapes[0] != shapes[1]:
+        return f"{shapes[0]} in the file, {shapes[1]} here"
+    if there[0] != here[0]:
+        return f"{shapes[0]} of a {there[0]} in the file, of a {here[0]} here"
+    return None
+
+
+def _find(model: nn.Module, name: str) -> tuple[str, Tensor] | None:
+    """The kind of module that a weight is of, and the weight."""
+    try:
+        weight = model.get_parameter(name)
+    except AttributeError:
+        return None
+    return type(model.get_submodule(name.rpartition(".")[0])).__name__, weight
+
+
+def _count(weights: Iterable[Tensor]) -> int:
+    return sum(weight.numel() for weight in weights)
+
+
+def matches_any(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter's name fits one of the patterns: the wildcards are `*`, also across dots, `?`, `[...]`."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def frozen_names(model: nn.Module, patterns: Sequence[str], field: str = "training.freeze") -> list[str]:
+    """Names of the parameters that patterns take out of training.
+
+    Args:
+        model: the network.
+        patterns: see `matches_any`.
+        field: of the configuration, that errors name.
+
+    Returns:
+        The names in the model's order.
+
+    Raises:
+        ConfigError: a pattern matches no parameter, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
+            raise ConfigError(f"{field}: {pattern!r} matches no parameter; their names begin with {parts}")
+    frozen = [name for name in names if matches_any(name, patterns)]
+    if len(frozen) == len(names):
+        raise ConfigError(f"{field}: {', '.join(patterns)} leave nothing to train")
+    return frozen
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> float:
+    """Keeps parameters as they are: no gradient is computed for them, and no optimizer takes them.
+
+    It has to happen before the model goes under its engine.
+
+    Args:
+        model: the network.
+        patterns: see `frozen_names`.
+
+    Returns:
+        Share of the model's numbers that is frozen.
+    """
+    frozen = [model.get_parameter(name).requires_grad_(False) for name in frozen_names(model, patterns)]
+    return _count(frozen) / _count(model.parameters())

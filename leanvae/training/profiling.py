@@ -1,0 +1,73 @@
+"""What a run's steps cost: time, memory, and traces for chrome://tracing or Perfetto."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+logger = logging.getLogger("leanvae")
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds that a step took.
+
+    Attributes:
+        wait: for its data, of all ranks.
+        step: forward and backward passes and updates.
+        whole: these and all else.
+    """
+
+    wait: float
+    step: float
+    whole: float
+
+
+class StepTrace:
+    """Records steps with torch's profiler; a context manager around the loop.
+
+    Args:
+        path: the trace, a JSON file.
+        steps: first and last step, from 1; `None` records nothing.
+    """
+
+    def __init__(self, path: Path, steps: tuple[int, int] | None) -> None:
+        self._path = path
+        self._steps = steps
+        self._profile: profile | None = None
+
+    def begin(self, step: int) -> None:
+        """To be called before each step, with its number: starts with the first of the steps, ends behind the last."""
+        if self._steps is None:
+            return
+        first, last = self._steps
+        if self._profile is None and first <= step <= last:
+            kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            self._profile = profile(activities=kinds)
+            self._profile.start()
+        elif step > last:
+            self._finish()
+
+    def __enter__(self) -> "StepTrace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._profile:
+            self._profile.stop()
+            self._profile.export_chrome_trace(str(self._path))
+            logger.info("trace written to %s", self._path)
+            self._profile = None
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the most that torch has had on a GPU so far, or what this process has in memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return psutil.Process().memory_info().rss

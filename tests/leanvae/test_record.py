@@ -1,0 +1,170 @@
+"""What a run writes: JSON lines, TensorBoard, Weights & Biases, and the best checkpoint."""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from leanvae.config import ConfigError
+from leanvae.training import wandb_run
+from leanvae.training.comparison import Comparison
+from leanvae.training.config import TrainVideoConfig
+from leanvae.training.loop import train
+from leanvae.training.record import RunRecord, write_summary
+from leanvae.training.validation import Validation, ValidationResults
+
+SETTINGS = {
+    "model": {"low_channels": 8, "high_channels": 16, "num_stream_layers": 1, "num_fusion_layers": 1, "ista_layers": 1},
+    "data": {"num_frames": 5, "resolution": [32, 32], "num_workers": 1, "held_out": 0.3},
+    "losses": {"perceptual": "none"},
+    "gan": None,
+    "training": {"engine": "plain", "max_steps": 5, "batch_size": 2, "checkpoint_every": 100, "validate_every": 1}
+    | {"keep_checkpoints": 1},
+}
+WANDB = {"training": {"wandb": {"project": "clips", "name": "first"}}}
+
+
+def results(psnr=20.0):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 16, 64, 3), np.uint8)
+    figures = {"psnr": {"a": psnr, "b": None}, "ssim": {"a": 0.5, "b": 0.7}}
+    return ValidationResults(
+        figures, [Comparison("a", frames, 10.0, frames[0]), Comparison("b", frames[:1], None, frames[0])]
+    )
+
+
+class FakeWandb(SimpleNamespace):
+    """The part of the package that is used: remembers how it was called."""
+
+    def __init__(self):
+        super().__init__(calls=[], logged=[], finished=0)
+
+    def init(self, **arguments):
+        self.calls.append(arguments)
+        return self
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+    def Image(self, picture):
+        return ("image", picture.shape)
+
+    def Video(self, path, format):
+        assert os.path.getsize(path)
+        return ("video", format)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_validation_is_recorded_everywhere(tmp_path, wandb):
+    record = RunRecord(tmp_path, TrainVideoConfig.model_validate(WANDB))
+    record.start(None)
+    record.log(1, {"loss": 2.0}, to_board=True)
+    record.log(2, {"loss": 1.0}, to_board=False)
+    record.log_validation(2, results())
+    record.close()
+    (entry,) = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert entry == {
+        "step": 2,
+        "psnr": 20.0,
+        "ssim": pytest.approx(0.6),
+        "psnr_by_clip": {"a": 20.0, "b": None},
+        "ssim_by_clip": {"a": 0.5, "b": 0.7},
+    }
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 2.0)]
+    assert board.Scalars("held_out/psnr")[0].value == 20.0
+    (gif,) = board.Images("held_out/clip")
+    assert gif.encoded_image_string.startswith(b"GIF8")
+    assert (gif.step, gif.height, gif.width) == (2, 16, 64)
+    assert board.Images("held_out/source_and_reconstruction")
+    assert sorted(path.suffix for path in (tmp_path / "held_out/step_00000002").iterdir()) == [".mp4", ".png"]
+    assert wandb.logged[:2] == [
+        {"step": 1, "train/loss": 2.0},
+        {"step": 2, "held_out/psnr": 20.0, "held_out/ssim": 0.6},
+    ]
+    assert wandb.logged[2] == {
+        "step": 2,
+        "held_out/source_and_reconstruction": ("image", (32, 64, 3)),
+        "held_out/clips": [("video", "mp4")],
+    }
+    assert wandb.finished == 1
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, wandb):
+    for step in (None, 3):
+        record = RunRecord(tmp_path, TrainVideoConfig.model_validate(WANDB))
+        record.start(step)
+        record.close()
+    first, second = wandb.calls
+    assert first["id"] == second["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
+    assert first["resume"] == "allow"
+    assert (first["project"], first["name"], first["entity"], first["dir"]) == ("clips", "first", None, str(tmp_path))
+    assert first["config"]["training"]["wandb"]["project"] == "clips"
+
+
+def test_missing_wandb_is_told_before_the_run(monkeypatch):
+    monkeypatch.setattr(wandb_run.importlib.util, "find_spec", lambda name: None)
+    wandb_run.check_wandb(None)
+    with pytest.raises(ConfigError, match=r"training\.wandb needs the package wandb: pip install 'leanvae\[wandb\]'"):
+        wandb_run.check_wandb(TrainVideoConfig.model_validate(WANDB).training.wandb)
+
+
+@pytest.mark.integration
+def test_wandb_itself_takes_a_run_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    record = RunRecord(tmp_path, TrainVideoConfig.model_validate(WANDB))
+    record.start(None)
+    record.log(1, {"loss": 2.0}, to_board=True)
+    record.log_validation(1, results())
+    record.close()
+    name = (tmp_path / "wandb_id.txt").read_text().strip()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert run.name.endswith(name)
+    assert (run / f"run-{name}.wandb").stat().st_size > 1000
+
+
+def test_summary_tells_what_has_no_figure(tmp_path):
+    record = RunRecord(tmp_path, TrainVideoConfig())
+    record.start(None)
+    record.log_validation(0, results(20.0))
+    record.log_validation(4, results(25.0))
+    record.close()
+    text = write_summary(tmp_path)
+    assert "a: 20.00 dB before, 25.00 dB after" in text
+    assert "b: not finite before, not finite after" in text
+    assert (tmp_path / "summary.txt").read_text() == text + "\n"
+
+
+@pytest.mark.integration
+def test_best_names_the_checkpoint_with_the_highest_psnr(tmp_path, write_clip, monkeypatch):
+    psnrs = iter([10.0, 12.0, 15.0, 14.0, None, 15.0])
+    monkeypatch.setattr(Validation, "run", lambda self, weights: results(next(psnrs)))
+    (tmp_path / "clips").mkdir()
+    for index in range(4):
+        write_clip(tmp_path / "clips" / f"clip{index}.mp4", seed=index)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(SETTINGS))
+    settings = [f"data.sources=[{tmp_path / 'clips'}]"]
+    assert train(TrainVideoConfig, tmp_path / "train.yaml", settings, tmp_path / "out") == 0
+    checkpoints = tmp_path / "out" / "checkpoints"
+    # keep_checkpoints is 1: the last one, and the best besides; a worse one is not written, nor an equal one named.
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_00000002", "step_00000005"]
+    assert os.readlink(checkpoints / "best") == "step_00000002"
+    assert os.readlink(checkpoints / "latest") == "step_00000005"
+    assert json.loads((checkpoints / "best" / "held_out.json").read_text()) == {"psnr": 15.0, "ssim": 0.6}
