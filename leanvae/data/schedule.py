@@ -1,6 +1,5 @@
 """What each training step draws: a pure function of the seed and the step, given the files and their shapes."""
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,8 +11,6 @@ from leanvae.data.config import DataConfig, source_weights
 from leanvae.data.mixing import bucket_of_step
 from leanvae.data.order import Phase, epoch_order, phase_at
 from leanvae.data.sources import Item, Picture
-
-logger = logging.getLogger("leanvae")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +90,10 @@ class Schedule:
         phases: buckets and batch sizes.
         seed: non-negative; of the order, the windows, the crops and the flips.
 
+    Attributes:
+        empty: number of the phase and bucket of each bucket that no file is for; it is left out.
+        num_files: training files, those in tars counted one by one.
+
     Raises:
         ValueError: no phases, a source without training files, or a phase without files for any of its buckets.
     """
@@ -109,6 +110,7 @@ class Schedule:
             raise ValueError("expected at least one phase")
         self.seed = seed
         self.num_files = len({item.path for item in items})
+        self.empty: list[tuple[int, Shape]] = []
         self._phases = tuple(phases)
         sizes = np.bincount([item.source for item in items], minlength=len(config.sources)).tolist()
         for source, size in zip(config.sources, sizes, strict=True):
@@ -123,8 +125,7 @@ class Schedule:
         self._stretches: list[_Stretch] = []
         for number, phase in enumerate(phases):
             members = assign(items, shapes, list(phase.batches))
-            for bucket in phase.batches.keys() - members.keys():
-                logger.warning("phase %d: there is no file for the bucket %s", number, bucket)
+            self.empty += [(number, bucket) for bucket in phase.batches if bucket not in members]
             if not members:
                 raise ValueError(f"phase {number}: there are no files for its buckets")
             found = []

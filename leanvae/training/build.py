@@ -88,7 +88,11 @@ def make_schedule(config: TrainConfig, items: Sequence[Item], kept: Path | None 
     shapes = None
     if any(has_choice(phase.batches) for phase in phases):
         shapes = on_main(lambda: _shapes_of_run(config.data, items, kept))
-    return Schedule(config.data, items, shapes, phases, config.training.seed)
+    schedule = Schedule(config.data, items, shapes, phases, config.training.seed)
+    if rank() == 0:
+        for number, bucket in schedule.empty:
+            logger.warning("phase %d: there is no file for the bucket %s", number, bucket)
+    return schedule
 
 
 def _shapes_of_run(data: DataConfig, items: Sequence[Item], kept: Path | None) -> list[Shape | None]:
