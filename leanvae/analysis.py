@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from leanvae.analysis_record import AnalysisError, Autoencoder, ModelRecord, Study
 from leanvae.checkpoint import load_vae
-from leanvae.files import write_text
 from leanvae.jobs import Job, find_jobs
 from leanvae.media import MediaError, read_image
+from litevae.files import write_text
 from litevae.perceptual import PerceptualDistance, find_backbone, load_lpips, missing_backbone_message
 
 try:

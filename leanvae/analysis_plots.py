@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from leanvae.files import atomic_path
+from litevae.files import atomic_path
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg

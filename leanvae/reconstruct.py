@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leanvae.checkpoint import load_vae
-from leanvae.files import write_text
 from leanvae.jobs import Job, find_jobs
 from leanvae.media import Frame, MediaError, VideoInfo, iter_frames, open_video, probe, read_image
 from leanvae.metrics import FrameMetrics
 from leanvae.model import LeanVAE
 from leanvae.planner import PIXELS_AT_ONCE, plan_reconstruction
 from leanvae.writer import VideoWriter, write_png
+from litevae.files import write_text
 from litevae.memory import parse_bytes
 from litevae.model import LiteVAE
 

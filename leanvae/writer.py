@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from leanvae.files import atomic_path
+from litevae.files import atomic_path
 
 try:
     import av

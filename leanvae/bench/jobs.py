@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leanvae.bench.sizes import Size
-from leanvae.files import flush_to_disk
+from litevae.files import flush_to_disk
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from leanvae.bench.report import Report
 from leanvae.bench.settings import DEFAULT_FRAMES, SWEEP_RESOLUTION
 from leanvae.bench.sizes import Size, resolution_name
-from leanvae.files import atomic_path
+from litevae.files import atomic_path
 
 _MARKERS = "osD^vP*Xh<>p"
 _TWENTY = mpl.colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]

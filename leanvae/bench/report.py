@@ -14,7 +14,7 @@ from leanvae.bench.measure import OUT_OF_MEMORY
 from leanvae.bench.run import Benchmark
 from leanvae.bench.settings import DEFAULT_FRAMES, HEADLINE, TABLE3_BATCH, TABLE3_SIDE
 from leanvae.bench.sizes import Size, resolution_name
-from leanvae.files import write_text
+from litevae.files import write_text
 
 NO_TIME, UNCOUNTED = "no time: needs", "its FLOPs cannot be counted"
 JSON_FILE, CSV_FILE = "results.json", "results.csv"

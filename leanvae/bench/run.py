@@ -24,7 +24,7 @@ from leanvae.bench.modes import lacks_mode
 from leanvae.bench.plan import Estimator, common_side, plan
 from leanvae.bench.settings import COMMON_SHARE, COMMON_SIDES, DEFAULT_FRAMES, Settings
 from leanvae.bench.sizes import Size
-from leanvae.files import write_text
+from litevae.files import write_text
 
 logger = logging.getLogger("leanvae")
 

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from leanvae.evaluation.records import SOURCE, Row
 from leanvae.evaluation.summary import Evaluated
-from leanvae.files import write_text
+from litevae.files import write_text
 
 PAGE_FILE, MEDIA = "report.html", "media"
 INLINE_BYTES = 8 * 2**20  # of pictures together, up to which they go into the page itself

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from leanvae.files import atomic_path, write_text
+from litevae.files import atomic_path, write_text
 
 SOURCE = "source"  # stands for a model's name in records and pictures of the files themselves
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from leanvae.evaluation.frechet import distance_interval, frechet_distance, mean_interval
 from leanvae.evaluation.records import SOURCE, Records, Row
-from leanvae.files import write_text
 from litevae.analysis import mmd
+from litevae.files import write_text
 
 TOTALS_FILE, CLIPS_FILE, FRAMES_FILE = "evaluation.json", "clips.csv", "frames.csv"
 MEASURES = ("psnr", "ssim", "ms_ssim", "lpips", "flicker", "tile_seam", "chunk_seam", "block_score")

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from leanvae.checkpoint import load_vae
 from leanvae.data.quarantine import modification_time
-from leanvae.files import write_text
 from leanvae.latents.decoders import Order
 from leanvae.latents.decoding import Finished, Rejected
 from leanvae.latents.encoding import VAE, Encoded, EncodedClip
@@ -25,6 +24,7 @@ from leanvae.latents.statistics import merge_moments
 from leanvae.latents.store import INDEX, STATISTICS, SUMMARY, SourceRecord, Store, StoreError
 from leanvae.latents.writing import ShardWriter
 from leanvae.training.ranks import barrier, gather, joined_ranks, on_main, rank, world_size
+from litevae.files import write_text
 from litevae.pretrained import CONFIG_FILE
 
 logger = logging.getLogger("leanvae")

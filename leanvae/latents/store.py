@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from leanvae.files import atomic_path
 from leanvae.latents.entry import FACTS, TENSORS, Entry, read_tensors
 from leanvae.latents.statistics import Moments
+from litevae.files import atomic_path
 
 FORMAT = 1
 MANIFEST, INDEX, STATISTICS, SUMMARY = "store.json", "index.parquet", "statistics.json", "summary.json"

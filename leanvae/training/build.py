@@ -17,7 +17,6 @@ from leanvae.data.config import BUILTIN, ClipDataConfig, DataConfig
 from leanvae.data.schedule import Schedule, has_choice
 from leanvae.data.shapes import measure_shapes
 from leanvae.data.sources import Item, Picture, list_items, split_held_out
-from leanvae.files import write_text
 from leanvae.model import LeanVAE
 from leanvae.training.config import LossConfig, TrainConfig
 from leanvae.training.engine import build_engine
@@ -27,6 +26,7 @@ from leanvae.training.state import items_digest
 from leanvae.training.step import TrainingStep
 from leanvae.training.terms import Perceptual
 from litevae.discriminators import build_discriminator
+from litevae.files import write_text
 from litevae.model import LiteVAE
 from litevae.perceptual import (
     Backbone,

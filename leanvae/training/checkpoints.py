@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from leanvae.files import flush_to_disk, write_text
+from litevae.files import flush_to_disk, write_text
 
 logger = logging.getLogger("leanvae")
 

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from leanvae.config import load_config
 from leanvae.data.loader import Batch, Loader
 from leanvae.data.quarantine import check_bad_share
-from leanvae.files import write_text
 from leanvae.training.build import (
     build_networks,
     check_passes,
@@ -45,6 +44,7 @@ from leanvae.training.state import (
 from leanvae.training.step import update_average
 from leanvae.training.validation import Validation, read_validation_samples
 from leanvae.training.wandb_run import check_wandb
+from litevae.files import write_text
 
 logger = logging.getLogger("leanvae")
 

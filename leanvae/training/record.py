@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from leanvae.files import write_text
 from leanvae.training.comparison import Comparison, animation, picture, write_comparisons
 from leanvae.training.config import TrainConfig
 from leanvae.training.validation import ValidationResults
 from leanvae.training.wandb_run import WandbRun
+from litevae.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from leanvae.config import ConfigError
 from leanvae.data.sources import Clip, Item
-from leanvae.files import write_text
 from leanvae.training.checkpoints import FIGURES_FILE, STATE_FILE, commit, new_checkpoint, temporary_folder, writing
 from leanvae.training.config import TrainConfig
 from leanvae.training.faults import FaultRecord
 from leanvae.training.ranks import barrier, on_main, rank, world_size
 from leanvae.training.step import LeCamAverages, TrainingStep
+from litevae.files import write_text
 from litevae.pretrained import WEIGHTS_FILE, save_pretrained
 
 logger = logging.getLogger("leanvae")

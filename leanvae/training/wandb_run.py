@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanvae.config import ConfigError
-from leanvae.files import write_text
 from leanvae.training.config import WandbConfig
+from litevae.files import write_text
 
 ID_FILE = "wandb_id.txt"
 
