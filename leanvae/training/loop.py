@@ -298,8 +298,9 @@ class Trainer:
     def _log(self, logs: dict[str, float], batch: Batch, times: StepTimes) -> None:
         training, seconds = self.config.training, times.whole
         self._busy_seconds += seconds
+        of_step = {name: value for name, value in logs.items() if math.isfinite(value)}
         logs = {
-            **{name: value for name, value in logs.items() if math.isfinite(value)},
+            **of_step,
             "seconds_per_step": seconds,
             "step_seconds": times.step,
             "data_wait_share": times.wait / seconds,
@@ -320,8 +321,21 @@ class Trainer:
         mean_seconds = self._busy_seconds / taken
         left = (self.curriculum.max_steps - self.step) * mean_seconds
         if self.step % training.log_every == 0:
-            shown = " ".join(f"{name} {value:.4g}" for name, value in logs.items())
-            logger.info("step %d/%d %s, about %s left", self.step, self.curriculum.max_steps, shown, duration(left))
+            shown = " ".join(f"{name} {value:.4g}" for name, value in of_step.items())
+            speed = (
+                f"{seconds:.2f} s, {times.wait / seconds:.0%} of it waiting for data, "
+                f"{logs['samples_per_second']:.3g} samples/s, {logs['frames_per_second']:.3g} frames/s, "
+                f"{logs['memory_mib']:.0f} MiB"
+            )
+            logger.info(
+                "step %d/%d %s: %s; %s; about %s left",
+                self.step,
+                self.curriculum.max_steps,
+                batch.bucket,
+                shown,
+                speed,
+                duration(left),
+            )
         long = left > _LONG_RUN_SECONDS and self.device.type == "cpu"
         if taken == (1 if long else _STEPS_BEFORE_ESTIMATE):
             in_all = duration(self.curriculum.max_steps * mean_seconds)
