@@ -7,8 +7,8 @@ A case is a size TxHxW, then how it is cut: `chunk=FRAMES`, `tile=HxW` in pixels
 `stream=FRAMES`, which passes so many frames at a time through the streams. Each runs in a process of its own, with
 the published architecture and random weights, after a small warm-up; what takes less than a second runs again, and the
 fastest counts. Time is over the latent's tokens, padding included: where cost is linear, it is the same for every size.
-On CPUs it is the process's own time over its threads, which other processes disturb little. Memory is the peak over what
-was resident before, on CUDA that of the allocator.
+On CPUs it is the process's own time over its threads, which other processes disturb little. Memory is the peak over
+what was resident before, on CUDA that of the allocator.
 """
 
 import argparse
