@@ -4,12 +4,13 @@ Nothing heavy is imported before a subcommand runs: processes that a run starts 
 """
 
 import argparse
+import atexit
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from leanvae.analysis_cli import add_analyse_arguments, run_analyse
 from leanvae.bench import command as bench
@@ -33,6 +34,28 @@ class Command:
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+
+
+def run_program(command: str | None = None) -> NoReturn:
+    """Runs `main` as this process, and ends it with the status of that.
+
+    A rank ends before the interpreter shuts down: threads of its process group may outlive the group, and abort the
+    process ("terminate called without an active exception") if they let go of a tensor while Python is shutting down.
+    """
+    status = 1
+
+    def end_rank() -> None:
+        if "RANK" in os.environ:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    atexit.register(end_rank)  # called last, since it is registered first
+    try:
+        status = main(command=command)
+    except SystemExit as exit_:  # of argparse
+        status = int(exit_.code or 0)
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:

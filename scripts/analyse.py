@@ -1,8 +1,6 @@
 """Analyses image autoencoders side by side: latents, feature maps, and quality against resolution; see --help."""
 
-import sys
-
-from leanvae.cli import main
+from leanvae.cli import run_program
 
 if __name__ == "__main__":
-    sys.exit(main(command="analyse"))
+    run_program("analyse")

@@ -1,8 +1,6 @@
 """Measures what VAEs cost at a resolution, ours and others; see --help."""
 
-import sys
-
-from leanvae.cli import main
+from leanvae.cli import run_program
 
 if __name__ == "__main__":
-    sys.exit(main(command="bench_res"))
+    run_program("bench_res")

@@ -1,8 +1,6 @@
 """Decodes a store of latents, or single entries of one, to clips; see --help."""
 
-import sys
-
-from leanvae.cli import main
+from leanvae.cli import run_program
 
 if __name__ == "__main__":
-    sys.exit(main(command="decode_latents"))
+    run_program("decode_latents")

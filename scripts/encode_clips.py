@@ -1,8 +1,6 @@
 """Encodes clips into a store of latents; see --help."""
 
-import sys
-
-from leanvae.cli import main
+from leanvae.cli import run_program
 
 if __name__ == "__main__":
-    sys.exit(main(command="encode_clips"))
+    run_program("encode_clips")

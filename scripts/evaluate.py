@@ -1,8 +1,6 @@
 """Evaluates autoencoders on clips and images, with a table and a page to look at; see --help."""
 
-import sys
-
-from leanvae.cli import main
+from leanvae.cli import run_program
 
 if __name__ == "__main__":
-    sys.exit(main(command="evaluate"))
+    run_program("evaluate")

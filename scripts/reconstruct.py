@@ -1,8 +1,6 @@
 """Encodes and decodes a clip, an image, or a folder of both, and measures PSNR and SSIM; see --help."""
 
-import sys
-
-from leanvae.cli import main
+from leanvae.cli import run_program
 
 if __name__ == "__main__":
-    sys.exit(main(command="reconstruct"))
+    run_program("reconstruct")

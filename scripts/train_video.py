@@ -1,8 +1,6 @@
 """Trains a video autoencoder; started by deepspeed, torchrun or plain python; see --help."""
 
-import sys
-
-from leanvae.cli import main
+from leanvae.cli import run_program
 
 if __name__ == "__main__":
-    sys.exit(main(command="train_video"))
+    run_program("train_video")

@@ -9,6 +9,7 @@ weights, the average, and how many tensors of weights and optimizer states a bad
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -158,3 +159,5 @@ def main(cases_file, output):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # for the reason that `leanvae.cli.run_program` gives

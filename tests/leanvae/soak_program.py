@@ -6,10 +6,9 @@ steps took to `samples.rank<R>.jsonl` in SAMPLES, whichever start of the run too
 
 import json
 import os
-import sys
 from pathlib import Path
 
-from leanvae.cli import main
+from leanvae.cli import run_program
 
 SPOILT = {int(number) for number in os.environ["SPOILT_STEPS"].split()}
 SAMPLES = Path(os.environ["SAMPLES"])
@@ -51,4 +50,4 @@ def keep_samples():
 if __name__ == "__main__":
     spoil_terms()
     keep_samples()
-    sys.exit(main(command="train_video"))
+    run_program("train_video")

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import subprocess
 import sys
 import types
@@ -110,6 +111,34 @@ def test_main_tells_our_own_errors_from_others(
 def test_main_ends_an_interrupted_run_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     _use(monkeypatch, KeyboardInterrupt())
     assert cli.main(["fail"]) == 130
+
+
+PROGRAM_THAT_FAILS_AT_SHUTDOWN = """
+import atexit, os
+from leanvae import cli
+
+class AbortsWhenFreed:
+    def __del__(self, abort=os.abort):
+        abort()
+
+aborts = AbortsWhenFreed()
+
+def run(arguments):
+    atexit.register(print, "cleaned up")
+    return 3
+
+cli.COMMANDS["fail"] = cli.Command("fails", lambda parser: None, run)
+cli.run_program("fail")
+"""
+
+
+@pytest.mark.parametrize(("flags", "status", "output"), [([], 3, "cleaned up\n"), (["--unknown"], 2, "")])
+def test_a_rank_ends_with_its_status_before_the_interpreter_shuts_down(
+    flags: list[str], status: int, output: str
+) -> None:
+    command = [sys.executable, "-c", PROGRAM_THAT_FAILS_AT_SHUTDOWN, *flags]
+    done = subprocess.run(command, env={**os.environ, "RANK": "0"}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, output), done.stderr
 
 
 def test_main_refuses_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
