@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from leanvae.footprint import latent_frames
 from leanvae.latents.decoding import Decoded, Finished, Piece, Rejected
 from leanvae.latents.sources import Source
+from leanvae.media import cv2
 from leanvae.model import LeanVAE
 from litevae.memory import return_freed_memory
 from litevae.model import LiteVAE
@@ -56,12 +57,20 @@ def frames_per_latent(vae: VAE) -> int:
     return vae.config.patch_size[0] if isinstance(vae, LeanVAE) else 1
 
 
-def to_model(frames: NDArray[np.uint8], vae: VAE) -> Tensor:
-    """(B, T, H, W, 3) bytes as the `(B, 3, T, H, W)` in [-1, 1] that a model takes, on its device, in its type."""
+def to_model(clips: Sequence[NDArray[np.uint8]], vae: VAE) -> Tensor:
+    """Clips of bytes `(T, H, W, 3)` as the `(B, 3, T, H, W)` in [-1, 1] that a model takes, on its device."""
     parameter = next(vae.parameters())
-    # Bytes are brought to the model's order of axes while they are small; it is slower on any other.
-    x = torch.from_numpy(frames).to(parameter.device).movedim(-1, 1).contiguous().to(torch.float32)
-    return x.mul_(2 / 255).sub_(1).to(parameter.dtype)
+    if parameter.device.type != "cpu":  # bytes are a quarter to move
+        x = torch.from_numpy(np.stack(clips)).to(parameter.device).movedim(-1, 1).contiguous().to(torch.float32)
+        return x.mul_(2 / 255).sub_(1).to(parameter.dtype)
+    num_frames, height, width, _ = clips[0].shape
+    x = np.empty((len(clips), 3, num_frames, height, width), np.float32)
+    for planes, clip in zip(x, clips, strict=True):
+        for index, frame in enumerate(clip):  # frame by frame, which stay in the cache: a third of the time
+            scaled = np.multiply(frame, np.float32(2 / 255), dtype=np.float32)
+            scaled -= 1
+            cv2.split(scaled, list(planes[:, index]))
+    return torch.from_numpy(x).to(parameter.dtype)
 
 
 class ClipEncoder:
@@ -140,7 +149,7 @@ class ClipEncoder:
 
     def _to_model(self, pieces: list[Piece]) -> Tensor:
         """`(B, 3, T, H, W)` of pieces of one shape; with flips, each is followed by its mirror image."""
-        x = to_model(np.stack([piece.frames for piece in pieces]), self._vae)
+        x = to_model([piece.frames for piece in pieces], self._vae)
         return torch.stack((x, x.flip(-1)), dim=1).flatten(0, 1) if self._flips else x
 
     def _finish(

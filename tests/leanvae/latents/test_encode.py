@@ -22,7 +22,7 @@ from leanvae.latents import decoding, encode
 from leanvae.latents.decoders import decode_ahead
 from leanvae.latents.decoding import Decoding, Finished, Piece, Rejected, decode_source
 from leanvae.latents.encode import encode_clips
-from leanvae.latents.encoding import ClipEncoder, EncodedClip
+from leanvae.latents.encoding import ClipEncoder, EncodedClip, to_model
 from leanvae.latents.rule import ClipRule
 from leanvae.latents.sources import Source
 from leanvae.latents.store import Store, StoreError
@@ -42,6 +42,18 @@ def members(store):
 
 def keys(store):
     return {name.partition(".")[0] for name in members(store)}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (17, 32, 48)])
+def test_bytes_become_what_the_model_takes(shape):
+    vae = torch.nn.Linear(1, 1)
+    clips = [np.random.default_rng().integers(0, 256, (*shape, 3), np.uint8) for _ in range(3)]
+    expected = torch.stack([torch.from_numpy(clip).double() / 127.5 - 1 for clip in clips]).permute(0, 4, 1, 2, 3)
+    x = to_model(clips, vae)
+    assert x.is_contiguous()
+    assert x.dtype == torch.float32
+    assert torch.allclose(x.double(), expected, rtol=0, atol=2e-7)
+    assert torch.equal(to_model(clips, vae.bfloat16()), x.bfloat16())
 
 
 def pixels(images):
