@@ -50,7 +50,7 @@ def run_program(command: str | None = None) -> NoReturn:
             sys.stderr.flush()
             os._exit(status)
 
-    atexit.register(end_rank)  # called last, since it is registered first
+    atexit.register(end_rank)  # called after those of all that a command imports
     try:
         status = main(command=command)
     except SystemExit as exit_:  # of argparse

@@ -106,7 +106,6 @@ class ClipEncoder:
         for result in decoded:
             if isinstance(result, Piece):
                 yield from self._add(result)
-                self._return_memory()
             else:
                 self._forget(result.source, is_void=isinstance(result, Rejected))
                 yield result
@@ -130,6 +129,7 @@ class ClipEncoder:
             self._open[key] = _LongClip(self._vae, self._memory_limit)
         clip = self._open[key]
         clip.encode(self._to_model([piece]), piece)
+        self._return_memory()
         if piece.ends:
             del self._open[key]
             mean, logvar = (torch.cat(parts, dim=2) for parts in zip(*clip.parameters, strict=True))
@@ -138,6 +138,7 @@ class ClipEncoder:
     @torch.inference_mode()
     def _encode_batch(self, pieces: list[Piece]) -> Iterator[EncodedClip]:
         mean, logvar = _encode(self._vae, self._to_model(pieces), self._memory_limit)
+        self._return_memory()
         for piece, means, logvars in zip(pieces, mean.chunk(len(pieces)), logvar.chunk(len(pieces)), strict=True):
             yield self._finish(piece, piece.times, piece.thumbnail, means, logvars)
 
