@@ -40,7 +40,7 @@ IMAGE_SUFFIXES = frozenset({
 # ITU-T H.273 code points, as FFmpeg reports them.
 MATRIX_UNSPECIFIED = 2
 HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
-# swscale's numbers for them; PyAV before 18 has no name for BT.2020.
+# swscale's numbers for them.
 _BT709, _FCC, _BT601, _SMPTE240M, _BT2020 = 1, 4, 5, 7, 9
 _MATRICES = {1: _BT709, 4: _FCC, 5: _BT601, 6: _BT601, 7: _SMPTE240M, 9: _BT2020}
 _RANGE_FULL = 2

@@ -1,9 +1,8 @@
 """Configuration: the base of every configuration class, and the image autoencoder's own."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
-from typing_extensions import Self
 
 NUM_LEVELS = 3
 DOWNSAMPLING = 2**NUM_LEVELS  # pixels a latent element, in each direction

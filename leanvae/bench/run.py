@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class Benchmark:
         here = describe_machine(self.settings.device)
         machine = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         if machine is None:
-            date = datetime.now(timezone.utc).date().isoformat()
+            date = datetime.now(UTC).date().isoformat()
             machine = {**here, "date": date, "matrix_rate": {}, "memory_bandwidth": memory_bandwidth(device)}
         for part in ("hardware", "software"):
             if machine[part] != here[part]:

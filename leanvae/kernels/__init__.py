@@ -1,5 +1,9 @@
-"""Triton kernels, each behind a custom operator with a backward of its own; plain torch takes their place elsewhere."""
+"""Triton kernels, each behind a custom operator with a backward of its own; plain torch takes their place elsewhere.
 
+`LEANVAE_KERNELS=0` in the environment, read when this package is first imported, switches them off.
+"""
+
+import os
 from importlib.util import find_spec
 
 import torch
@@ -7,10 +11,10 @@ from torch import Tensor
 
 __all__ = ["usable"]
 
-_HAS_TRITON = find_spec("triton") is not None
+_ENABLED = os.environ.get("LEANVAE_KERNELS", "1") != "0" and find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels run where `x` is, and in its dtype."""
-    return _HAS_TRITON and x.is_cuda and x.dtype in _DTYPES
+    return _ENABLED and x.is_cuda and x.dtype in _DTYPES

@@ -3,9 +3,9 @@
 import logging
 import time
 from types import TracebackType
+from typing import Self
 
 from tqdm import tqdm
-from typing_extensions import Self
 
 logger = logging.getLogger("leanvae")
 

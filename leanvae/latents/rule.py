@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from pydantic import PositiveInt, model_validator
-from typing_extensions import Self
 
 from leanvae.data.buckets import Bucket, Shape, choose_bucket
 from litevae.config import StrictConfig

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from io import BufferedWriter, BytesIO, FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from leanvae.latents.entry import FACTS, TENSORS, Entry
 from leanvae.latents.statistics import Moments

@@ -1,6 +1,6 @@
 """Configuration of a training run: one YAML file."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -12,7 +12,6 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from typing_extensions import Self
 
 from leanvae.config import LeanVAEConfig, merge
 from leanvae.data.buckets import Shape

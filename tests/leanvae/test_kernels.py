@@ -203,3 +203,13 @@ def test_layers_on_a_gpu_agree_with_the_cpu(dtype):
 
 def test_kernels_are_for_gpus():
     assert not kernels.usable(torch.zeros(1))
+
+
+@needs_triton
+@pytest.mark.parametrize(("value", "expected"), [("0", "False"), ("1", "True")])
+def test_an_environment_variable_switches_the_kernels_off(value, expected):
+    code = "from types import SimpleNamespace as Tensor; import torch; from leanvae import kernels; "
+    code += "print(kernels.usable(Tensor(is_cuda=True, dtype=torch.float32)))"
+    env = {**os.environ, "LEANVAE_KERNELS": value}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == expected
