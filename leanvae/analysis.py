@@ -15,18 +15,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from leanvae.analysis_record import AnalysisError, Autoencoder, ModelRecord, Study
+from leanvae.analysis_record import Autoencoder, ModelRecord, Study
 from leanvae.checkpoint import load_vae
 from leanvae.jobs import Job, find_jobs
 from leanvae.media import MediaError, read_image
+from litevae.errors import InvalidInput, WorkIncomplete, extra
 from litevae.files import write_text
 from litevae.perceptual import PerceptualDistance, find_backbone, load_lpips, missing_backbone_message
 
-try:
+with extra("video"):
     import cv2
     from tqdm import tqdm
-except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise ImportError(f"analysis needs {error.name}: pip install 'leanvae[video]'") from error
 
 logger = logging.getLogger("leanvae")
 
@@ -61,7 +60,7 @@ def analyse(
     Raises:
         FileNotFoundError: there is no such input or checkpoint.
         ValueError: no or equal checkpoints, or as in `analyse_models`.
-        AnalysisError: as in `analyse_models`.
+        WorkIncomplete, NotFinite: as in `analyse_models`.
     """
     names = model_names(checkpoints)
     find_images(inputs, output)  # refuses a wrong input before the checkpoints are read
@@ -78,7 +77,9 @@ def model_names(checkpoints: Sequence[str | Path]) -> list[str]:
     """
     paths = [Path(path).resolve() for path in checkpoints]
     if not paths or len(set(paths)) < len(paths):
-        raise ValueError(f"checkpoints are {[str(path) for path in checkpoints]}: expected one or more different ones")
+        raise InvalidInput(
+            f"checkpoints are {[str(path) for path in checkpoints]}: expected one or more different ones"
+        )
     if len(paths) == 1:
         return [paths[0].name]
     start = _num_shared([path.parts for path in paths])
@@ -108,7 +109,7 @@ def find_images(inputs: str | Path, output: str | Path) -> list[Job]:
     """
     jobs = [job for job in find_jobs(Path(inputs), Path(output)) if not job.is_video]
     if not jobs:
-        raise ValueError(f"{inputs} holds no image that its name shows to be one")
+        raise InvalidInput(f"{inputs} holds no image that its name shows to be one")
     return jobs
 
 
@@ -148,13 +149,14 @@ def analyse_models(
     Raises:
         FileNotFoundError: there is nothing at `inputs`.
         ValueError: no model, no image, none as large as `study.size`, or a model that does not work at this size.
-        AnalysisError: no image could be read, or not all with `strict`, or a model's output is not finite.
+        WorkIncomplete: no image could be read, or not all with `strict`.
+        NotFinite: a model's output is infinite or NaN.
     """
     from leanvae import analysis_plots as plots  # here, so that matplotlib is missed before the work is done
 
     study = study or Study()
     if not models:
-        raise ValueError("models is empty: expected one or more")
+        raise InvalidInput("models is empty: expected one or more")
     jobs, output = find_images(inputs, output), Path(output)
     notes: list[str] = []
     lpips = _find_lpips(notes)
@@ -174,9 +176,9 @@ def analyse_models(
                 record.update(images)
         num_read = len(jobs) - len(skipped)
         if not num_read:
-            raise AnalysisError(f"none of {len(jobs)} images could be read: {_list(skipped)}")
+            raise WorkIncomplete(f"none of {len(jobs)} images could be read: {_list(skipped)}")
         if not pictures:
-            raise ValueError(f"size is {study.size}: none of the {num_read} images is as large; choose a smaller one")
+            raise InvalidInput(f"size is {study.size}: none of the {num_read} images is as large; choose a smaller one")
         drawn = {record.name: [record.picture(image) for image in pictures] for record in records}
         summaries = [record.summary() for record in records]
     notes += [
@@ -205,7 +207,7 @@ def analyse_models(
     plots.plot_features(output / "features.png", pictures, drawn)
     plots.plot_latents(output / "latents.png", pictures, drawn)
     if strict and skipped:
-        raise AnalysisError(f"{len(skipped)} of {len(jobs)} images could not be read: {_list(skipped)}")
+        raise WorkIncomplete(f"{len(skipped)} of {len(jobs)} images could not be read: {_list(skipped)}")
     return report
 
 

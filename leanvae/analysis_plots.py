@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from litevae.errors import extra
 from litevae.files import atomic_path
 
-try:
+with extra("plots"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
-except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise ImportError(f"plots need {error.name}: pip install 'leanvae[plots]'") from error
 
 _DPI = 150
 _CELL = 2.4  # inches a side of an image

@@ -15,6 +15,7 @@ from leanvae.metrics import FrameMetrics, psnr
 from leanvae.model import LeanVAE
 from litevae.analysis import RBF_SIGMAS, Imbalance, feature_imbalance, latents_as_rgb, mmd
 from litevae.config import DOWNSAMPLING
+from litevae.errors import InvalidInput, NotFinite
 from litevae.model import LiteVAE
 from litevae.perceptual import PerceptualDistance
 from litevae.posterior import DiagonalGaussian
@@ -27,10 +28,6 @@ _MMD_DRAWS = 5  # Gaussian samples that each MMD is averaged over
 _MIN_LPIPS_SIZE = 16  # pixels a side
 # Two seeds, since latents made from the noise that they are compared with would not be independent of it.
 _POSTERIOR_SEED, _GAUSSIAN_SEED = 0, 1
-
-
-class AnalysisError(ValueError):
-    """The images were not, or not all, analysed, or a model is broken; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,13 @@ class Study:
     def __post_init__(self) -> None:
         resolutions = list(self.resolutions)
         if not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions):
-            raise ValueError(f"resolutions are {resolutions}: expected different, positive numbers of pixels")
+            raise InvalidInput(f"resolutions are {resolutions}: expected different, positive numbers of pixels")
         if self.size < 1 or self.size % DOWNSAMPLING:
-            raise ValueError(f"size is {self.size}: expected a positive multiple of {DOWNSAMPLING} pixels")
+            raise InvalidInput(f"size is {self.size}: expected a positive multiple of {DOWNSAMPLING} pixels")
         if not self.sigmas or min(self.sigmas) <= 0:
-            raise ValueError(f"sigmas are {list(self.sigmas)}: expected positive bandwidths")
+            raise InvalidInput(f"sigmas are {list(self.sigmas)}: expected positive bandwidths")
         if self.num_pictures < 1:
-            raise ValueError(f"num_pictures is {self.num_pictures}: expected at least 1")
+            raise InvalidInput(f"num_pictures is {self.num_pictures}: expected at least 1")
 
     @property
     def sides(self) -> list[int]:
@@ -84,7 +81,7 @@ class ModelRecord:
 
     def __init__(self, name: str, vae: Autoencoder, study: Study, lpips: PerceptualDistance | None = None) -> None:
         if not _takes(vae, study.size):
-            raise ValueError(f"size is {study.size}: the transformer in {name} works at another alone (vit_grid)")
+            raise InvalidInput(f"size is {study.size}: the transformer in {name} works at another alone (vit_grid)")
         self.name = name
         self.vae = vae
         self._study = study
@@ -100,7 +97,7 @@ class ModelRecord:
         """Adds a batch of square images `(side, side, 3)`, of one of the study's sides.
 
         Raises:
-            AnalysisError: the model's output is not finite.
+            NotFinite: the model's output is not finite.
         """
         side = len(images[0])
         if not _takes(self.vae, side):
@@ -168,7 +165,7 @@ class ModelRecord:
         posterior = self.vae.encode((2 * x - 1).to(weight.dtype))
         decoded = self.vae.decode(posterior.mode(), size=tuple(x.shape[2:])).float()
         if not decoded.isfinite().all():
-            raise AnalysisError(
+            raise NotFinite(
                 f"{self.name}: the decoder's output is not finite:"
                 " the weights are broken, or need another dtype (float32)"
             )

@@ -4,7 +4,9 @@ from collections.abc import Generator, Iterator
 from fractions import Fraction
 from pathlib import Path
 
-try:
+from litevae.errors import extra
+
+with extra("video"):
     import av
     import av.error
     from av.audio.frame import AudioFrame
@@ -12,8 +14,6 @@ try:
     from av.audio.stream import AudioStream
     from av.container import InputContainer, OutputContainer
     from av.packet import Packet
-except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise ImportError(f"writing media needs {error.name}: pip install 'leanvae[video]'") from error
 
 _COPIED_CODECS = frozenset({"aac", "mp3", "mp3float", "ac3", "eac3", "alac"})
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)

@@ -17,6 +17,7 @@ from leanvae.config import LeanVAEConfig, parse_config
 from leanvae.model import LeanVAE
 from litevae.baselines import from_diffusers
 from litevae.config import LiteVAEConfig
+from litevae.errors import InvalidInput, MissingFile
 from litevae.model import LiteVAE
 from litevae.pretrained import CONFIG_FILE, WEIGHTS_FILE
 
@@ -65,14 +66,14 @@ def load_vae(
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise MissingFile(f"no checkpoint at {path}")
     config, state = _read_folder(path) if path.is_dir() else _read_published(path)
     with torch.device("meta"):
         vae = build_vae(config)
     try:
         vae.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path}: weights do not fit the model: {error}") from error
+        raise InvalidInput(f"{path}: weights do not fit the model: {error}") from error
     return vae.requires_grad_(True).to(device, dtype).eval()
 
 
@@ -83,14 +84,14 @@ def _read_folder(folder: Path) -> tuple[LeanVAEConfig | LiteVAEConfig, dict[str,
         if not (folder / name).is_file():
             latest = folder / "checkpoints" / "latest"
             hint = f"; the run's newest checkpoint is {latest}" if latest.is_dir() else ""
-            raise FileNotFoundError(f"{folder}: {name} is missing; a checkpoint folder holds it{hint}")
+            raise MissingFile(f"{folder}: {name} is missing; a checkpoint folder holds it{hint}")
     try:
         tree = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_FILE}: no valid JSON: {error}") from error
+        raise InvalidInput(f"{folder / CONFIG_FILE}: no valid JSON: {error}") from error
     model = tree.pop("model", None) if isinstance(tree, dict) else None
     if model not in _CONFIGS:
-        raise ValueError(f"{folder / CONFIG_FILE}: the field 'model' must be one of {', '.join(_CONFIGS)}")
+        raise InvalidInput(f"{folder / CONFIG_FILE}: the field 'model' must be one of {', '.join(_CONFIGS)}")
     return parse_config(_CONFIGS[model], tree, str(folder / CONFIG_FILE)), _read_weights(folder / WEIGHTS_FILE)
 
 
@@ -98,14 +99,14 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: no valid safetensors file: {error}") from error
+        raise InvalidInput(f"{path}: no valid safetensors file: {error}") from error
 
 
 def _read_diffusers(path: Path) -> tuple[LiteVAEConfig, dict[str, Tensor]]:
     try:
         return from_diffusers(_read_weights(path))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InvalidInput(f"{path}: {error}") from error
 
 
 def _read_published(path: Path) -> tuple[LeanVAEConfig, dict[str, Tensor]]:
@@ -116,10 +117,10 @@ def _read_published(path: Path) -> tuple[LeanVAEConfig, dict[str, Tensor]]:
             checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).split(". ")[0].splitlines()[0]  # torch goes on to advise unsafe loading
-        raise ValueError(f"{path}: cannot be read as a checkpoint of plain tensors: {reason}") from error
+        raise InvalidInput(f"{path}: cannot be read as a checkpoint of plain tensors: {reason}") from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: a published checkpoint holds a dictionary of tensors under 'state_dict'")
+        raise InvalidInput(f"{path}: a published checkpoint holds a dictionary of tensors under 'state_dict'")
     if any(name.startswith(TRAINING_PREFIX) for name in state):
         state = {
             name.removeprefix(TRAINING_PREFIX): value
@@ -131,7 +132,7 @@ def _read_published(path: Path) -> tuple[LeanVAEConfig, dict[str, Tensor]]:
         renamed = {rename_published(name): torch.atleast_1d(value) for name, value in state.items()}
         return infer_config(state), renamed
     except KeyError as error:
-        raise ValueError(f"{path}: no published LeanVAE checkpoint: {error.args[0]} is missing") from error
+        raise InvalidInput(f"{path}: no published LeanVAE checkpoint: {error.args[0]} is missing") from error
 
 
 def rename_published(name: str) -> str:

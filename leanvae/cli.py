@@ -16,9 +16,12 @@ from leanvae.analysis_cli import add_analyse_arguments, run_analyse
 from leanvae.bench import command as bench
 from leanvae.evaluation import command as evaluation
 from leanvae.latents import command as latents
+from litevae.errors import LeanVAEError, WorkIncomplete
 
 if TYPE_CHECKING:
     from leanvae.training.config import TrainImageConfig, TrainVideoConfig
+
+WRONG_INPUT, WORK_INCOMPLETE = 2, 3  # exit status
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
         command: the subcommand whose arguments they are; if None, the first argument names it.
 
     Returns:
-        Exit status: 0 when all the work was done, 2 for a wrong command line, configuration, file or
-        checkpoint (one line on stderr says which), 130 when interrupted.
+        Exit status: 0 when all the work was done, 2 for a wrong command line, configuration, file or checkpoint
+        (one line on stderr says which), 3 when some of the work could not be done, 130 when interrupted. A fault of
+        the code raises, which ends the process with its traceback and 1.
     """
     if command is None:
         parser = argparse.ArgumentParser(prog="leanvae", description="Image and video autoencoders.")
@@ -88,32 +92,17 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     _log_to_stderr()
     try:
         return args.run(args)
-    except Exception as error:
-        if not _is_expected(error):
+    except LeanVAEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WORK_INCOMPLETE if isinstance(error, WorkIncomplete) else WRONG_INPUT
+    except OSError as error:
+        if error.filename is None:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _is_expected(error: Exception) -> bool:
-    """Tells a wrong input, which our own code refuses in words, from a fault, which keeps its traceback."""
-    if isinstance(error, OSError):
-        return error.filename is not None or isinstance(error, FileNotFoundError)
-    if _is_ours(type(error).__module__):
-        return True
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    raised_by_us = traceback is not None and _is_ours(traceback.tb_frame.f_globals.get("__name__", ""))
-    is_refusal = isinstance(error, ValueError | FloatingPointError) or type(error) is ImportError
-    return raised_by_us and is_refusal
-
-
-def _is_ours(module: str) -> bool:
-    return module.split(".")[0] in ("leanvae", "litevae")
 
 
 def _log_to_stderr() -> None:

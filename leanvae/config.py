@@ -16,12 +16,13 @@ from pydantic import (
 )
 
 from litevae.config import AutoencoderConfig, StrictConfig
+from litevae.errors import InvalidInput
 from litevae.wavelet import check_wavelet
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
-class ConfigError(ValueError):
+class ConfigError(InvalidInput):
     """A configuration file or override is wrong; the message names the key, the value and the rule."""
 
 

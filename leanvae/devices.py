@@ -1,5 +1,7 @@
 """Where a command computes."""
 
+from litevae.errors import InvalidInput
+
 
 def find_device(name: str) -> str:
     """The device that a command line names.
@@ -17,5 +19,5 @@ def find_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        raise InvalidInput(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return name

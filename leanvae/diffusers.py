@@ -7,17 +7,16 @@ from torch import Tensor
 
 from leanvae.config import LeanVAEConfig
 from leanvae.model import LeanVAE
+from litevae.errors import extra
 from litevae.torchvision_compat import prepare_torchvision
 
 prepare_torchvision()  # diffusers imports torchvision wherever it is installed
 
-try:
+with extra("diffusers"):
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
     from diffusers.models.modeling_utils import ModelMixin
-except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise ImportError(f"leanvae.diffusers needs {error.name}: pip install 'leanvae[diffusers]'") from error
 
 
 class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leanvae.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from litevae.errors import InvalidInput, MissingFile
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ def find_jobs(inputs: Path, output: Path) -> list[Job]:
         ValueError: the folder holds no clip or image, or is the output folder.
     """
     if not inputs.exists():
-        raise FileNotFoundError(f"no file or folder at {inputs}")
+        raise MissingFile(f"no file or folder at {inputs}")
     if inputs.is_dir():
         if output.resolve() == inputs.resolve():
-            raise ValueError(f"the output folder {output} is the input folder: choose another")
+            raise InvalidInput(f"the output folder {output} is the input folder: choose another")
         files = [
             path
             for path in sorted(inputs.rglob("*"))
@@ -47,7 +48,7 @@ def find_jobs(inputs: Path, output: Path) -> list[Job]:
             and output.resolve() not in path.resolve().parents
         ]
         if not files:
-            raise ValueError(f"{inputs} holds no clip or image that its name shows to be one")
+            raise InvalidInput(f"{inputs} holds no clip or image that its name shows to be one")
         names = [path.relative_to(inputs) for path in files]
     else:
         files, names = [inputs], [Path(inputs.name)]

@@ -25,6 +25,7 @@ from leanvae.bench.memory import PeakMemory
 from leanvae.model import LeanVAE
 from leanvae.planner import Parts, Plan
 from leanvae.streaming import plan_decoding, plan_encoding
+from litevae.errors import InvalidInput
 
 _SECONDS_TO_REPEAT = 1.0
 _NUMBERS = {"chunk": 1, "tile": 2, "stream": 1}  # of an option's value
@@ -46,14 +47,14 @@ def parse_case(text: str) -> dict[str, Any]:
             numbers = _numbers(value, _NUMBERS[name], text)
             case[name] = numbers if name == "tile" else numbers[0]
         else:
-            raise ValueError(f"case {text!r}: {name!r} is none of {', '.join(_NUMBERS)}, memory_limit")
+            raise InvalidInput(f"case {text!r}: {name!r} is none of {', '.join(_NUMBERS)}, memory_limit")
     return case
 
 
 def _numbers(text: str, count: int, case: str) -> tuple[int, ...]:
     parts = text.split("x")
     if len(parts) != count or not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"case {case!r}: {text!r} is not {count} numbers above zero with 'x' between them")
+        raise InvalidInput(f"case {case!r}: {text!r} is not {count} numbers above zero with 'x' between them")
     return tuple(int(part) for part in parts)
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanvae.image_headers import EXIF_TURNS, exif_orientation, has_alpha, is_png, is_webp, jpeg_is_complete
+from litevae.errors import InvalidInput, extra
 
-try:
+with extra("video"):
     import av
     import cv2
     from av.container import InputContainer
@@ -24,8 +25,6 @@ try:
     from av.video.frame import VideoFrame
     from av.video.reformatter import ColorRange
     from av.video.stream import VideoStream
-except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise ImportError(f"reading media needs {error.name}: pip install 'leanvae[video]'") from error
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset({
@@ -53,7 +52,7 @@ _BICUBIC, _ACCURATE_RND, _FULL_CHR_H_INT = 0x4, 0x40000, 0x2000
 _INTERPOLATION = _BICUBIC | _ACCURATE_RND | _FULL_CHR_H_INT
 
 
-class MediaError(ValueError):
+class MediaError(InvalidInput):
     """A file cannot be used as the video or image that it should be.
 
     Attributes:

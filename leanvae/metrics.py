@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from litevae.errors import extra
 from litevae.torchvision_compat import prepare_torchvision
 
 prepare_torchvision()  # torchmetrics imports torchvision wherever it is installed
 
-try:
+with extra("video"):
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise ImportError(f"metrics need {error.name}: pip install 'leanvae[video]'") from error
 
 SSIM_SIGMA = 1.5
 SSIM_WINDOW = 11  # pixels: 3.5 sigma to either side of the centre

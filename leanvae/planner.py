@@ -14,6 +14,7 @@ from torch import Tensor
 
 from leanvae.config import LeanVAEConfig
 from leanvae.footprint import Work, clip_frames
+from litevae.errors import InvalidInput
 from litevae.memory import SHARE_OF_FREE, format_bytes, free_memory, parse_bytes
 from litevae.tiling import check_tile
 
@@ -96,7 +97,7 @@ def make_plan(work: Work, parts: Parts, device: torch.device) -> Plan:
     reason = why_inexact(work.config)
     may_tile = reason is None or parts.approximate
     if tile is not None and not may_tile:
-        raise ValueError(f"tile is {parts.tile}: not exact, because {reason}; approximate=True blends tiles")
+        raise InvalidInput(f"tile is {parts.tile}: not exact, because {reason}; approximate=True blends tiles")
     is_automatic = parts.tile is None and parts.chunk is None and limit is None
     if is_automatic and (free := free_memory(device)) is not None:
         limit = int(SHARE_OF_FREE * free)
@@ -110,7 +111,7 @@ def make_plan(work: Work, parts: Parts, device: torch.device) -> Plan:
     plan = next((plan for plan in candidates if plan.memory <= limit), smallest)
     if plan.memory > limit and not is_automatic:
         hint = "" if may_tile else f"; tiles, which would take less, are not exact, because {reason}"
-        raise ValueError(
+        raise InvalidInput(
             f"memory_limit is {parts.memory_limit!r}: to {work.name} {work} takes at least "
             f"{format_bytes(smallest.memory)}{hint}"
         )
@@ -135,7 +136,7 @@ def plan_reconstruction(
     """
     weight, group = next(vae.parameters()), vae.config.patch_size[0]
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is {chunk}: at least one frame is needed")
+        raise InvalidInput(f"chunk is {chunk}: at least one frame is needed")
     most = MOST_LATENT_FRAMES if chunk is None else max(1, chunk // group)
     _, _, rows, columns = vae.latent_shape((height, width))
     works = (
@@ -157,7 +158,7 @@ def plan_reconstruction(
     smallest = min(pairs, key=memory)
     pair = next((pair for pair in pairs if memory(pair) <= limit), smallest)
     if memory_limit is not None and memory(pair) > memory_limit:
-        raise ValueError(
+        raise InvalidInput(
             f"memory_limit is {format_bytes(memory_limit)}: to reconstruct frames of {width}x{height} takes about "
             f"{format_bytes(memory(pair))}"
         )
@@ -178,7 +179,7 @@ def _check_chunk(chunk: Any, work: Work) -> int | None:
     except TypeError:
         frames = 0
     if frames < 1 or isinstance(chunk, bool):
-        raise ValueError(f"chunk is {chunk!r}: expected a whole number of frames, at least 1")
+        raise InvalidInput(f"chunk is {chunk!r}: expected a whole number of frames, at least 1")
     group = work.config.patch_size[0]
     if not work.is_stream and frames >= clip_frames(work.latent_frames, group):
         return None

@@ -22,27 +22,22 @@ from leanvae.metrics import FrameMetrics
 from leanvae.model import LeanVAE
 from leanvae.planner import PIXELS_AT_ONCE, plan_reconstruction
 from leanvae.writer import VideoWriter, write_png
+from litevae.errors import NotFinite, WorkIncomplete, extra
 from litevae.files import write_text
 from litevae.memory import parse_bytes
 from litevae.model import LiteVAE
 
-try:
+with extra("video"):
     import av
     import av.error
     from av.format import Flags
     from tqdm import tqdm
-except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise ImportError(f"reconstruction needs {error.name}: pip install 'leanvae[video]'") from error
 
 logger = logging.getLogger("leanvae")
 
 METRICS_FILE = "metrics.json"
 _IMAGES_AT_ONCE = 4  # frames that an image model gets at a time
 _SECONDS_BETWEEN_LINES = 30.0
-
-
-class ReconstructionError(ValueError):
-    """The files were not, or not all, reconstructed; the message says which and why."""
 
 
 @dataclass
@@ -113,8 +108,8 @@ def reconstruct(
         FileNotFoundError: there is no such input or checkpoint.
         ValueError: the input holds no clip or image, the output folder is the input folder, or the memory limit
             is wrong or cannot be kept.
-        ReconstructionError: no file could be reconstructed, or not all with `strict`, or the model's output is
-            not finite.
+        WorkIncomplete: no file could be reconstructed, or not all with `strict`.
+        NotFinite: the model's output is infinite or NaN.
     """
     inputs, output = Path(inputs), Path(output)
     jobs = find_jobs(inputs, output)
@@ -141,7 +136,7 @@ def reconstruct(
         report.update(total=_total(results, len(skipped)), files=files, skipped=skipped)
         write_text(output / METRICS_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
     if skipped and (strict or not results):
-        raise ReconstructionError(f"{len(skipped)} of {len(jobs)} files could not be reconstructed: {_list(skipped)}")
+        raise WorkIncomplete(f"{len(skipped)} of {len(jobs)} files could not be reconstructed: {_list(skipped)}")
     return report
 
 
@@ -175,7 +170,7 @@ def reconstruct_file(
 
     Raises:
         MediaError: the file cannot be read, or mp4 cannot hold it.
-        ReconstructionError: the model's output is not finite.
+        NotFinite: the model's output is not finite.
         ValueError: the memory limit cannot be kept.
     """
     (output / job.target).parent.mkdir(parents=True, exist_ok=True)
@@ -332,11 +327,11 @@ def _from_model(decoded: Tensor, name: str) -> Tensor:
     """The decoder's `(N, 3, H, W)` in about [-1, 1] as float32, clamped to [0, 1].
 
     Raises:
-        ReconstructionError: it is not finite.
+        NotFinite: it is not finite.
     """
     decoded = decoded.float()
     if not decoded.isfinite().all():
-        raise ReconstructionError(
+        raise NotFinite(
             f"{name}: the decoder's output is not finite: the weights are broken, or need another dtype (float32)"
         )
     return ((decoded + 1) / 2).clamp(0, 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from leanvae.chunking import ChunkPast, decode_chunk, encode_chunk
 from leanvae.footprint import Work, clip_frames, latent_frames
 from leanvae.planner import MOST_LATENT_FRAMES, Parts, Plan, make_plan
+from litevae.errors import InvalidInput
 from litevae.memory import is_out_of_memory, retry_smaller
 from litevae.pixels import check_pixels, crop
 from litevae.posterior import DiagonalGaussian
@@ -190,14 +191,14 @@ def _check_chunk(chunk: Tensor, before: Tensor | None) -> None:
     """Raises `ValueError` unless `chunk` is a clip that continues the one before."""
     check_pixels(chunk)
     if chunk.ndim != 5:
-        raise ValueError(f"chunk has shape {tuple(chunk.shape)}: expected (B, 3, t, H, W)")
+        raise InvalidInput(f"chunk has shape {tuple(chunk.shape)}: expected (B, 3, t, H, W)")
     _check_alike("chunk", chunk, before)
 
 
 def check_latent(latent: Tensor, channels: int) -> None:
     """Raises `ValueError` unless this is a latent of so many channels."""
     if latent.ndim != 5 or latent.shape[1] != channels or 0 in latent.shape:
-        raise ValueError(f"latent has shape {tuple(latent.shape)}: expected (B, {channels}, T', H', W')")
+        raise InvalidInput(f"latent has shape {tuple(latent.shape)}: expected (B, {channels}, T', H', W')")
 
 
 def _alike(latents: Iterable[Tensor], channels: int) -> Iterator[Tensor]:
@@ -215,7 +216,7 @@ def _check_alike(name: str, part: Tensor, before: Tensor | None) -> None:
         return
     if part.dtype != before.dtype or any(part.shape[axis] != before.shape[axis] for axis in (0, 1, 3, 4)):
         batch, channels, _, height, width = before.shape
-        raise ValueError(
+        raise InvalidInput(
             f"{name} has shape {tuple(part.shape)} and dtype {part.dtype}: the ones before have "
             f"({batch}, {channels}, any, {height}, {width}) and {before.dtype}"
         )

@@ -9,15 +9,14 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from litevae.errors import extra
 from litevae.files import atomic_path
 
-try:
+with extra("video"):
     import av
     import cv2
     from av.video.frame import VideoFrame
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
-except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise ImportError(f"writing media needs {error.name}: pip install 'leanvae[video]'") from error
 
 from leanvae.audio import AudioTracks
 

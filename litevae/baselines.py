@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from litevae.config import LiteVAEConfig
+from litevae.errors import InvalidInput
 
 # Names in diffusers to ours, applied in turn; the last four are those of attention before diffusers 0.15.
 _RENAMINGS = [
@@ -44,7 +45,7 @@ def from_diffusers(state: Mapping[str, Tensor]) -> tuple[LiteVAEConfig, dict[str
     try:
         config = _infer_config(state)
     except KeyError as error:
-        raise ValueError(f"no state dict of diffusers' AutoencoderKL: {error.args[0]} is missing") from error
+        raise InvalidInput(f"no state dict of diffusers' AutoencoderKL: {error.args[0]} is missing") from error
     samplers = {"encoder.down_blocks": config.num_res_blocks, "decoder.up_blocks": config.num_res_blocks + 1}
     renamed = {}
     for name, value in state.items():
@@ -64,9 +65,9 @@ def _infer_config(state: Mapping[str, Tensor]) -> LiteVAEConfig:
     decoder_widths = _widths(state, "decoder.up_blocks")[::-1]
     for part, widths in (("encoder", encoder_widths), ("decoder", decoder_widths)):
         if len(widths) != 4 or any(width % widths[0] for width in widths):
-            raise ValueError(f"{part}: expected four levels whose widths are multiples of the first's, got {widths}")
+            raise InvalidInput(f"{part}: expected four levels whose widths are multiples of the first's, got {widths}")
     if ("quant_conv.weight" in state) != ("post_quant_conv.weight" in state):
-        raise ValueError("quant_conv and post_quant_conv: expected both or none")
+        raise InvalidInput("quant_conv and post_quant_conv: expected both or none")
     fields: dict[str, Any] = {
         "encoder": "sd",
         "latent_channels": state["decoder.conv_in.weight"].shape[1],

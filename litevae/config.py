@@ -4,6 +4,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from litevae.errors import InvalidInput
+
 NUM_LEVELS = 3
 DOWNSAMPLING = 2**NUM_LEVELS  # pixels a latent element, in each direction
 
@@ -126,5 +128,5 @@ class LiteVAEConfig(AutoencoderConfig):
             ValueError: there is no such preset, or a field is wrong.
         """
         if name not in _PRESETS:
-            raise ValueError(f"preset {name!r} does not exist: there are {', '.join(_PRESETS)}")
+            raise InvalidInput(f"preset {name!r} does not exist: there are {', '.join(_PRESETS)}")
         return cls(**_PRESETS[name] | fields)

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from litevae.errors import InvalidInput
+
 logger = logging.getLogger("leanvae")
 
 PlanT = TypeVar("PlanT")
@@ -42,7 +44,7 @@ def parse_bytes(size: str | int) -> int:
     except (KeyError, TypeError):
         number = 0
     if isinstance(size, bool) or number <= 0:
-        raise ValueError(
+        raise InvalidInput(
             f"memory_limit is {size!r}: expected a number of bytes above zero, or one with a unit, such as "
             f"'6GiB', '512MiB' or '6GB'"
         )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from litevae.config import DOWNSAMPLING, LiteVAEConfig
 from litevae.decoder import Decoder
 from litevae.encoder import build_encoder
+from litevae.errors import InvalidInput
 from litevae.normalization import denormalize, normalize_posterior
 from litevae.pixels import check_pixels, crop, pad_to_multiple
 from litevae.planner import Work, are_parts_wanted, make_plan, run_in_parts
@@ -107,7 +108,7 @@ class LiteVAE(nn.Module):
                 memory limit cannot be kept, tiles are needed and not exact, or there are no statistics to normalize by.
         """
         if latent.ndim != 4 or latent.shape[1] != self.config.latent_channels or 0 in latent.shape:
-            raise ValueError(
+            raise InvalidInput(
                 f"latent has shape {tuple(latent.shape)}: expected (B, {self.config.latent_channels}, H', W')"
             )
         if normalize:

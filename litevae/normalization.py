@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from litevae.config import AutoencoderConfig
+from litevae.errors import InvalidInput
 from litevae.posterior import DiagonalGaussian
 
 
@@ -37,7 +38,7 @@ def statistics_of(config: AutoencoderConfig) -> tuple[tuple[float, ...], tuple[f
         ValueError: the configuration holds none.
     """
     if config.latent_mean is None or config.latent_std is None:
-        raise ValueError(
+        raise InvalidInput(
             "normalize: the configuration has no latent_mean and latent_std; "
             "`leanvae encode_clips --update-checkpoint` measures them and writes them there"
         )

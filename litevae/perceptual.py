@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from litevae.errors import InvalidInput, MissingFile
 from litevae.torchvision_compat import prepare_torchvision
 
 Backbone = Literal["vgg16", "vgg19"]
@@ -123,9 +124,9 @@ class FeatureDistance(_FrozenDistance):
 def _check_images(prediction: Tensor, target: Tensor, backbone: Backbone) -> None:
     shape = tuple(prediction.shape)
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction has shape {shape}: it must be the target's, {tuple(target.shape)}")
+        raise InvalidInput(f"prediction has shape {shape}: it must be the target's, {tuple(target.shape)}")
     if len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < _MIN_SIZE:
-        raise ValueError(
+        raise InvalidInput(
             f"images have shape {shape}: {_DISTANCES[backbone]} needs (N, 3, H, W) with H and W at least {_MIN_SIZE}"
         )
 
@@ -156,7 +157,7 @@ def find_backbone(path: str | None, backbone: Backbone = "vgg16") -> Path | None
     if path is not None:
         file = Path(path).expanduser()
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; expected torchvision's {_BACKBONE_FILES[backbone]}")
+            raise MissingFile(f"{file}: no such file; expected torchvision's {_BACKBONE_FILES[backbone]}")
         return file
     return _cached_backbone(backbone) if _cached_backbone(backbone).is_file() else None
 
@@ -190,9 +191,9 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is not what it should be
-        raise ValueError(f"{path}: cannot be read as tensors saved by torch.save: {error}") from error
+        raise InvalidInput(f"{path}: cannot be read as tensors saved by torch.save: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a dictionary of tensors")
+        raise InvalidInput(f"{path}: expected a dictionary of tensors")
     return state
 
 
@@ -208,7 +209,7 @@ def _load_exactly(module: nn.Module, state: dict[str, Tensor], path: Path, conte
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{path}: not the weights of {content}: {', '.join(problems[:3])}{more}")
+        raise InvalidInput(f"{path}: not the weights of {content}: {', '.join(problems[:3])}{more}")
     module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
 
 
@@ -222,7 +223,7 @@ def _load_backbone(layers: dict[str, nn.Module], path: Path, backbone: Backbone)
 def _require_backbone(path: str | None, backbone: Backbone) -> Path:
     file = find_backbone(path, backbone)
     if file is None:
-        raise FileNotFoundError(missing_backbone_message(backbone))
+        raise MissingFile(missing_backbone_message(backbone))
     return file
 
 

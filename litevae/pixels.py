@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from litevae.errors import InvalidInput
+
 _SHAPES = {4: "(B, 3, H, W)", 5: "(B, 3, T, H, W)"}
 
 
@@ -18,13 +20,13 @@ def check_pixels(x: Tensor, num_axes: Collection[int] = (4, 5)) -> None:
     """
     if x.ndim not in num_axes or x.shape[1] != 3 or 0 in x.shape:
         expected = " or ".join(_SHAPES[number] for number in num_axes)
-        raise ValueError(f"input has shape {tuple(x.shape)}: expected {expected}")
+        raise InvalidInput(f"input has shape {tuple(x.shape)}: expected {expected}")
     if not x.is_floating_point():
-        raise ValueError(f"input has dtype {x.dtype}: expected floating point in [-1, 1]")
+        raise InvalidInput(f"input has dtype {x.dtype}: expected floating point in [-1, 1]")
     # Looking at values would break a compiled graph; on the meta device there are none.
     # The smallest and the largest are enough, since NaN is both; a mask would be as large as the input.
     if not (torch.compiler.is_compiling() or x.is_meta or all(bound.isfinite() for bound in x.aminmax())):
-        raise ValueError("input holds values that are not finite: expected pixels in [-1, 1]")
+        raise InvalidInput("input holds values that are not finite: expected pixels in [-1, 1]")
 
 
 def pad_to_multiple(x: Tensor, step: int) -> Tensor:
@@ -48,7 +50,7 @@ def crop(x: Tensor, size: Sequence[int], step: Sequence[int]) -> Tensor:
     if len(size) != len(padded) or any(
         not 0 <= have - want < most for have, want, most in zip(padded, size, step, strict=True)
     ):
-        raise ValueError(
+        raise InvalidInput(
             f"size {tuple(size)} does not fit this latent: it decodes to {padded} before cropping, "
             f"and less than {tuple(step)} can be cropped away"
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from litevae.config import DOWNSAMPLING, NUM_LEVELS, LiteVAEConfig
+from litevae.errors import InvalidInput
 from litevae.memory import SHARE_OF_FREE, format_bytes, free_memory, parse_bytes, retry_smaller
 from litevae.receptive import decoder_halo, encoder_halo, why_decoder_inexact, why_encoder_inexact
 from litevae.tiling import Window, blended_windows, check_tile, run_in_windows, windows_with_halo
@@ -159,7 +160,7 @@ def make_plan(work: Work, tile: Any, memory_limit: str | int | None, approximate
         size = None
     may_tile = approximate or work.why_inexact is None
     if size is not None and not may_tile:
-        raise ValueError(f"tile is {tile}: not exact, because {work.why_inexact}; approximate=True blends tiles")
+        raise InvalidInput(f"tile is {tile}: not exact, because {work.why_inexact}; approximate=True blends tiles")
     is_automatic = tile is None and limit is None
     if is_automatic and (free := free_memory(device)) is not None:
         limit = int(SHARE_OF_FREE * free)
@@ -171,7 +172,7 @@ def make_plan(work: Work, tile: Any, memory_limit: str | int | None, approximate
     plan = next((plan for plan in candidates if plan.memory <= limit), smallest)
     if plan.memory > limit and not is_automatic:
         hint = "" if may_tile else f"; tiles, which would take less, are not exact, because {work.why_inexact}"
-        raise ValueError(
+        raise InvalidInput(
             f"memory_limit is {memory_limit!r}: to {work.name} images of {work.height}x{work.width} latent elements "
             f"takes at least {format_bytes(smallest.memory)}{hint}"
         )

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from litevae.errors import InvalidInput
+
 _OVERLAP = 4  # blended windows share at least this part of their length with each neighbour
 
 
@@ -42,9 +44,9 @@ def check_tile(tile: Any, patch: Sequence[int]) -> tuple[int, int]:
     try:
         height, width = (operator.index(size) for size in tile)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"tile is {tile!r}: expected two whole numbers, (height, width) in pixels") from error
+        raise InvalidInput(f"tile is {tile!r}: expected two whole numbers, (height, width) in pixels") from error
     if height < patch[0] or width < patch[1]:
-        raise ValueError(f"tile is {(height, width)}: at least one patch of {patch[0]}x{patch[1]} pixels is needed")
+        raise InvalidInput(f"tile is {(height, width)}: at least one patch of {patch[0]}x{patch[1]} pixels is needed")
     return height // patch[0], width // patch[1]
 
 

@@ -1,9 +1,12 @@
 """The flags of `bench_res`, and what it does with them; nothing heavy is imported before it runs."""
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from litevae.errors import InvalidInput, MissingFile, extra
 
 if TYPE_CHECKING:
     from leanvae.bench.settings import Settings
@@ -53,17 +56,15 @@ def run(args: argparse.Namespace) -> int:
     """Measures or compares as the flags say, and prints, writes and draws what was found.
 
     Returns:
-        0, or 1 with `--strict` if a measurement failed.
+        0, or 3 with `--strict` if a measurement failed.
 
     Raises:
-        ImportError: the extra `bench` is not installed.
+        MissingPackage: the extra `bench` is not installed.
         ValueError: a flag is wrong; the message lists what there is.
     """
     for package in ("rich", "matplotlib", "psutil", "tqdm"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise ImportError(f"the benchmark needs {package}: pip install 'leanvae[bench]'") from error
+        with extra("bench"):
+            importlib.import_module(package)
     if args.compare:
         return _compare(*map(Path, args.compare))
     settings = _settings(args)
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from leanvae.bench.tables import print_report
 
     if args.reconstruction and not Path(args.reconstruction).exists():
-        raise FileNotFoundError(f"no file or folder at {args.reconstruction}")
+        raise MissingFile(f"no file or folder at {args.reconstruction}")
     bench = Benchmark(settings)
     report: dict[str, Any] = {}
     try:
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     plots = write_plots(report, settings.output)
     print(f"{settings.output}: results.json, results.csv, {', '.join(path.name for path in plots)}")
     failed = [row for row in report["rows"] if row["status"] != "ok"]
-    return int(bool(args.strict and failed))
+    return 3 if args.strict and failed else 0
 
 
 def _settings(args: argparse.Namespace) -> "Settings":
@@ -107,7 +108,7 @@ def _settings(args: argparse.Namespace) -> "Settings":
         find_model(name)
     resolutions, frames, modes = _split(args.resolutions), _split(args.frames), _split(args.modes)
     if args.budget is not None and (args.full or args.budget <= 0):
-        raise ValueError("--budget: expected minutes above 0, and not together with --full")
+        raise InvalidInput("--budget: expected minutes above 0, and not together with --full")
     dtypes = _split(args.dtype) or (("float32", "bfloat16") if args.full and not args.table3 else ("float32",))
     device = args.device
     if device == "auto":
@@ -115,7 +116,7 @@ def _settings(args: argparse.Namespace) -> "Settings":
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+        raise InvalidInput(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     return Settings(
         models=models,
         resolutions=tuple(map(parse_resolution, resolutions)) if resolutions else None,
@@ -142,7 +143,7 @@ def _judge_all(bench: Any, folder: Path) -> list[dict[str, Any]]:
 
     models = [model for model in bench.models.values() if model.has_weights]
     if not models:
-        raise ValueError("--reconstruction: none of the models has weights; name a checkpoint folder with --models")
+        raise InvalidInput("--reconstruction: none of the models has weights; name a checkpoint folder with --models")
     dtype = getattr(torch, bench.settings.dtypes[0])
     return [judge(model, folder, bench.settings.device, dtype) for model in models]
 
@@ -153,6 +154,6 @@ def _compare(before: Path, after: Path) -> int:
 
     entries = compare_reports(read_report(before), read_report(after))
     if not entries:
-        raise ValueError(f"{before} and {after} have no measurement in common")
+        raise InvalidInput(f"{before} and {after} have no measurement in common")
     print_comparison(entries, (str(before), str(after)))
     return 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from leanvae.bench.sizes import Grid, Size, choose
+from litevae.errors import InvalidInput, MissingPackage, extra
 
 Kind = Literal["image", "video"]
 
@@ -24,7 +25,6 @@ ANY_LENGTH, EIGHTS = Grid(1, 1), Grid(8, 8)
 # A convolution of diffusers' CogVideoX and Mochi that splits large inputs in time, at 1080p into parts shorter than its
 # kernel, which fails (0.42). It is counted as the convolution that it computes where that works.
 _SPLITTING_CONV = "CogVideoXSafeConv3d"
-_EXTRA = "pip install 'leanvae[bench]'"
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,15 @@ def diffusers_class(name: str) -> Any:
     """A model class of diffusers.
 
     Raises:
-        ImportError: diffusers is not installed, or has no such class.
+        MissingPackage: diffusers is not installed, or has no such class.
     """
     from litevae.torchvision_compat import prepare_torchvision
 
     prepare_torchvision()  # several modules of diffusers import it wherever it is installed
-    try:
+    with extra("bench"):
         diffusers = importlib.import_module("diffusers")
-    except ImportError as error:
-        raise ImportError(f"diffusers is needed for this model: {_EXTRA}") from error
     if not hasattr(diffusers, name):
-        raise ImportError(f"diffusers {diffusers.__version__} has no {name}")
+        raise MissingPackage(f"diffusers {diffusers.__version__} has no {name}")
     return getattr(diffusers, name)
 
 
@@ -300,7 +298,7 @@ def find_model(name: str) -> Model:
         try:
             make = getattr(importlib.import_module(module), factory)
         except (ModuleNotFoundError, AttributeError) as error:
-            raise ValueError(f"model {name!r} cannot be made: {error}") from error
+            raise InvalidInput(f"model {name!r} cannot be made: {error}") from error
         return _users_model(name, make, "the user's own")
     choose("model", name, [*REGISTRY, "FOLDER of a checkpoint", "package.module:factory"])
     raise AssertionError

@@ -14,6 +14,7 @@ from leanvae.bench.measure import OUT_OF_MEMORY
 from leanvae.bench.run import Benchmark
 from leanvae.bench.settings import DEFAULT_FRAMES, HEADLINE, TABLE3_BATCH, TABLE3_SIDE
 from leanvae.bench.sizes import Size, resolution_name
+from litevae.errors import InvalidInput
 from litevae.files import write_text
 
 NO_TIME, UNCOUNTED = "no time: needs", "its FLOPs cannot be counted"
@@ -198,7 +199,7 @@ def read_report(path: Path) -> Report:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: no valid JSON: {error}") from error
+        raise InvalidInput(f"{path}: no valid JSON: {error}") from error
     if not isinstance(report, dict) or "rows" not in report:
-        raise ValueError(f"{path}: no report of this benchmark; its output folder holds one as {JSON_FILE}")
+        raise InvalidInput(f"{path}: no report of this benchmark; its output folder holds one as {JSON_FILE}")
     return report

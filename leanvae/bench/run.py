@@ -24,6 +24,7 @@ from leanvae.bench.modes import lacks_mode
 from leanvae.bench.plan import Estimator, common_side, plan
 from leanvae.bench.settings import COMMON_SHARE, COMMON_SIDES, DEFAULT_FRAMES, Settings
 from leanvae.bench.sizes import Size
+from litevae.errors import InvalidInput
 from litevae.files import write_text
 
 logger = logging.getLogger("leanvae")
@@ -145,7 +146,7 @@ class Benchmark:
             machine = {**here, "date": date, "matrix_rate": {}, "memory_bandwidth": memory_bandwidth(device)}
         for part in ("hardware", "software"):
             if machine[part] != here[part]:
-                raise ValueError(
+                raise InvalidInput(
                     f"{path.parent} holds results of another machine or other software "
                     f"({part}: {_difference(machine[part], here[part])}): choose another --output"
                 )

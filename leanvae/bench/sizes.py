@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from litevae.errors import InvalidInput
+
 NAMED_RESOLUTIONS = {
     "480p": (480, 848),
     "720p": (720, 1280),
@@ -59,7 +61,7 @@ def parse_resolution(text: str) -> tuple[int, int]:
         return NAMED_RESOLUTIONS[name]
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", name)
     if not match or "0" in (match[1].strip("0") or "0", (match[2] or "1").strip("0") or "0"):
-        raise ValueError(f"resolution {text!r} is not known: write {_RULE}")
+        raise InvalidInput(f"resolution {text!r} is not known: write {_RULE}")
     return int(match[1]), int(match[2] or match[1])
 
 
@@ -78,7 +80,7 @@ def parse_frames(text: str) -> int:
         ValueError: it is no positive whole number.
     """
     if not text.strip().isdecimal() or int(text) == 0:
-        raise ValueError(f"number of frames {text!r} is not known: write a whole number from 1, such as 17")
+        raise InvalidInput(f"number of frames {text!r} is not known: write a whole number from 1, such as 17")
     return int(text)
 
 
@@ -93,4 +95,4 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
         return name
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"{kind} {name!r} is not known{hint}: there are {', '.join(known)}")
+    raise InvalidInput(f"{kind} {name!r} is not known{hint}: there are {', '.join(known)}")

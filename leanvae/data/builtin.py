@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanvae.media import av, cv2, read_image
+from litevae.errors import MissingFile
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def find_photographs() -> dict[str, Path]:
             if (path := Path(folder) / inside).is_file():
                 found[name] = path
     if not found:
-        raise FileNotFoundError(
+        raise MissingFile(
             "data.sources: builtin needs the photographs of scikit-image or scikit-learn: pip install 'leanvae[train]'"
         )
     return found

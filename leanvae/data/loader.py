@@ -23,6 +23,7 @@ from leanvae.data.quarantine import (
 from leanvae.data.schedule import Draw, Schedule
 from leanvae.data.sources import Item
 from leanvae.data.workers import Decoders, Sample, Work, decode_sample
+from litevae.errors import InvalidInput
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class Loader:
         draw = self.schedule.at(step)
         share, rest = divmod(draw.batch_size, self.world_size)
         if rest:
-            raise ValueError(
+            raise InvalidInput(
                 f"step {step}: {draw.batch_size} samples of {draw.bucket} cannot be shared by {self.world_size} ranks"
             )
         return draw, [self._begin(draw, step, index) for index in range(self.rank * share, (self.rank + 1) * share)]

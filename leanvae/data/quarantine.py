@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from litevae.errors import LeanVAEError
+
 logger = logging.getLogger(__name__)
 
 
-class TooManyBadClips(RuntimeError):
+class TooManyBadClips(LeanVAEError, RuntimeError):
     """More clips or images cannot be used than ``data.max_bad_share`` allows."""
 
 

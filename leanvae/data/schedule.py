@@ -11,6 +11,7 @@ from leanvae.data.config import DataConfig, source_weights
 from leanvae.data.mixing import bucket_of_step
 from leanvae.data.order import Phase, epoch_order, phase_at
 from leanvae.data.sources import Item, Picture
+from litevae.errors import InvalidInput
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +108,7 @@ class Schedule:
         seed: int,
     ) -> None:
         if not phases:
-            raise ValueError("expected at least one phase")
+            raise InvalidInput("expected at least one phase")
         self.seed = seed
         self.num_files = len({item.path for item in items})
         self.empty: list[tuple[int, Shape]] = []
@@ -115,7 +116,7 @@ class Schedule:
         sizes = np.bincount([item.source for item in items], minlength=len(config.sources)).tolist()
         for source, size in zip(config.sources, sizes, strict=True):
             if not size:
-                raise ValueError(
+                raise InvalidInput(
                     f"data.sources: {source.path}: nothing is left for training, data.held_out took it all"
                 )
         weights = [weight / size for weight, size in zip(source_weights(config, sizes), sizes, strict=True)]
@@ -127,7 +128,7 @@ class Schedule:
             members = assign(items, shapes, list(phase.batches))
             self.empty += [(number, bucket) for bucket in phase.batches if bucket not in members]
             if not members:
-                raise ValueError(f"phase {number}: there are no files for its buckets")
+                raise InvalidInput(f"phase {number}: there are no files for its buckets")
             found = []
             for indices in members.values():
                 key = np.asarray(indices, np.int64).tobytes()

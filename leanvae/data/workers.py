@@ -18,11 +18,10 @@ from leanvae.data.config import ClipDataConfig, DataConfig
 from leanvae.data.pictures import PictureSample, read_picture
 from leanvae.data.sources import Item, Picture
 from leanvae.media import MediaError, cv2
+from litevae.errors import extra
 
-try:
+with extra("video"):
     from pebble import ProcessExpired, ProcessFuture, ProcessPool
-except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise ImportError("decoding training data needs pebble: pip install 'leanvae[video]'") from error
 
 Sample = ClipSample | PictureSample
 T = TypeVar("T")

@@ -18,13 +18,10 @@ from leanvae.evaluation.coder import Coder, Observe
 from leanvae.model import LeanVAE
 from leanvae.planner import plan_reconstruction
 from litevae.config import DOWNSAMPLING
+from litevae.errors import InvalidInput, MissingFile, NotFinite
 from litevae.model import LiteVAE
 
 _IMAGES_AT_ONCE = 4  # frames that an image model gets at a time, at most
-
-
-class BrokenModelError(ValueError):
-    """A model's output is not finite; the message says which model's."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,13 @@ def load_autoencoder(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ImportError: diffusers is needed and not installed, or has no such class.
+        MissingPackage: diffusers is needed and not installed, or has no such class.
         ValueError: the specification or what it names is wrong.
     """
     if is_of_diffusers(spec):
         return _diffusers_coder(spec, name, cutting, device, dtype)
     if spec in REGISTRY and not Path(spec).exists():
-        raise ValueError(f"{spec} is a model without weights: name them, as in {spec}=FOLDER")
+        raise InvalidInput(f"{spec} is a model without weights: name them, as in {spec}=FOLDER")
     vae = load_vae(spec, device, dtype)
     if isinstance(vae, LeanVAE):
         return _lean_coder(vae, spec, name, cutting)
@@ -85,7 +82,7 @@ def _to_unit(decoded: Tensor, name: str) -> Tensor:
     """The decoder's pixels in about [-1, 1] as float32 in [0, 1] on the CPU."""
     decoded = decoded.float()
     if not decoded.isfinite().all():
-        raise BrokenModelError(f"{name}: the decoder's output is not finite: its weights are broken, or need float32")
+        raise NotFinite(f"{name}: the decoder's output is not finite: its weights are broken, or need float32")
     return ((decoded + 1) / 2).clamp(0, 1).cpu()
 
 
@@ -158,10 +155,10 @@ def _diffusers_coder(
     """A VAE of diffusers. It has no lossless streams: chunks, if asked for, are coded on their own."""
     model_name, _, weights = spec.partition("=")
     if cutting.tile is not None:
-        raise ValueError(f"--tile: {model_name} has no lossless tiles; leave it out")
+        raise InvalidInput(f"--tile: {model_name} has no lossless tiles; leave it out")
     known = REGISTRY.get(model_name)
     if known is not None and not known.source.startswith("diffusers."):
-        raise ValueError(f"{spec}: {model_name} is a model of this project: give the path of its checkpoint alone")
+        raise InvalidInput(f"{spec}: {model_name} is a model of this project: give the path of its checkpoint alone")
     class_name = known.source.partition(";")[0].removeprefix("diffusers.") if known else model_name
     vae: Any = _from_pretrained(diffusers_class(class_name), weights).to(device, dtype).eval()
     if known and known.tiled_only:
@@ -213,9 +210,9 @@ def _from_pretrained(cls: Any, weights: str) -> nn.Module:
         owner, _, rest = weights.partition("/")
         repository, _, subfolder = rest.partition("/")
         if not owner or not repository or owner.startswith("."):
-            raise FileNotFoundError(f"no folder at {weights}")
+            raise MissingFile(f"no folder at {weights}")
         folder = f"{owner}/{repository}"
     try:
         return cls.from_pretrained(folder, subfolder=subfolder, local_files_only=is_local, use_safetensors=True)
     except OSError as error:
-        raise FileNotFoundError(f"{weights}: no weights of {cls.__name__}: {str(error).splitlines()[0]}") from error
+        raise MissingFile(f"{weights}: no weights of {cls.__name__}: {str(error).splitlines()[0]}") from error

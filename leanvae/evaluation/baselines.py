@@ -15,6 +15,7 @@ from leanvae.evaluation.coder import Coder, Observe
 from leanvae.evaluation.h264 import decode_h264, encode_h264
 from leanvae.evaluation.pictures import to_bytes
 from leanvae.media import cv2, decode_image
+from litevae.errors import InvalidInput
 
 _BLOCK = 8  # pixels; JPEG's, and that of most of H.264's transforms
 _SPECIFICATION = re.compile(r"(identity)|(jpeg|h264|bicubic):(\S+)")
@@ -43,7 +44,7 @@ def make_baseline(spec: str) -> Coder:
     kind, number = match[2], match[3]
     low, high, rule = _RANGES[kind]
     if not number.isdecimal() or not low <= int(number) <= high:
-        raise ValueError(f"{spec}: expected {kind} with {rule}, such as {kind}:{(low + high) // 2}")
+        raise InvalidInput(f"{spec}: expected {kind} with {rule}, such as {kind}:{(low + high) // 2}")
     value = int(number)
     if kind == "jpeg":
         return _framewise(spec, f"JPEG of quality {value}", _BLOCK, lambda frame: _jpeg(frame, value))

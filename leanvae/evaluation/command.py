@@ -4,6 +4,8 @@ import argparse
 import os
 from typing import Any
 
+from litevae.errors import InvalidInput
+
 SUMMARY = "Evaluate autoencoders and baselines on clips and images: measures, a table a clip, and a page to look at."
 
 
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     for name, least in (("frames", 1), ("chunk", 1), ("shown", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise ValueError(f"--{name} {value}: expected a whole number from {least}")
+            raise InvalidInput(f"--{name} {value}: expected a whole number from {least}")
     settings = Settings(
         args.frames,
         parse_resolution(args.resolution) if args.resolution else None,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from leanvae.evaluation.i3d import I3D
 from leanvae.evaluation.inception import InceptionV3
+from litevae.errors import InvalidInput, MissingFile
 from litevae.perceptual import PerceptualDistance, load_lpips
 
 logger = logging.getLogger("leanvae")
@@ -81,7 +82,7 @@ def load_feature_networks(folder: str | Path | None = None, device: str | torch.
         ValueError: a file holds other weights than it should.
     """
     if folder is not None and not Path(folder).is_dir():
-        raise FileNotFoundError(f"no folder at {folder}: it should hold the weights of feature networks")
+        raise MissingFile(f"no folder at {folder}: it should hold the weights of feature networks")
     home = Path(torch.hub.get_dir()) / "checkpoints" if folder is None else Path(folder)
     missing: list[str] = []
 
@@ -112,9 +113,9 @@ def _load(network: Callable[[], nn.Module], path: Path) -> nn.Module:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is not what it should be
         reason = str(error).split(". ")[0].splitlines()[0]  # torch goes on to advise unsafe loading
-        raise ValueError(f"{path}: cannot be read as tensors saved by torch.save: {reason}") from error
+        raise InvalidInput(f"{path}: cannot be read as tensors saved by torch.save: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a dictionary of tensors")
+        raise InvalidInput(f"{path}: expected a dictionary of tensors")
     with torch.device("meta"):
         module = network()
     for name, tensor in module.state_dict().items():
@@ -123,5 +124,5 @@ def _load(network: Callable[[], nn.Module], path: Path) -> nn.Module:
     try:
         module.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path}: not the weights of {module.__class__.__name__}: {error}") from error
+        raise InvalidInput(f"{path}: not the weights of {module.__class__.__name__}: {error}") from error
     return module.float().requires_grad_(False).eval()

@@ -14,6 +14,7 @@ from torch import Tensor
 from leanvae.data.cutting import Cut, cut_picture
 from leanvae.jobs import Job, find_jobs
 from leanvae.media import IMAGE_SUFFIXES, MediaError, iter_frames, read_image
+from litevae.errors import InvalidInput
 
 
 def find_inputs(inputs: Path, output: Path) -> list[Job]:
@@ -33,14 +34,14 @@ def find_inputs(inputs: Path, output: Path) -> list[Job]:
     try:
         lines = [line.strip() for line in inputs.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{inputs}: cannot be read as UTF-8 text: {error}") from error
+        raise InvalidInput(f"{inputs}: cannot be read as UTF-8 text: {error}") from error
     paths = [inputs.parent.absolute() / Path(line).expanduser() for line in lines if line and line[0] != "#"]
     paths = [Path(os.path.normpath(path)) for path in paths]
     if not paths:
-        raise ValueError(f"{inputs} lists no file")
+        raise InvalidInput(f"{inputs} lists no file")
     repeated = sorted({str(path) for path in paths if paths.count(path) > 1})
     if repeated:
-        raise ValueError(f"{inputs} lists {repeated[0]} twice")
+        raise InvalidInput(f"{inputs} lists {repeated[0]} twice")
     root = Path(os.path.commonpath([path.parent for path in paths]))
     names = [path.relative_to(root).as_posix() for path in paths]
     return [

@@ -27,22 +27,17 @@ from leanvae.jobs import Job
 from leanvae.media import MediaError, probe
 from leanvae.planner import PIXELS_AT_ONCE
 from leanvae.training.ranks import barrier, gather, joined_ranks, on_main, rank, world_size
+from litevae.errors import InvalidInput, WorkIncomplete, extra
 
-try:
+with extra("video"):
     import av.error
     from tqdm import tqdm
-except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise ImportError(f"evaluation needs {error.name}: pip install 'leanvae[video]'") from error
 
 logger = logging.getLogger("leanvae")
 
 MEDIA, RECORDS = "media", "records"
 _MEASURED_AS = 1  # to be raised when a measure changes, so that what was recorded before is measured anew
 _DEFAULT_RATE, _FASTEST_RATE = Fraction(25), 120
-
-
-class EvaluationError(ValueError):
-    """The files were not, or not all, evaluated; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +91,10 @@ def evaluate(
 
     Raises:
         FileNotFoundError: there is no such input, checkpoint or folder.
-        ImportError: a package is missing.
+        MissingPackage: a package is missing.
         ValueError: the input holds no clip or image, a name or setting is wrong, or weights do not fit.
-        EvaluationError: no file could be evaluated, or not all with `strict`.
-        BrokenModelError: a model's output is not finite.
+        WorkIncomplete: no file could be evaluated, or not all with `strict`.
+        NotFinite: a model's output is infinite or NaN.
     """
     settings = settings or Settings()
     with joined_ranks():
@@ -118,14 +113,14 @@ def evaluate(
         report = on_main(lambda: _report(run, skipped, str(inputs)))
     if skipped and (strict or len(skipped) == len(jobs)):
         listed = "; ".join(f"{entry['input']}: {entry['reason']}" for entry in skipped[:5])
-        raise EvaluationError(f"{len(skipped)} of {len(jobs)} files could not be evaluated: {listed}")
+        raise WorkIncomplete(f"{len(skipped)} of {len(jobs)} files could not be evaluated: {listed}")
     return report
 
 
 def _names(checkpoints: Sequence[str]) -> list[str]:
     """Short different names: paths of checkpoints without what all share, other specifications as they are."""
     if not checkpoints or len(set(checkpoints)) < len(checkpoints):
-        raise ValueError(f"checkpoints are {list(checkpoints)}: expected one or more different ones")
+        raise InvalidInput(f"checkpoints are {list(checkpoints)}: expected one or more different ones")
     paths = [spec for spec in checkpoints if not (is_baseline(spec) or is_of_diffusers(spec))]
     short = dict(zip(paths, model_names(paths), strict=True)) if paths else {}
     names = [short.get(spec, spec) for spec in checkpoints]

@@ -5,6 +5,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from litevae.errors import InvalidInput
+
 if TYPE_CHECKING:
     from leanvae.latents.engines import Work
     from leanvae.latents.rule import ClipRule
@@ -68,7 +70,7 @@ def run_encode(args: argparse.Namespace) -> int:
     """Encodes, and prints the summary as JSON.
 
     Returns:
-        0 if all the work was done; 1 if sources were lost, or skipped with `--strict`.
+        0 if all the work was done; 3 if sources were lost, or skipped with `--strict`.
     """
     # Decoder processes share a CPU's cores with torch, whose threads would spin through their share while waiting
     # for each other; it reads this when it is first imported.
@@ -89,7 +91,7 @@ def run_encode(args: argparse.Namespace) -> int:
     )
     if rank() == 0:
         print(json.dumps(summary))
-    return int(bool(summary["unfinished"] or (args.strict and summary["skipped"])))
+    return 3 if summary["unfinished"] or (args.strict and summary["skipped"]) else 0
 
 
 def _work(args: argparse.Namespace) -> "Work":
@@ -99,9 +101,9 @@ def _work(args: argparse.Namespace) -> "Work":
 
     for name in ("batch_size", "workers"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+            raise InvalidInput(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if not args.timeout > 0:
-        raise ValueError(f"--timeout: expected seconds above 0, got {args.timeout:g}")
+        raise InvalidInput(f"--timeout: expected seconds above 0, got {args.timeout:g}")
     return Work(
         args.checkpoint,
         _rule(args),
@@ -171,7 +173,7 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_store(args: argparse.Namespace) -> int:
-    """Checks or describes a store, and prints JSON; returns 1 if it found something wrong."""
+    """Checks or describes a store, and prints JSON; returns 3 if it found something wrong."""
     from leanvae.latents.verify import describe_store, verify_store
 
     if args.action == "info":
@@ -182,4 +184,4 @@ def run_store(args: argparse.Namespace) -> int:
 
     report = verify_store(args.store, args.checkpoint, args.samples, find_device(args.device))
     print(json.dumps(report, indent=2))
-    return int(bool(report["problems"]))
+    return 3 if report["problems"] else 0

@@ -24,6 +24,7 @@ from leanvae.latents.statistics import merge_moments
 from leanvae.latents.store import INDEX, STATISTICS, SUMMARY, SourceRecord, Store, StoreError
 from leanvae.latents.writing import ShardWriter
 from leanvae.training.ranks import barrier, gather, joined_ranks, on_main, rank, world_size
+from litevae.errors import InvalidInput
 from litevae.files import write_text
 from litevae.pretrained import CONFIG_FILE
 
@@ -71,13 +72,13 @@ def encode_clips(
         ValueError: another run is writing to the store, or the model's output is not finite.
     """
     if engine == "ray" and world_size() > 1:
-        raise ValueError("--engine ray: Ray starts its own processes; start one with plain python")
+        raise InvalidInput("--engine ray: Ray starts its own processes; start one with plain python")
     if work.nvdec and (engine == "ray" or not device.startswith("cuda")):
-        raise ValueError(f"--nvdec: decodes on the model's GPU, and not with --device {device} and --engine {engine}")
+        raise InvalidInput(f"--nvdec: decodes on the model's GPU, and not with --device {device} and --engine {engine}")
     if work.nvdec:
         import_module("leanvae.latents.nvdec")  # says what is missing now, and not of each file
     if update_checkpoint and not Path(work.checkpoint, CONFIG_FILE).is_file():
-        raise ValueError(f"--update-checkpoint: {work.checkpoint} is no folder with a {CONFIG_FILE}")
+        raise InvalidInput(f"--update-checkpoint: {work.checkpoint} is no folder with a {CONFIG_FILE}")
     store, sources = Store(output), list_sources(inputs)
     stored_vae = load_vae(work.checkpoint)
     checkpoint = hash_checkpoint(stored_vae)

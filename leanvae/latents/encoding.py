@@ -15,6 +15,7 @@ from leanvae.latents.decoding import Decoded, Finished, Piece, Rejected
 from leanvae.latents.sources import Source
 from leanvae.media import cv2
 from leanvae.model import LeanVAE
+from litevae.errors import NotFinite
 from litevae.memory import return_freed_memory
 from litevae.model import LiteVAE
 from litevae.posterior import DiagonalGaussian
@@ -46,10 +47,6 @@ class EncodedClip:
 
 
 Encoded = EncodedClip | Finished | Rejected
-
-
-class NotFinite(ValueError):
-    """The model's output is not finite."""
 
 
 def frames_per_latent(vae: VAE) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from leanvae.latents.encoding import EncodedClip
 from leanvae.latents.rule import ClipRule
+from litevae.errors import InvalidInput, MissingFile
 
 TENSORS, FACTS, THUMBNAIL = "safetensors", "json", "jpg"
 
@@ -85,9 +86,9 @@ def read_tensors(data: bytes, name: str) -> dict[str, Tensor]:
     try:
         tensors = load(data)
     except SafetensorError as error:
-        raise ValueError(f"{name}: no valid safetensors file: {error}") from error
+        raise InvalidInput(f"{name}: no valid safetensors file: {error}") from error
     if not {"mean", "logvar"} <= tensors.keys():
-        raise ValueError(f"{name}: expected the tensors 'mean' and 'logvar', found {sorted(tensors)}")
+        raise InvalidInput(f"{name}: expected the tensors 'mean' and 'logvar', found {sorted(tensors)}")
     return tensors
 
 
@@ -100,8 +101,8 @@ def read_entry(path: Path) -> Entry:
     """
     facts = path.with_suffix(f".{FACTS}")
     if not facts.is_file():
-        raise FileNotFoundError(f"{facts}: missing; it belongs to {path}")
+        raise MissingFile(f"{facts}: missing; it belongs to {path}")
     try:
         return Entry(json.loads(facts.read_text(encoding="utf-8")), read_tensors(path.read_bytes(), str(path)))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{facts}: no valid JSON: {error}") from error
+        raise InvalidInput(f"{facts}: no valid JSON: {error}") from error

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 from leanvae.media import TIME_SLACK, Frame, VideoInfo
+from litevae.errors import MissingPackage
 
 try:
     from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
 except (ImportError, RuntimeError) as error:  # it raises RuntimeError without the libraries of FFmpeg
     reason = str(error).splitlines()[0]
-    raise ImportError(
+    raise MissingPackage(
         f"--nvdec needs torchcodec with CUDA and FFmpeg: pip install 'leanvae[nvdec]': {reason}"
     ) from error
 

@@ -18,12 +18,11 @@ from leanvae.latents.decoding import Decoded, Decoding, Piece, decode_source
 from leanvae.latents.encoding import VAE, Encoded
 from leanvae.latents.engines import Work, load_for_encoding, make_decoding, make_encoder
 from leanvae.media import cv2
+from litevae.errors import extra
 
-try:
+with extra("ray"):
     import ray
     import ray.data
-except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise ImportError(f"--engine ray needs {error.name}: pip install 'leanvae[ray]'") from error
 
 _SOURCES_PER_TASK = 8
 Batch = Any  # a dictionary of columns; Ray's own type also allows for tables

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from leanvae.latents.store import STATISTICS, Store, StoreError
+from litevae.errors import InvalidInput
 from litevae.posterior import DiagonalGaussian
 
 # Separate the random streams that share a seed.
@@ -62,7 +63,7 @@ class LatentClips(Dataset[dict[str, Any]]):
         self._store = Store(store)
         self.manifest = self._store.manifest()
         if flip and not self.manifest["flips"]:
-            raise ValueError(f"flip: {store} holds no mirror images; encode_clips --flips makes them")
+            raise InvalidInput(f"flip: {store} holds no mirror images; encode_clips --flips makes them")
         self._index = self._store.index().combine_chunks()  # a row is found at once
         if not len(self):
             raise StoreError(f"{store}: holds no clips yet")
@@ -154,7 +155,7 @@ class ShapeBatches(Sampler[list[Key]]):
 
     def __init__(self, clips: LatentClips, batch_size: int) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+            raise InvalidInput(f"batch_size: expected at least 1, got {batch_size}")
         self._clips = clips
         self._batch_size = batch_size
         shapes: dict[tuple[int, ...], list[int]] = {}
@@ -225,10 +226,10 @@ def shape_batches(
 def process_place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Rank and number of ranks, those of `torch.distributed` where they are not given."""
     if (rank is None) != (world_size is None):
-        raise ValueError(f"rank and world_size: give both or none, got {rank} and {world_size}")
+        raise InvalidInput(f"rank and world_size: give both or none, got {rank} and {world_size}")
     if rank is None or world_size is None:
         in_use = torch.distributed.is_available() and torch.distributed.is_initialized()
         return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if in_use else (0, 1)
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+        raise InvalidInput(f"rank: expected 0 to {world_size - 1}, got {rank}")
     return rank, world_size

@@ -16,16 +16,15 @@ from leanvae.data.builtin import make_builtin_clips
 from leanvae.data.config import BUILTIN, ClipDataConfig, SourceError
 from leanvae.data.shards import expand_braces
 from leanvae.media import VIDEO_SUFFIXES
+from litevae.errors import extra
 
-try:
+with extra("latents"):
     import fsspec
     import pyarrow as pa
     import pyarrow.csv as pa_csv
     import pyarrow.parquet as pq
     from fsspec import AbstractFileSystem
     from fsspec.implementations.local import LocalFileSystem
-except ImportError as error:  # pragma: no cover - depends on what is installed
-    raise ImportError(f"the latent store needs {error.name}: pip install 'leanvae[latents]'") from error
 
 _TABLE_SUFFIXES = (".csv", ".parquet")
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from leanvae.latents.entry import FACTS, TENSORS, Entry, read_tensors
 from leanvae.latents.statistics import Moments
+from litevae.errors import InvalidInput
 from litevae.files import atomic_path
 
 FORMAT = 1
@@ -56,7 +57,7 @@ SOURCE_SCHEMA = pa.schema([
 # fmt: on
 
 
-class StoreError(ValueError):
+class StoreError(InvalidInput):
     """A store is missing, damaged, or not the one that it should be; the message says which and how."""
 
 

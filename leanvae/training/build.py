@@ -26,6 +26,7 @@ from leanvae.training.state import items_digest
 from leanvae.training.step import TrainingStep
 from leanvae.training.terms import Perceptual
 from litevae.discriminators import build_discriminator
+from litevae.errors import InvalidInput, MissingFile
 from litevae.files import write_text
 from litevae.model import LiteVAE
 from litevae.perceptual import (
@@ -68,7 +69,7 @@ def find_items(data: DataConfig) -> tuple[list[Item], list[Item]]:
     items: list[Item] = on_main(lambda: list_items(data))
     train, held_out = split_held_out(items, data.held_out)
     if not train:
-        raise ValueError(f"data.held_out is {data.held_out}: of {len(items)} files none is left to train on")
+        raise InvalidInput(f"data.held_out is {data.held_out}: of {len(items)} files none is left to train on")
     if rank() == 0:
         if any(source.path == BUILTIN for source in data.sources):
             logger.info("training on built-in photographs; name your own data with --set data.sources=[FOLDER]")
@@ -179,7 +180,7 @@ def load_perceptual(losses: LossConfig, device: torch.device) -> Perceptual:
             continue
         try:
             if find_backbone(path, backbone) is None:
-                raise FileNotFoundError(missing_backbone_message(backbone))
+                raise MissingFile(missing_backbone_message(backbone))
             found[name] = load(path).to(device)
         except (FileNotFoundError, ImportError) as error:
             if losses.perceptual == "required" or path:

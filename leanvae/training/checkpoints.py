@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from litevae.errors import InvalidInput, MissingFile
 from litevae.files import flush_to_disk, write_text
 
 logger = logging.getLogger("leanvae")
@@ -185,7 +186,7 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
     existing = complete_checkpoints(root)
     if resume == "none":
         if existing:
-            raise ValueError(
+            raise InvalidInput(
                 f"{root} holds checkpoints already (newest: {existing[-1].name}): "
                 "go on with --resume auto, or choose another --output"
             )
@@ -197,11 +198,11 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
                 return folder
             logger.warning("%s is damaged (%s): the one before it is tried", folder, reason)
         if existing:
-            raise ValueError(f"{root}: every checkpoint is damaged, the newest in that {damage(existing[-1])}")
+            raise InvalidInput(f"{root}: every checkpoint is damaged, the newest in that {damage(existing[-1])}")
         return None
     folder = Path(resume)
     if not (folder / STATE_FILE).is_file():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"--resume {resume}: {STATE_FILE} is missing, so it is no training checkpoint; name one, as in "
             f"RUN/checkpoints/{LATEST}"
         )

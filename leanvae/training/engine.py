@@ -23,6 +23,7 @@ from leanvae.training.config import OptimizerConfig, TrainConfig
 from leanvae.training.deepspeed_files import convert_to_universal, refusing_code
 from leanvae.training.initial import matches_any
 from leanvae.training.ranks import barrier, on_main
+from litevae.errors import InvalidInput, MissingPackage
 
 
 class Engine(Protocol):
@@ -181,7 +182,7 @@ class PlainEngine:
         self, module: nn.Module, config: TrainConfig, device: torch.device, freeze: Sequence[Sequence[str]] = ()
     ) -> None:
         if config.deepspeed.get("bf16", {}).get("enabled"):
-            raise ValueError("training.engine is plain, which trains in float32: turn deepspeed.bf16 off")
+            raise InvalidInput("training.engine is plain, which trains in float32: turn deepspeed.bf16 off")
         self.module = module.to(device)
         self._groups = _Groups(module, freeze)
         self._optimizer = adam(self._groups, config.optimizer)
@@ -364,7 +365,7 @@ class DeepSpeedEngine:
         with refusing_code():
             path, _ = self._engine.load_checkpoint(str(folder), tag=self._TAG)
         if path is None:
-            raise ValueError(f"{folder}: DeepSpeed found no complete checkpoint of this run's ZeRO stage")
+            raise InvalidInput(f"{folder}: DeepSpeed found no complete checkpoint of this run's ZeRO stage")
 
 
 def start_processes(engine: str) -> torch.device:
@@ -382,12 +383,12 @@ def start_processes(engine: str) -> torch.device:
         torch.cuda.set_device(device)
     if engine == "plain":
         if world_size > 1:
-            raise ValueError(f"training.engine is plain: it runs in one process, not in {world_size} ranks")
+            raise InvalidInput(f"training.engine is plain: it runs in one process, not in {world_size} ranks")
         return device
     try:
         import deepspeed
     except ImportError as error:
-        raise ValueError(
+        raise MissingPackage(
             "training.engine is deepspeed, which is not installed: pip install 'leanvae[train]', "
             "or --set training.engine=plain"
         ) from error

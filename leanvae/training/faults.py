@@ -10,12 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from leanvae.training.config import FaultConfig
+from litevae.errors import TrainingDiverged
 
 T = TypeVar("T")
-
-
-class TrainingDiverged(RuntimeError):
-    """Steps go on being bad though the run has gone back as often as it may."""
 
 
 @dataclass(frozen=True)

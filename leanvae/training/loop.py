@@ -26,14 +26,13 @@ from leanvae.training.build import (
 from leanvae.training.checkpoints import clean, complete_checkpoints, damage, find_checkpoint, is_best
 from leanvae.training.config import TrainConfig, TrainImageConfig, TrainVideoConfig
 from leanvae.training.engine import start_processes
-from leanvae.training.faults import FaultRecord, TrainingDiverged, check_roll_back, checkpoint_to_restore
+from leanvae.training.faults import FaultRecord, check_roll_back, checkpoint_to_restore
 from leanvae.training.profiling import StepTimes, StepTrace, memory_in_use
 from leanvae.training.ranks import StopRequests, gather, highest, lock_folder, on_main, rank, world_size
 from leanvae.training.record import RunRecord, write_summary
 from leanvae.training.schedule import ema_decay
 from leanvae.training.state import (
     RESOLVED_CONFIG,
-    WeightsNotFinite,
     check_same_run,
     items_digest,
     read_state,
@@ -44,6 +43,7 @@ from leanvae.training.state import (
 from leanvae.training.step import update_average
 from leanvae.training.validation import Validation, read_validation_samples
 from leanvae.training.wandb_run import check_wandb
+from litevae.errors import NotFinite, TrainingDiverged
 from litevae.files import write_text
 
 logger = logging.getLogger("leanvae")
@@ -367,7 +367,7 @@ class Trainer:
         figures = self._figures[1] if self._figures[0] == self.step else None
         try:
             save_run(root, self.config, self.take_step, self.average, self.step, digest, self.faults, figures)
-        except WeightsNotFinite as error:
+        except NotFinite as error:
             self._roll_back(str(error))
 
 

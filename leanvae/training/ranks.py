@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from litevae.errors import InvalidInput
+
 logger = logging.getLogger("leanvae")
 
 T = TypeVar("T")
@@ -120,7 +122,7 @@ def lock_folder(folder: Path, wait: float = _SECONDS_FOR_THE_OTHER_RUN) -> int:
             if time.monotonic() > deadline:
                 owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
                 os.close(descriptor)
-                raise ValueError(
+                raise InvalidInput(
                     f"{folder}: another run (process {owner}) writes here: stop it, or choose another --output"
                 ) from None
             time.sleep(0.2)

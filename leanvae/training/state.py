@@ -23,6 +23,7 @@ from leanvae.training.config import TrainConfig
 from leanvae.training.faults import FaultRecord
 from leanvae.training.ranks import barrier, on_main, rank, world_size
 from leanvae.training.step import LeCamAverages, TrainingStep
+from litevae.errors import NotFinite
 from litevae.files import write_text
 from litevae.pretrained import WEIGHTS_FILE, save_pretrained
 
@@ -66,10 +67,6 @@ def resolved_config(config: TrainConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-class WeightsNotFinite(ValueError):
-    """The weights are not worth a checkpoint."""
-
-
 def save_run(
     root: Path,
     config: TrainConfig,
@@ -93,7 +90,7 @@ def save_run(
         figures: of held-out files, by metric, where they were evaluated after this step; read on the main rank.
 
     Raises:
-        WeightsNotFinite: nothing is written then.
+        NotFinite: nothing is written then.
         OSError: it cannot be written, as on a full disk; the checkpoints before are as they were.
     """
     on_main(lambda: _check_finite(average, step))
@@ -216,7 +213,7 @@ def _naming(path: Path) -> Iterator[None]:
 def _check_finite(average: dict[str, Tensor], step: int) -> None:
     broken = [name for name, value in average.items() if not value.isfinite().all()]
     if broken:
-        raise WeightsNotFinite(
+        raise NotFinite(
             f"step {step}: {len(broken)} of {len(average)} averaged weights are not finite, first {broken[0]}"
         )
 

@@ -16,12 +16,13 @@ import torch
 from leanvae import LeanVAE, LeanVAEConfig
 from leanvae.analysis import analyse, analyse_models, model_names, shrink_square
 from leanvae.analysis_cli import add_analyse_arguments, describe, run_analyse
-from leanvae.analysis_record import AnalysisError, Autoencoder, ModelRecord, Study
+from leanvae.analysis_record import Autoencoder, ModelRecord, Study
 from leanvae.media import read_image
 from leanvae.metrics import psnr, ssim
 from leanvae.writer import write_png
 from litevae import LiteVAE, LiteVAEConfig
 from litevae.analysis import feature_imbalance
+from litevae.errors import NotFinite, WorkIncomplete
 from litevae.perceptual import find_backbone
 
 SMALL: dict[str, Any] = {
@@ -160,7 +161,7 @@ def test_broken_images_are_listed_and_the_others_done(tmp_path: Path, folder: Pa
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:60])
     (folder / "clip.mp4").write_bytes(b"passed over")
     if strict:
-        with pytest.raises(AnalysisError, match=r"1 of 5 images could not be read: broken\.png"):
+        with pytest.raises(WorkIncomplete, match=r"1 of 5 images could not be read: broken\.png"):
             analyse_models({"model": _lite()}, folder, tmp_path / "out", STUDY, strict=True)
     else:
         analyse_models({"model": _lite()}, folder, tmp_path / "out", STUDY)
@@ -177,7 +178,7 @@ def test_images_that_cannot_be_analysed_are_errors(tmp_path: Path, folder: Path)
         analyse_models(models, folder, folder, STUDY)
     for path in folder.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(AnalysisError, match="none of 4 images could be read"):
+    with pytest.raises(WorkIncomplete, match="none of 4 images could be read"):
         analyse_models(models, folder, tmp_path / "out", STUDY)
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty").mkdir()
@@ -195,7 +196,7 @@ def test_one_image_has_measures_but_no_mmd(tmp_path: Path, folder: Path) -> None
 def test_a_broken_model_is_named(tmp_path: Path, folder: Path) -> None:
     vae = _lite()
     torch.nn.init.constant_(vae.decoder.conv_in.weight, float("nan"))
-    with pytest.raises(AnalysisError, match="bad: the decoder's output is not finite"):
+    with pytest.raises(NotFinite, match="bad: the decoder's output is not finite"):
         analyse_models({"bad": vae}, folder, tmp_path / "out", STUDY)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from leanvae import cli
 from leanvae.config import ConfigError
+from litevae.errors import MissingFile, MissingPackage, NotFinite, TrainingDiverged, WorkIncomplete, extra
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,7 +92,21 @@ def test_main_keeps_the_traceback_of_faults(monkeypatch: pytest.MonkeyPatch) -> 
             cli.main(["fail"])
 
 
-def test_main_tells_our_own_errors_from_others(
+def test_main_keeps_the_traceback_of_a_value_error_raised_in_our_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that our own code breaks is a fault, not the user's input."""
+
+    def run(_: argparse.Namespace) -> int:
+        from leanvae.data.order import phase_at
+
+        phase_at([], -1)
+        return 0
+
+    monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("fails", lambda _: None, run))
+    with pytest.raises(ValueError, match="steps count from 0"):
+        cli.main(["fail"])
+
+
+def test_main_prints_declared_errors_on_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(_: argparse.Namespace) -> int:
@@ -103,9 +118,44 @@ def test_main_tells_our_own_errors_from_others(
     monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("fails", lambda _: None, run))
     assert cli.main(["fail"]) == 2
     assert capsys.readouterr().err.startswith("error: --set 'novalue'")
-    _use(monkeypatch, ConfigError("of our own kind"))
-    assert cli.main(["fail"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        *((kind("of our own kind"), 2) for kind in (ConfigError, MissingFile, MissingPackage, NotFinite)),
+        (TrainingDiverged("of our own kind"), 2),
+        (WorkIncomplete("of our own kind"), 3),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_main_gives_each_declared_error_its_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, status: int
+) -> None:
+    _use(monkeypatch, error)
+    assert cli.main(["fail"]) == status
     assert capsys.readouterr().err == "error: of our own kind\n"
+
+
+def test_a_file_that_cannot_be_opened_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _use(monkeypatch, PermissionError(13, "Permission denied", "a.mp4"))
+    assert cli.main(["fail"]) == 2
+    assert "a.mp4" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_what_installs_it() -> None:
+    with (
+        pytest.raises(MissingPackage, match=r"no_such_package is not installed: pip install 'leanvae\[video\]'"),
+        extra("video"),
+    ):
+        import no_such_package  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+
+def test_a_module_of_ours_that_is_missing_is_a_fault() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"leanvae\.no_such_module"), extra("video"):
+        import leanvae.no_such_module  # noqa: F401  # pyright: ignore[reportMissingImports]
 
 
 def test_main_ends_an_interrupted_run_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,11 @@ from leanvae.evaluation.baselines import make_baseline
 from leanvae.evaluation.feature_networks import FeatureNetworks
 from leanvae.evaluation.inputs import Source, find_inputs
 from leanvae.evaluation.records import folder_name
-from leanvae.evaluation.run import EvaluationError, Settings, evaluate
+from leanvae.evaluation.run import Settings, evaluate
 from leanvae.media import iter_frames, read_image
 from leanvae.writer import write_png
 from litevae import LiteVAE, LiteVAEConfig
+from litevae.errors import WorkIncomplete
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -367,12 +368,12 @@ def test_a_broken_model_is_no_broken_file(files: Path, models: Path, tmp_path: P
 
 
 def test_strict_and_nothing_usable_are_errors(files: Path, tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"2 of 5 files could not be evaluated: broken\.mp4"):
+    with pytest.raises(WorkIncomplete, match=r"2 of 5 files could not be evaluated: broken\.mp4"):
         evaluate(["identity"], files, tmp_path / "out", strict=True)
     assert (tmp_path / "out" / "evaluation.json").exists()
     for name in ("a.mp4", "deeper/b #1.mp4", "c.png"):
         (files / name).unlink()
-    with pytest.raises(EvaluationError, match="2 of 2"):
+    with pytest.raises(WorkIncomplete, match="2 of 2"):
         evaluate(["identity"], files, tmp_path / "other")
 
 

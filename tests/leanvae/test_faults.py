@@ -12,8 +12,9 @@ from leanvae.data import workers as workers_module
 from leanvae.training import step as step_module
 from leanvae.training.checkpoints import damage
 from leanvae.training.config import FaultConfig, TrainVideoConfig
-from leanvae.training.faults import FaultRecord, TrainingDiverged, check_roll_back, checkpoint_to_restore
+from leanvae.training.faults import FaultRecord, check_roll_back, checkpoint_to_restore
 from leanvae.training.loop import Trainer, train
+from litevae.errors import TrainingDiverged
 
 SETTINGS = {
     "model": {"low_channels": 8, "high_channels": 16, "num_stream_layers": 1, "num_fusion_layers": 1, "ista_layers": 1},

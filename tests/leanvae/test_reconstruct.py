@@ -14,9 +14,10 @@ from leanvae.jobs import find_jobs
 from leanvae.media import iter_frames, probe, read_image
 from leanvae.metrics import psnr
 from leanvae.planner import Plan, plan_reconstruction
-from leanvae.reconstruct import ReconstructionError, reconstruct
+from leanvae.reconstruct import reconstruct
 from leanvae.writer import VideoWriter, write_png
 from litevae import LiteVAE, LiteVAEConfig
+from litevae.errors import NotFinite, WorkIncomplete
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 VFR = [33, 66, 100, 250, 251, 900, 1400, 1433, 1466, 1600]
@@ -163,14 +164,14 @@ def test_reconstruct_folder_takes_clips_and_images_and_lists_the_broken(tmp_path
         "deep/a.recon.mp4",
         "deep/a.side_by_side.mp4",
     }
-    with pytest.raises(ReconstructionError, match=r"1 of 3 files .*b\.mp4: empty file"):
+    with pytest.raises(WorkIncomplete, match=r"1 of 3 files .*b\.mp4: empty file"):
         reconstruct(checkpoint, folder, tmp_path / "strict", strict=True)
     assert json.loads((tmp_path / "strict" / "metrics.json").read_text())["total"]["files"] == 2
 
 
 def test_reconstruct_fails_when_nothing_could_be_done(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "a.mp4").write_text("no video")
-    with pytest.raises(ReconstructionError, match="1 of 1 files"):
+    with pytest.raises(WorkIncomplete, match="1 of 1 files"):
         reconstruct(checkpoint, tmp_path / "a.mp4", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"missing\.mp4"):
         reconstruct(checkpoint, tmp_path / "missing.mp4", tmp_path / "out")
@@ -185,7 +186,7 @@ def test_reconstruct_refuses_a_model_that_gives_nan(tmp_path: Path, checkpoint: 
         next(vae.decoder.parameters()).fill_(torch.nan)
     vae.save_pretrained(tmp_path / "broken")
     write_png(tmp_path / "a.png", _image(16, 16))
-    with pytest.raises(ReconstructionError, match=r"a\.png: the decoder's output is not finite"):
+    with pytest.raises(NotFinite, match=r"a\.png: the decoder's output is not finite"):
         reconstruct(tmp_path / "broken", tmp_path / "a.png", tmp_path / "out")
 
 

@@ -13,10 +13,10 @@ from leanvae.config import ConfigError
 from leanvae.data.loader import TooManyBadClips
 from leanvae.training.config import TrainVideoConfig
 from leanvae.training.engine import PlainEngine
-from leanvae.training.faults import TrainingDiverged
 from leanvae.training.loop import duration, train
 from leanvae.training.ranks import lock_folder
 from leanvae.training.record import write_summary
+from litevae.errors import TrainingDiverged
 
 SETTINGS = {
     "model": {"low_channels": 8, "high_channels": 16, "num_stream_layers": 1, "num_fusion_layers": 1, "ista_layers": 1},

@@ -1,0 +1,55 @@
+"""Errors that a user can act on, and the message for a package that is not installed.
+
+The command line shows a `LeanVAEError` as one line. Any other exception is a fault of the code and keeps its traceback.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_OURS = ("leanvae", "litevae")
+
+
+class LeanVAEError(Exception):
+    """Parent of all declared errors; the message says what is wrong, where, and what is expected."""
+
+
+class InvalidInput(LeanVAEError, ValueError):
+    """An argument, a setting or a file does not follow a rule."""
+
+
+class MissingFile(LeanVAEError, FileNotFoundError):
+    """A file or folder does not exist."""
+
+
+class MissingPackage(LeanVAEError, ImportError):
+    """A package that this work needs is not installed; the message says how to install it."""
+
+
+class NotFinite(LeanVAEError, ValueError):
+    """Weights, or what a model computes with them, are infinite or NaN."""
+
+
+class TrainingDiverged(LeanVAEError, RuntimeError):
+    """Training cannot go on: steps stay not finite although the run has gone back as often as it may."""
+
+
+class WorkIncomplete(LeanVAEError):
+    """Some of the work could not be done; the message lists what is missing. All the rest is done."""
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Imports packages of an optional dependency group: `with extra("video"): import av`.
+
+    Args:
+        name: a group of `[project.optional-dependencies]` in pyproject.toml.
+
+    Raises:
+        MissingPackage: one of the packages is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if isinstance(error, LeanVAEError) or (error.name or "").partition(".")[0] in _OURS:
+            raise
+        raise MissingPackage(f"{error.name or error} is not installed: pip install 'leanvae[{name}]'") from error
