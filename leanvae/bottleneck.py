@@ -11,9 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from leanvae.blocks import tokenwise
 from leanvae.naf import NAFLayers, Past
-from leanvae.pointwise import gradient_step, soft_threshold
+from leanvae.ops import gradient_step, soft_threshold, tokenwise
 
 
 class ISTABottleneck(nn.Module):

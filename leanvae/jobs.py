@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from leanvae.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from leanvae.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from litevae.errors import InvalidInput, MissingFile
 
 

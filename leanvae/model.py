@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from leanvae.bottleneck import ISTABottleneck, LinearBottleneck
-from leanvae.chunking import pad_to_patches
 from leanvae.config import LeanVAEConfig
+from leanvae.inference.chunking import pad_to_patches
+from leanvae.inference.plan import Parts
+from leanvae.inference.stream import check_latent, decode_in_parts, decode_stream, encode_in_parts, encode_stream
 from leanvae.naf import NAFLayers, Past, init_linear_maps
 from leanvae.patchify import Bands, PatchEmbedding, PatchProjection, stream_widths
-from leanvae.planner import Parts
-from leanvae.streaming import check_latent, decode_in_parts, decode_stream, encode_in_parts, encode_stream
 from litevae.normalization import denormalize, normalize_posterior
 from litevae.pixels import check_pixels, crop
 from litevae.posterior import DiagonalGaussian
@@ -271,7 +271,7 @@ class LeanVAE(nn.Module):
         Returns:
             The model itself, in evaluation mode.
         """
-        from leanvae.inference import prepare_for_inference
+        from leanvae.inference.prepare import prepare_for_inference
 
         return prepare_for_inference(self)
 

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanvae import kernels
-from leanvae.blocks import tokenwise
-from leanvae.folding import LinearMap, fold_norm, pad_inputs, pad_outputs
-from leanvae.packed import pack, pack_linear, packed_feedforward
-from leanvae.pointwise import geglu, layer_norm
+from leanvae.inference.folding import LinearMap, fold_norm, pad_inputs, pad_outputs
+from leanvae.inference.packed import pack, pack_linear, packed_feedforward
+from leanvae.ops import geglu, layer_norm, tokenwise
 from litevae.prepared import Preparable
 from litevae.recompute import Recomputable
 from litevae.smc import SelfModulatedLinear

@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from leanvae.config import LeanVAEConfig
-from leanvae.folding import LinearMap
-from leanvae.packed import pack_linear, packed_linear
+from leanvae.inference.folding import LinearMap
+from leanvae.inference.packed import pack_linear, packed_linear
 from litevae.prepared import Preparable
 from litevae.wavelet import dwt2d, dwt3d, idwt2d, idwt3d
 

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leanvae.checkpoint import load_vae
+from leanvae.inference.plan import PIXELS_AT_ONCE, plan_reconstruction
 from leanvae.jobs import Job, find_jobs
-from leanvae.media import Frame, MediaError, VideoInfo, iter_frames, open_video, probe, read_image
-from leanvae.metrics import FrameMetrics
+from leanvae.media.video import Frame, MediaError, VideoInfo, iter_frames, open_video, probe, read_image
+from leanvae.media.writer import VideoWriter, write_png
+from leanvae.metrics.frames import FrameMetrics
 from leanvae.model import LeanVAE
-from leanvae.planner import PIXELS_AT_ONCE, plan_reconstruction
-from leanvae.writer import VideoWriter, write_png
 from litevae.errors import NotFinite, WorkIncomplete, extra
 from litevae.files import write_text
 from litevae.memory import parse_bytes

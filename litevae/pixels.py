@@ -2,7 +2,9 @@
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,3 +57,8 @@ def crop(x: Tensor, size: Sequence[int], step: Sequence[int]) -> Tensor:
             f"and less than {tuple(step)} can be cropped away"
         )
     return x[(..., *(slice(length) for length in size))]
+
+
+def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
+    """Rounds frames `(N, 3, H, W)` in [0, 1] to bytes `(N, H, W, 3)`."""
+    return (255 * frames).round().to(torch.uint8).movedim(1, -1).cpu().numpy()

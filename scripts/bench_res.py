@@ -1,6 +1,6 @@
 """Measures what VAEs cost at a resolution, ours and others; see --help."""
 
-from leanvae.cli import run_program
+from leanvae.cli.main import run_program
 
 if __name__ == "__main__":
     run_program("bench_res")

@@ -1,6 +1,6 @@
 """Decodes a store of latents, or single entries of one, to clips; see --help."""
 
-from leanvae.cli import run_program
+from leanvae.cli.main import run_program
 
 if __name__ == "__main__":
     run_program("decode_latents")

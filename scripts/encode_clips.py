@@ -1,6 +1,6 @@
 """Encodes clips into a store of latents; see --help."""
 
-from leanvae.cli import run_program
+from leanvae.cli.main import run_program
 
 if __name__ == "__main__":
     run_program("encode_clips")

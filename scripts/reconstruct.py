@@ -1,6 +1,6 @@
 """Encodes and decodes a clip, an image, or a folder of both, and measures PSNR and SSIM; see --help."""
 
-from leanvae.cli import run_program
+from leanvae.cli.main import run_program
 
 if __name__ == "__main__":
     run_program("reconstruct")

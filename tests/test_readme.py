@@ -37,6 +37,13 @@ def test_readme_names_only_files_that_exist():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_readme_map_names_every_package():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("## Map of the repository") :]
+    packages = ["litevae", *(f"leanvae/{path.parent.name}" for path in (ROOT / "leanvae").glob("*/__init__.py"))]
+    assert [package for package in packages if f"`{package}/`" not in table] == []
+
+
 @pytest.mark.slow
 @pytest.mark.integration
 def test_readme_commands_run(tmp_path, write_clip):

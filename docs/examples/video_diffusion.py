@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from leanvae import load_vae
 from leanvae.diffusers import AutoencoderKLLeanVAE
 from leanvae.latents import LatentClips, ShapeBatches
-from leanvae.latents.decode import to_bytes
-from leanvae.writer import VideoWriter
+from leanvae.media.writer import VideoWriter
+from litevae.pixels import to_bytes
 
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel  # isort: skip - after leanvae.diffusers
 

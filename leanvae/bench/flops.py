@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanvae.bench.models import Model, decode, encode
 from leanvae.bench.sizes import Size
+from leanvae.peers import Model, decode, encode
 
 
 @dataclass(frozen=True)

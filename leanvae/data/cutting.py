@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from leanvae.media import cv2
+from leanvae.media.video import cv2
 
 
 @dataclass(frozen=True)

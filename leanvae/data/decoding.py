@@ -28,7 +28,7 @@ from av.packet import Packet
 from numpy.typing import NDArray
 
 from leanvae.data.sources import Clip
-from leanvae.media import (
+from leanvae.media.video import (
     MATRIX_UNSPECIFIED,
     TIME_SLACK,
     MediaError,
@@ -73,7 +73,7 @@ def read_frame_table(clip: Clip) -> FrameTable:
     """Lists the times of a clip's frames from its packets.
 
     Raises:
-        MediaError: see :func:`leanvae.media.open_video`; HDR; or a file that ends before its header says.
+        MediaError: see :func:`leanvae.media.video.open_video`; HDR; or a file that ends before its header says.
     """
     try:
         state = os.stat(clip.path)
@@ -161,7 +161,7 @@ def decord_agrees(clip: Clip, info: VideoInfo) -> bool:
 
 @lru_cache(maxsize=1)
 def _decord() -> ModuleType | None:
-    # leanvae.media has imported cv2 by now: after decord, cv2 could no longer read PNG files.
+    # leanvae.media.video has imported cv2 by now: after decord, cv2 could no longer read PNG files.
     try:
         import decord
     except (ImportError, OSError):

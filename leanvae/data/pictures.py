@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from leanvae.data.cutting import cut_picture, draw_cut
 from leanvae.data.shards import read_member
 from leanvae.data.sources import Picture
-from leanvae.media import decode_image, read_image
+from leanvae.media.video import decode_image, read_image
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from leanvae.data.buckets import Shape, choose_bucket
 from leanvae.data.config import DataConfig, source_weights
-from leanvae.data.mixing import bucket_of_step
-from leanvae.data.order import Phase, epoch_order, phase_at
+from leanvae.data.order import Phase, bucket_of_step, epoch_order, phase_at
 from leanvae.data.sources import Item, Picture
 from litevae.errors import InvalidInput
 

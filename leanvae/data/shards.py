@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from leanvae.data.config import SourceError
-from leanvae.media import IMAGE_SUFFIXES, MediaError
+from leanvae.media.video import IMAGE_SUFFIXES, MediaError
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanvae.bench.models import REGISTRY, Model, diffusers_class
 from leanvae.bench.quality import reconstruct_frames
 from leanvae.bench.sizes import Grid
 from leanvae.checkpoint import load_vae
-from leanvae.evaluation.artefacts import Parts
 from leanvae.evaluation.coder import Coder, Observe
+from leanvae.inference.plan import plan_reconstruction
+from leanvae.metrics.artefacts import Parts
 from leanvae.model import LeanVAE
-from leanvae.planner import plan_reconstruction
+from leanvae.peers import REGISTRY, Model, diffusers_class
 from litevae.config import DOWNSAMPLING
 from litevae.errors import InvalidInput, MissingFile, NotFinite
 from litevae.model import LiteVAE

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from leanvae.evaluation.coder import Coder, Observe
 from leanvae.evaluation.h264 import decode_h264, encode_h264
-from leanvae.evaluation.pictures import to_bytes
-from leanvae.media import cv2, decode_image
+from leanvae.media.video import cv2, decode_image
 from litevae.errors import InvalidInput
+from litevae.pixels import to_bytes
 
 _BLOCK = 8  # pixels; JPEG's, and that of most of H.264's transforms
 _SPECIFICATION = re.compile(r"(identity)|(jpeg|h264|bicubic):(\S+)")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from leanvae.evaluation.artefacts import Parts
+from leanvae.metrics.artefacts import Parts
 
 Observe = Callable[[Tensor], None]
 

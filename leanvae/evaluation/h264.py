@@ -10,7 +10,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
-from leanvae.media import iter_frames
+from leanvae.media.video import iter_frames
 
 _RATE = Fraction(25)  # guides x264's rate control only
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leanvae.data.cutting import Cut, cut_picture
 from leanvae.jobs import Job, find_jobs
-from leanvae.media import IMAGE_SUFFIXES, MediaError, iter_frames, read_image
+from leanvae.media.video import IMAGE_SUFFIXES, MediaError, iter_frames, read_image
 from litevae.errors import InvalidInput
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from leanvae.evaluation.artefacts import BlockWindow
 from leanvae.evaluation.records import SOURCE, folder_name
-from leanvae.writer import VideoWriter, write_png
+from leanvae.media.writer import VideoWriter, write_png
+from leanvae.metrics.artefacts import BlockWindow
 from litevae.analysis import latents_as_rgb
+from litevae.pixels import to_bytes
 
 SHOWN_FRAMES = 120  # of a clip; the page is to be looked at, not archived
 _SHOWN_CHANNELS = 16
@@ -67,11 +67,6 @@ class FrameWriter:
     def __exit__(self, *error: object) -> None:
         if self._writer is not None:
             self._writer.__exit__(*error)  # pyright: ignore[reportArgumentType]
-
-
-def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
-    """`(N, 3, H, W)` in [0, 1] as `(N, H, W, 3)` bytes."""
-    return (255 * frames).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
 
 
 def write_latent(path: Path, latent: Tensor) -> None:

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanvae.analysis import model_names
+from leanvae.distributed import barrier, gather, joined_ranks, on_main, rank, world_size
+from leanvae.evaluation.analysis import model_names
 from leanvae.evaluation.autoencoders import Cutting, is_of_diffusers, load_autoencoder
 from leanvae.evaluation.baselines import is_baseline, make_baseline
 from leanvae.evaluation.coder import Coder
-from leanvae.evaluation.feature_networks import FeatureNetworks, load_feature_networks
 from leanvae.evaluation.inputs import Source, find_inputs
-from leanvae.evaluation.measuring import ClipFeatures, ClipMeasures, LatentStatistics
 from leanvae.evaluation.page import write_page
 from leanvae.evaluation.pictures import FrameWriter, picture_paths, write_blocks, write_latent
 from leanvae.evaluation.records import SOURCE, Records, Row, record_key
 from leanvae.evaluation.summary import Evaluated, summarise, write_tables
+from leanvae.inference.plan import PIXELS_AT_ONCE
 from leanvae.jobs import Job
-from leanvae.media import MediaError, probe
-from leanvae.planner import PIXELS_AT_ONCE
-from leanvae.training.ranks import barrier, gather, joined_ranks, on_main, rank, world_size
+from leanvae.media.video import MediaError, probe
+from leanvae.metrics.clips import ClipFeatures, ClipMeasures, LatentStatistics
+from leanvae.metrics.networks import FeatureNetworks, load_feature_networks
 from litevae.errors import InvalidInput, WorkIncomplete, extra
 
 with extra("video"):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanvae.evaluation.frechet import distance_interval, frechet_distance, mean_interval
 from leanvae.evaluation.records import SOURCE, Records, Row
+from leanvae.metrics.frechet import distance_interval, frechet_distance, mean_interval
 from litevae.analysis import mmd
 from litevae.files import write_text
 

@@ -138,7 +138,7 @@ _layer_norm.register_autograd(_norm_gradients, setup_context=_keep_for_norm)
 
 
 def layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
-    """As `leanvae.pointwise.layer_norm`; scale and shift are both given or both `None`."""
+    """As `leanvae.ops.layer_norm`; scale and shift are both given or both `None`."""
     return _layer_norm(x, scale, shift, eps)[0]
 
 
@@ -183,7 +183,7 @@ def _rows(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("leanvae::geglu", mutates_args=())
 def geglu(value: Tensor, gate: Tensor) -> Tensor:
-    """As `leanvae.pointwise.geglu`; both may be halves of one tensor."""
+    """As `leanvae.ops.geglu`; both may be halves of one tensor."""
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     v, g = _rows(value), _rows(gate)
     num, width = g.shape

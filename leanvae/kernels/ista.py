@@ -43,7 +43,7 @@ def _threshold_backward(grad, x, threshold, grad_x, partial, num, blocks_each, B
 
 @torch.library.custom_op("leanvae::soft_threshold", mutates_args=())
 def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
-    """As `leanvae.pointwise.soft_threshold`."""
+    """As `leanvae.ops.soft_threshold`."""
     x = x.contiguous()
     out = torch.empty_like(x)
     _threshold_forward[(triton.cdiv(x.numel(), _BLOCK),)](x, threshold, out, x.numel(), BLOCK=_BLOCK)
@@ -143,5 +143,5 @@ _gradient_step.register_autograd(_step_gradients, setup_context=_keep_for_step)
 
 
 def gradient_step(x: Tensor, z: Tensor, phi: Tensor, step: Tensor) -> Tensor:
-    """As `leanvae.pointwise.gradient_step`."""
+    """As `leanvae.ops.gradient_step`."""
     return _gradient_step(x, z, phi, step)

@@ -6,9 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,8 +15,9 @@ from leanvae.latents.encoding import MEMORY_LIMIT_ON_CPU, VAE
 from leanvae.latents.entry import TENSORS, Entry, read_entry
 from leanvae.latents.session import hash_checkpoint
 from leanvae.latents.store import Store, StoreError
+from leanvae.media.writer import VideoWriter
 from leanvae.model import LeanVAE
-from leanvae.writer import VideoWriter
+from litevae.pixels import to_bytes
 
 _TIME_BASE = Fraction(1, 90_000)  # of MPEG; exact for the common frame rates
 _LATENT_FRAMES_AT_ONCE = 4
@@ -126,8 +125,3 @@ def _decode(vae: VAE, latent: Tensor, memory_limit: str | None) -> Iterator[Tens
         yield from (clip[0].transpose(0, 1) for clip in vae.decode_stream(parts, memory_limit=memory_limit))
     else:
         yield from (vae.decode(part[0].transpose(0, 1), memory_limit=memory_limit) for part in parts)
-
-
-def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
-    """`(t, 3, H, W)` in [0, 1] as `(t, H, W, 3)` bytes."""
-    return (255 * frames).round().to(torch.uint8).movedim(1, -1).cpu().numpy()

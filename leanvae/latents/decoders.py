@@ -15,7 +15,7 @@ import numpy as np
 
 from leanvae.latents.decoding import Decoded, Decoding, Finished, Piece, Rejected, decode_source
 from leanvae.latents.sources import Source
-from leanvae.media import cv2
+from leanvae.media.video import cv2
 
 Order = tuple[Source, frozenset[int]]
 

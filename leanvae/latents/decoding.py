@@ -17,7 +17,7 @@ from leanvae.data.decoding import read_frame_table
 from leanvae.data.sources import Clip
 from leanvae.latents.rule import ClipRule, Placement, place
 from leanvae.latents.sources import Source
-from leanvae.media import TIME_SLACK, Frame, MediaError, VideoInfo, cv2, iter_frames
+from leanvae.media.video import TIME_SLACK, Frame, MediaError, VideoInfo, cv2, iter_frames
 
 _PIXELS_AT_ONCE = 2**22  # of a piece; 64 frames of 256x256
 _JPEG_QUALITY = 95
@@ -191,7 +191,7 @@ def _frames_of(source: Source, info: VideoInfo, gpu: str | None) -> Iterator[Fra
     if gpu is None:
         frames = iter_frames(info.path, source.start, threads=1)
     else:
-        from leanvae.latents.nvdec import iter_frames_on_gpu
+        from leanvae.media.nvdec import iter_frames_on_gpu
 
         frames = iter_frames_on_gpu(info, gpu, source.start)
     if source.end is None:

@@ -12,18 +12,18 @@ from typing import Any, Literal
 
 from leanvae.checkpoint import load_vae
 from leanvae.data.quarantine import modification_time
+from leanvae.distributed import barrier, gather, joined_ranks, on_main, rank, world_size
 from leanvae.latents.decoders import Order
 from leanvae.latents.decoding import Finished, Rejected
 from leanvae.latents.encoding import VAE, Encoded, EncodedClip
 from leanvae.latents.engines import Work, encode_here, load_for_encoding
 from leanvae.latents.entry import Entry, make_entry
-from leanvae.latents.progress import Progress
 from leanvae.latents.session import STATISTICS_FIELDS, hash_checkpoint, writing
+from leanvae.latents.shards import ShardWriter
 from leanvae.latents.sources import Source, list_sources
 from leanvae.latents.statistics import merge_moments
 from leanvae.latents.store import INDEX, STATISTICS, SUMMARY, SourceRecord, Store, StoreError
-from leanvae.latents.writing import ShardWriter
-from leanvae.training.ranks import barrier, gather, joined_ranks, on_main, rank, world_size
+from leanvae.progress import Progress
 from litevae.errors import InvalidInput
 from litevae.files import write_text
 from litevae.pretrained import CONFIG_FILE
@@ -76,7 +76,7 @@ def encode_clips(
     if work.nvdec and (engine == "ray" or not device.startswith("cuda")):
         raise InvalidInput(f"--nvdec: decodes on the model's GPU, and not with --device {device} and --engine {engine}")
     if work.nvdec:
-        import_module("leanvae.latents.nvdec")  # says what is missing now, and not of each file
+        import_module("leanvae.media.nvdec")  # says what is missing now, and not of each file
     if update_checkpoint and not Path(work.checkpoint, CONFIG_FILE).is_file():
         raise InvalidInput(f"--update-checkpoint: {work.checkpoint} is no folder with a {CONFIG_FILE}")
     store, sources = Store(output), list_sources(inputs)
@@ -137,7 +137,7 @@ def _encode(work: Work, device: str, engine: EngineName, vae: VAE, orders: Seque
     if not orders:
         return iter(())
     if engine == "ray":
-        from leanvae.latents.ray_engine import encode_with_ray
+        from leanvae.latents.ray import encode_with_ray
 
         return encode_with_ray(work, vae, device, orders)
     return encode_here(work, load_for_encoding(vae, work, device), orders)

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leanvae.footprint import latent_frames
+from leanvae.inference.footprint import latent_frames
 from leanvae.latents.decoding import Decoded, Finished, Piece, Rejected
 from leanvae.latents.sources import Source
-from leanvae.media import cv2
+from leanvae.media.video import cv2
 from leanvae.model import LeanVAE
 from litevae.errors import NotFinite
 from litevae.memory import return_freed_memory

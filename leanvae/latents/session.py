@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from leanvae.distributed import LOCK_FILE, barrier, lock_folder, on_main
 from leanvae.latents.encoding import VAE
 from leanvae.latents.store import FORMAT, INDEX, MANIFEST, Store, StoreError
-from leanvae.training.ranks import LOCK_FILE, barrier, lock_folder, on_main
 
 STATISTICS_FIELDS = {"latent_mean", "latent_std"}
 

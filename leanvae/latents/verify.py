@@ -25,7 +25,7 @@ from leanvae.latents.rule import ClipRule
 from leanvae.latents.session import hash_checkpoint
 from leanvae.latents.sources import Source, find_source
 from leanvae.latents.store import INDEX, SHARDS, SHARED_COLUMNS, STATISTICS, Store, StoreError
-from leanvae.metrics import psnr
+from leanvae.metrics.frames import psnr
 
 
 def verify_store(

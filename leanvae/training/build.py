@@ -17,11 +17,11 @@ from leanvae.data.config import BUILTIN, ClipDataConfig, DataConfig
 from leanvae.data.schedule import Schedule, has_choice
 from leanvae.data.shapes import measure_shapes
 from leanvae.data.sources import Item, Picture, list_items, split_held_out
+from leanvae.distributed import on_main, rank
 from leanvae.model import LeanVAE
 from leanvae.training.config import LossConfig, TrainConfig
 from leanvae.training.engine import build_engine
 from leanvae.training.initial import freeze, frozen_names, load_initial
-from leanvae.training.ranks import on_main, rank
 from leanvae.training.state import items_digest
 from leanvae.training.step import TrainingStep
 from leanvae.training.terms import Perceptual

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from leanvae.writer import VideoWriter, write_png
+from leanvae.media.writer import VideoWriter, write_png
 
 _NUM_KEPT = 3  # steps whose reconstructions stay
 
@@ -25,7 +25,7 @@ class Comparison:
         name: of the file.
         frames: uint8 `(T, H, 2W, 3)`, the file's on the left and the reconstruction's on the right; T = 1 of an image.
         rate: frames a second; `None` of an image.
-        row: uint8 `(H, W', 3)`; see `leanvae.evaluation.held_out.picture_row`.
+        row: uint8 `(H, W', 3)`; see `leanvae.metrics.clips.picture_row`.
     """
 
     name: str

@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from leanvae.config import ConfigError, describe_errors
+from leanvae.distributed import barrier, on_main
 from leanvae.training.checkpoints import temporary_folder
 from leanvae.training.config import OptimizerConfig, TrainConfig
 from leanvae.training.deepspeed_files import convert_to_universal, refusing_code
 from leanvae.training.initial import matches_any
-from leanvae.training.ranks import barrier, on_main
 from litevae.errors import InvalidInput, MissingPackage
 
 

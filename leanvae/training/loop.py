@@ -16,6 +16,7 @@ from tqdm import tqdm
 from leanvae.config import load_config
 from leanvae.data.loader import Batch, Loader
 from leanvae.data.quarantine import check_bad_share
+from leanvae.distributed import StopRequests, gather, highest, lock_folder, on_main, rank, world_size
 from leanvae.training.build import (
     build_networks,
     check_passes,
@@ -28,7 +29,6 @@ from leanvae.training.config import TrainConfig, TrainImageConfig, TrainVideoCon
 from leanvae.training.engine import start_processes
 from leanvae.training.faults import FaultRecord, check_roll_back, checkpoint_to_restore
 from leanvae.training.profiling import StepTimes, StepTrace, memory_in_use
-from leanvae.training.ranks import StopRequests, gather, highest, lock_folder, on_main, rank, world_size
 from leanvae.training.record import RunRecord, write_summary
 from leanvae.training.schedule import ema_decay
 from leanvae.training.state import (

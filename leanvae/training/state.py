@@ -18,10 +18,10 @@ from torch import Tensor
 
 from leanvae.config import ConfigError
 from leanvae.data.sources import Clip, Item
+from leanvae.distributed import barrier, on_main, rank, world_size
 from leanvae.training.checkpoints import FIGURES_FILE, STATE_FILE, commit, new_checkpoint, temporary_folder, writing
 from leanvae.training.config import TrainConfig
 from leanvae.training.faults import FaultRecord
-from leanvae.training.ranks import barrier, on_main, rank, world_size
 from leanvae.training.step import LeCamAverages, TrainingStep
 from litevae.errors import NotFinite
 from litevae.files import write_text

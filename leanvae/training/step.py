@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from leanvae.config import LeanVAEConfig
 from leanvae.data.buckets import Shape
+from leanvae.distributed import world_size
 from leanvae.training import balance
 from leanvae.training.config import GANConfig, TrainConfig
 from leanvae.training.engine import Engine, frozen
-from leanvae.training.ranks import world_size
 from leanvae.training.schedule import learning_rate, perceptual_frames, posterior_noise, ramp
 from leanvae.training.terms import Perceptual, as_images, reconstruction_terms, weighted_sum
 from litevae.losses import (

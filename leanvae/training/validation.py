@@ -11,8 +11,8 @@ from leanvae.checkpoint import build_vae
 from leanvae.data.clips import ClipSample
 from leanvae.data.loader import Sample, read_held_out
 from leanvae.data.sources import Clip, Item, Picture
-from leanvae.evaluation.feature_networks import FeatureNetworks
-from leanvae.evaluation.held_out import measure_clip, picture_row
+from leanvae.metrics.clips import measure_clip, picture_row
+from leanvae.metrics.networks import FeatureNetworks
 from leanvae.training.comparison import Comparison
 from leanvae.training.config import TrainConfig
 from litevae.perceptual import PerceptualDistance

@@ -12,7 +12,7 @@ import torch
 
 from leanvae import kernels
 from leanvae.naf import NAFLayers, causal_depthwise_conv
-from leanvae.pointwise import geglu, gradient_step, layer_norm, soft_threshold
+from leanvae.ops import geglu, gradient_step, layer_norm, soft_threshold
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")

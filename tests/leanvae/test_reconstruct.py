@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from leanvae import LeanVAE, LeanVAEConfig, load_vae
+from leanvae.inference.plan import Plan, plan_reconstruction
 from leanvae.jobs import find_jobs
-from leanvae.media import iter_frames, probe, read_image
-from leanvae.metrics import psnr
-from leanvae.planner import Plan, plan_reconstruction
+from leanvae.media.video import iter_frames, probe, read_image
+from leanvae.media.writer import VideoWriter, write_png
+from leanvae.metrics.frames import psnr
 from leanvae.reconstruct import reconstruct
-from leanvae.writer import VideoWriter, write_png
 from litevae import LiteVAE, LiteVAEConfig
 from litevae.errors import NotFinite, WorkIncomplete
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from leanvae import load_vae
-from leanvae.cli import main
+from leanvae.cli.main import main
 from leanvae.latents.decode import decode_entry, decode_latents
 from leanvae.latents.encode import encode_clips
 from leanvae.latents.rule import ClipRule
 from leanvae.latents.store import Store, StoreError
 from leanvae.latents.verify import verify_store
-from leanvae.media import iter_frames, probe
+from leanvae.media.video import iter_frames, probe
 from litevae import LiteVAE, LiteVAEConfig
 
 
@@ -159,5 +159,5 @@ def change_shard_index(store):
 )
 def test_damage_is_found(store, capsys, harm, message):
     harm(store)
-    assert main(["store", "verify", str(store)]) == 1
+    assert main(["store", "verify", str(store)]) == 3
     assert any(message in problem for problem in json.loads(capsys.readouterr().out)["problems"])

@@ -16,7 +16,7 @@ import webdataset
 from safetensors.torch import load
 
 from leanvae import load_vae
-from leanvae.cli import main
+from leanvae.cli.main import main
 from leanvae.data.cutting import Cut, cut_picture
 from leanvae.latents import decoding, encode
 from leanvae.latents.decoders import decode_ahead
@@ -26,7 +26,7 @@ from leanvae.latents.encoding import ClipEncoder, EncodedClip, to_model
 from leanvae.latents.rule import ClipRule
 from leanvae.latents.sources import Source
 from leanvae.latents.store import Store, StoreError
-from leanvae.media import iter_frames
+from leanvae.media.video import iter_frames
 from litevae import LiteVAE, LiteVAEConfig
 
 
@@ -200,8 +200,8 @@ def test_stores_of_other_weights_are_not_continued(store, stored_clips, checkpoi
 
 
 def test_two_runs_do_not_write_at_a_time(store, stored_clips, make_work, monkeypatch):
+    from leanvae.distributed import lock_folder
     from leanvae.latents import session
-    from leanvae.training.ranks import lock_folder
 
     lock_folder(store)
     monkeypatch.setattr(session, "lock_folder", lambda folder: lock_folder(folder, wait=0.0))
@@ -323,11 +323,11 @@ def test_gpu_decoders_take_the_place_of_the_cpu(write_clip, tmp_path, monkeypatc
 
     monkeypatch.setitem(sys.modules, "torchcodec", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(VideoDecoder=VideoDecoder))
-    monkeypatch.delitem(sys.modules, "leanvae.latents.nvdec", raising=False)
+    monkeypatch.delitem(sys.modules, "leanvae.media.nvdec", raising=False)
     source = Source(str(path), start=0.2)
     *expected, _ = decode_source(source, Decoding(ClipRule(frames=3), 4))
     *pieces, end = decode_source(source, Decoding(ClipRule(frames=3), 4, gpu="cuda:0"))
-    monkeypatch.delitem(sys.modules, "leanvae.latents.nvdec")
+    monkeypatch.delitem(sys.modules, "leanvae.media.nvdec")
     assert end == Finished(source, 7, 2, 2)
     for piece, other in zip(pieces, expected, strict=True):
         np.testing.assert_array_equal(piece.frames, other.frames)
@@ -373,7 +373,7 @@ def test_command_tells_of_skipped_files(checkpoint, clips, tmp_path, capsys):
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary == json.loads((tmp_path / "store" / "summary.json").read_text())
     assert len(summary["skipped"]) == 2
-    assert main([*flags, "--strict"], command="encode_clips") == 1
+    assert main([*flags, "--strict"], command="encode_clips") == 3
     assert main([*flags, "--frames", "9"], command="encode_clips") == 2
     assert "rule.frames was 5, is 9" in capsys.readouterr().err
     assert main(["store", "info", str(tmp_path / "store")]) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from leanvae.media import iter_frames
+from leanvae.media.video import iter_frames
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "video_diffusion.py"
 

@@ -1,0 +1,30 @@
+"""The subcommand `decode_latents`."""
+
+import argparse
+
+from leanvae.cli.flags import add_device, add_dtype, find_device, find_dtype
+
+SUMMARY = "Decode a store of latents, or single entries of one, to clips of their sources' size and rate."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
+    parser.add_argument("--checkpoint", required=True, help="the checkpoint that the latents were encoded with")
+    parser.add_argument(
+        "--input", required=True, metavar="STORE", help="store, or a file KEY.safetensors with KEY.json beside it"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the clips, KEY.mp4 each")
+    parser.add_argument("--keys", nargs="+", default=[], metavar="KEY", help="entries to decode; default: all")
+    add_device(parser)
+    add_dtype(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decodes; returns 0."""
+    from leanvae.latents.decode import decode_latents
+
+    counts = decode_latents(
+        args.checkpoint, args.input, args.output, find_device(args.device), find_dtype(args.dtype), args.keys
+    )
+    print(f"{counts['decoded']} decoded, {counts['present']} were there: {args.output}")
+    return 0

@@ -1,0 +1,135 @@
+"""The command line: the console script `leanvae` with its subcommands, which are also the files in scripts/.
+
+Nothing heavy is imported before a subcommand runs: processes that a run starts import the main script again.
+"""
+
+import argparse
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from leanvae.cli import analyse, bench, decode, encode, evaluate, reconstruct, store, train
+from litevae.errors import LeanVAEError, WorkIncomplete
+
+WRONG_INPUT, WORK_INCOMPLETE = 2, 3  # exit status
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        summary: one line for the help.
+        add_arguments: adds its flags to a parser.
+        run: does the work; returns the exit status.
+    """
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def run_program(command: str | None = None) -> NoReturn:
+    """Runs `main` as this process, and ends it with the status of that.
+
+    A rank ends before the interpreter shuts down: threads of its process group may outlive the group, and abort the
+    process ("terminate called without an active exception") if they let go of a tensor while Python is shutting down.
+    """
+    status = 1
+
+    def end_rank() -> None:
+        if "RANK" in os.environ:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    atexit.register(end_rank)  # called after those of all that a command imports
+    try:
+        status = main(command=command)
+    except SystemExit as exit_:  # of argparse
+        status = int(exit_.code or 0)
+    sys.exit(status)
+
+
+def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
+    """Parses the command line and runs a subcommand.
+
+    Args:
+        argv: the arguments; those of the process if None.
+        command: the subcommand whose arguments they are; if None, the first argument names it.
+
+    Returns:
+        Exit status: 0 when all the work was done, 2 for a wrong command line, configuration, file or checkpoint
+        (one line on stderr says which), 3 when some of the work could not be done, 130 when interrupted. A fault of
+        the code raises, which ends the process with its traceback and 1.
+    """
+    if command is None:
+        parser = argparse.ArgumentParser(prog="leanvae", description="Image and video autoencoders.")
+        subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        for name, entry in COMMANDS.items():
+            aliases = [name.replace("_", "-")] if "_" in name else []
+            subparser = subparsers.add_parser(
+                name, aliases=aliases, help=entry.summary, description=entry.summary, allow_abbrev=False
+            )
+            entry.add_arguments(subparser)
+            subparser.set_defaults(run=entry.run)
+    else:
+        entry = COMMANDS[command]
+        parser = argparse.ArgumentParser(description=entry.summary, allow_abbrev=False)
+        entry.add_arguments(parser)
+        parser.set_defaults(run=entry.run)
+    args = parser.parse_args(argv)
+    _log_to_stderr()
+    try:
+        return args.run(args)
+    except LeanVAEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WORK_INCOMPLETE if isinstance(error, WorkIncomplete) else WRONG_INPUT
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _log_to_stderr() -> None:
+    """Shows the package's own log lines, and leaves the logs of other packages as they are."""
+    logger = logging.getLogger("leanvae")
+    if not logger.handlers:
+        handler = _BarHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+class _BarHandler(logging.Handler):
+    """Prints log lines above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a record to stderr."""
+        line = self.format(record)
+        if (tqdm := sys.modules.get("tqdm")) is not None:
+            tqdm.tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+COMMANDS = {
+    "analyse": Command(analyse.SUMMARY, analyse.add_arguments, analyse.run),
+    "bench_res": Command(bench.SUMMARY, bench.add_arguments, bench.run),
+    "decode_latents": Command(decode.SUMMARY, decode.add_arguments, decode.run),
+    "encode_clips": Command(encode.SUMMARY, encode.add_arguments, encode.run),
+    "evaluate": Command(evaluate.SUMMARY, evaluate.add_arguments, evaluate.run),
+    "reconstruct": Command(reconstruct.SUMMARY, reconstruct.add_arguments, reconstruct.run),
+    "store": Command(store.SUMMARY, store.add_arguments, store.run),
+    "train_video": Command(train.VIDEO_SUMMARY, train.add_arguments, train.run_video),
+    "train_image": Command(train.IMAGE_SUMMARY, train.add_arguments, train.run_image),
+}

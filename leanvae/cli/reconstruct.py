@@ -1,0 +1,47 @@
+"""The subcommand `reconstruct`."""
+
+import argparse
+
+from leanvae.cli.flags import add_device, add_dtype, add_strict, find_device, find_dtype
+
+SUMMARY = "Encode and decode a clip, an image, or a folder of both, and measure PSNR and SSIM."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or published .ckpt file")
+    parser.add_argument("--input", required=True, metavar="FILE_OR_DIR", help="clip, image, or folder of both")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
+    add_device(parser)
+    add_dtype(parser)
+    parser.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="such as 6GiB, for the model's work besides its weights; default: what a device has free",
+    )
+    add_strict(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reconstructs, and prints the totals; returns the exit status."""
+    from leanvae.reconstruct import METRICS_FILE, reconstruct
+
+    report = reconstruct(
+        args.checkpoint,
+        args.input,
+        args.output,
+        find_device(args.device),
+        find_dtype(args.dtype),
+        memory_limit=args.memory_limit,
+        strict=args.strict,
+    )
+    total = report["total"]
+    measures = [
+        "" if total["psnr"] is None else f", PSNR {total['psnr']:.2f} dB",
+        "" if total["ssim"] is None else f", SSIM {total['ssim']:.4f}",
+    ]
+    print(
+        f"{total['files']} reconstructed, {total['skipped']} skipped, {total['frames']} frames{''.join(measures)}:"
+        f" {args.output}/{METRICS_FILE}"
+    )
+    return 0

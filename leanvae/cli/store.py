@@ -1,0 +1,33 @@
+"""The subcommand `store`, with its actions `verify` and `info`."""
+
+import argparse
+import json
+
+from leanvae.cli.flags import add_device, find_device
+
+SUMMARY = "Check a store of latents, or say what it holds."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `store verify` and `store info`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    verify = actions.add_parser("verify", help="read all of it again, and compare a sample with the sources")
+    verify.add_argument("store", metavar="STORE", help="folder or fsspec address")
+    verify.add_argument("--checkpoint", help="what it was encoded with; without it, no clip is decoded")
+    verify.add_argument("--samples", type=int, default=8, metavar="N", help="clips to decode; default: %(default)s")
+    add_device(verify)
+    info = actions.add_parser("info", help="say what it holds, as JSON")
+    info.add_argument("store", metavar="STORE", help="folder or fsspec address")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks or describes a store, and prints JSON; returns 3 if it found something wrong."""
+    from leanvae.latents.verify import describe_store, verify_store
+
+    if args.action == "info":
+        print(json.dumps(describe_store(args.store), indent=2))
+        return 0
+
+    report = verify_store(args.store, args.checkpoint, args.samples, find_device(args.device))
+    print(json.dumps(report, indent=2))
+    return 3 if report["problems"] else 0

@@ -1,0 +1,71 @@
+"""The subcommands `train_video` and `train_image`."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from leanvae.cli.flags import add_local_rank, keep_threads_from_spinning
+
+if TYPE_CHECKING:
+    from leanvae.training.config import TrainImageConfig, TrainVideoConfig
+
+VIDEO_SUMMARY = "Train a video autoencoder; start it with deepspeed, torchrun or plain python."
+IMAGE_SUMMARY = "Train an image autoencoder; start it with deepspeed, torchrun or plain python."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of both."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override of a setting; may be repeated",
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder of the run; default: training.output of the config")
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|none|DIR", help="where to go on from; default: %(default)s"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the whole configuration, the first steps, and an estimate of parameters and memory; train nothing",
+    )
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="of a dry run: ranks to plan for; default: those that are started"
+    )
+    add_local_rank(parser)
+
+
+def run_video(args: argparse.Namespace) -> int:
+    """Trains a video autoencoder; returns the exit status."""
+    keep_threads_from_spinning()
+
+    from leanvae.training.config import TrainVideoConfig
+
+    return _train(TrainVideoConfig, args)
+
+
+def run_image(args: argparse.Namespace) -> int:
+    """Trains an image autoencoder; returns the exit status."""
+    keep_threads_from_spinning()
+
+    from leanvae.training.config import TrainImageConfig
+
+    return _train(TrainImageConfig, args)
+
+
+def _train(config_class: "type[TrainVideoConfig] | type[TrainImageConfig]", args: argparse.Namespace) -> int:
+    if args.dry_run:
+        from leanvae.config import load_config
+        from leanvae.training.dry_run import describe_run
+
+        if int(os.environ.get("RANK", "0")) == 0:
+            ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+            print(describe_run(load_config(config_class, args.config, args.set), ranks))
+        return 0
+
+    from leanvae.training.loop import train
+
+    return train(config_class, args.config, args.set, args.output, args.resume)

@@ -1,0 +1,284 @@
+"""Analysis of image autoencoders side by side: latent space, feature maps, and quality against resolution.
+
+It measures what LiteVAE shows in Table 6 and Figures 2, 3, 4, 5 and 8, on a user's own images.
+"""
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from leanvae.checkpoint import load_vae
+from leanvae.evaluation.analysis_record import Autoencoder, ModelRecord, Study
+from leanvae.jobs import Job, find_jobs
+from leanvae.media.video import MediaError, read_image
+from litevae.errors import InvalidInput, WorkIncomplete, extra
+from litevae.files import write_text
+from litevae.perceptual import PerceptualDistance, find_backbone, load_lpips, missing_backbone_message
+
+with extra("video"):
+    import cv2
+    from tqdm import tqdm
+
+logger = logging.getLogger("leanvae")
+
+ANALYSIS_FILE = "analysis.json"
+_MMD_COLUMNS = ["sigma", "mean", "std"]
+_BATCH_PIXELS = 2**18  # at once
+_IMAGES_BETWEEN_LINES = 100
+
+
+def analyse(
+    checkpoints: Sequence[str | Path],
+    inputs: str | Path,
+    output: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    study: Study | None = None,
+    strict: bool = False,
+) -> dict[str, Any]:
+    """Analyses the autoencoders of checkpoints, such as those with and without SMC, side by side.
+
+    Writes what `analyse_models` says; models are called by what their checkpoints' paths do not share.
+
+    Args:
+        checkpoints: what `load_vae` reads, one or several.
+        inputs: a folder of images, or one image.
+        output: folder for the results, made if missing.
+        device: where the models run.
+        dtype: their type; as stored if None.
+        study: what is measured; as the paper does if None.
+        strict: an image that cannot be read is an error, raised after all is written.
+
+    Raises:
+        FileNotFoundError: there is no such input or checkpoint.
+        ValueError: no or equal checkpoints, or as in `analyse_models`.
+        WorkIncomplete, NotFinite: as in `analyse_models`.
+    """
+    names = model_names(checkpoints)
+    find_images(inputs, output)  # refuses a wrong input before the checkpoints are read
+    models = {name: load_vae(path, device, dtype) for name, path in zip(names, checkpoints, strict=True)}
+    sources = dict(zip(names, map(str, checkpoints), strict=True))
+    return analyse_models(models, inputs, output, study, strict, sources)
+
+
+def model_names(checkpoints: Sequence[str | Path]) -> list[str]:
+    """Short different names for checkpoints: their paths without what all of them begin and end with.
+
+    Raises:
+        ValueError: there is none, or one is given twice.
+    """
+    paths = [Path(path).resolve() for path in checkpoints]
+    if not paths or len(set(paths)) < len(paths):
+        raise InvalidInput(
+            f"checkpoints are {[str(path) for path in checkpoints]}: expected one or more different ones"
+        )
+    if len(paths) == 1:
+        return [paths[0].name]
+    start = _num_shared([path.parts for path in paths])
+    end = _num_shared([path.parts[start:][::-1] for path in paths])
+    names = ["/".join(path.parts[start : len(path.parts) - end]) for path in paths]
+    if not all(names):  # one path is the beginning or the end of another
+        names = ["/".join(path.parts[max(0, start - 1) :]) for path in paths]
+    return names
+
+
+def _num_shared(sequences: Sequence[Sequence[str]]) -> int:
+    """How many leading parts are the same in all."""
+    shared = 0
+    for parts in zip(*sequences, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared += 1
+    return shared
+
+
+def find_images(inputs: str | Path, output: str | Path) -> list[Job]:
+    """Lists the images of a folder and those in it, in the order of their names; clips are passed over.
+
+    Raises:
+        FileNotFoundError: there is nothing at `inputs`.
+        ValueError: the folder holds no image, or is the output folder.
+    """
+    jobs = [job for job in find_jobs(Path(inputs), Path(output)) if not job.is_video]
+    if not jobs:
+        raise InvalidInput(f"{inputs} holds no image that its name shows to be one")
+    return jobs
+
+
+def analyse_models(
+    models: Mapping[str, Autoencoder],
+    inputs: str | Path,
+    output: str | Path,
+    study: Study | None = None,
+    strict: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Analyses autoencoders side by side on the images of a folder.
+
+    Images are cut to the square in their middle and shrunk by area to each resolution; those that are smaller are
+    left out of it and counted, never enlarged. Quality is that of the posterior's mean decoded, clamped to [0, 1] and
+    not quantised; latents for MMD are samples of the posterior, which is what a diffusion model meets. It writes
+
+    - `analysis.json`: every number;
+    - `mmd.csv`: squared MMD of the latents (of 2048 images at most) to a standard Gaussian (Table 6), mean and
+      standard deviation over draws of the Gaussian;
+    - `resolution.csv` and `resolution.png`: PSNR, SSIM and, where its backbone is found, LPIPS against resolution
+      (Figures 5 and 8);
+    - `features.png`: magnitude of the decoder's last feature maps (Figure 3), for models that give them (LiteVAE);
+    - `latents.png`: reconstructions, and three latent channels as colours (Figures 2 and 4).
+
+    Args:
+        models: by name; all on one device.
+        inputs: a folder of images, or one image.
+        output: folder for the results, made if missing.
+        study: what is measured; as the paper does if None.
+        strict: an image that cannot be read is an error, raised after all is written.
+        sources: where each model came from, for the report.
+
+    Returns:
+        The content of `analysis.json`.
+
+    Raises:
+        FileNotFoundError: there is nothing at `inputs`.
+        ValueError: no model, no image, none as large as `study.size`, or a model that does not work at this size.
+        WorkIncomplete: no image could be read, or not all with `strict`.
+        NotFinite: a model's output is infinite or NaN.
+    """
+    from leanvae.evaluation import analysis_plots as plots  # here, so that matplotlib is missed before the work is done
+
+    study = study or Study()
+    if not models:
+        raise InvalidInput("models is empty: expected one or more")
+    jobs, output = find_images(inputs, output), Path(output)
+    notes: list[str] = []
+    lpips = _find_lpips(notes)
+    if lpips is not None:
+        lpips = lpips.to(next(next(iter(models.values())).parameters()).device)
+    records = [ModelRecord(name, vae, study, lpips) for name, vae in models.items()]
+    skipped: list[dict[str, str]] = []
+    pictures: list[NDArray[np.uint8]] = []
+    counts = dict.fromkeys(study.sides, 0)
+    with torch.inference_mode():
+        for images in read_squares(jobs, study.sides, skipped):
+            side = len(images[0])
+            counts[side] += len(images)
+            if side == study.size:
+                pictures += images[: study.num_pictures - len(pictures)]
+            for record in records:
+                record.update(images)
+        num_read = len(jobs) - len(skipped)
+        if not num_read:
+            raise WorkIncomplete(f"none of {len(jobs)} images could be read: {_list(skipped)}")
+        if not pictures:
+            raise InvalidInput(f"size is {study.size}: none of the {num_read} images is as large; choose a smaller one")
+        drawn = {record.name: [record.picture(image) for image in pictures] for record in records}
+        summaries = [record.summary() for record in records]
+    notes += [
+        f"{num_read - count} of {num_read} images are smaller than {side} pixels and left out there"
+        for side, count in counts.items()
+        if count < num_read
+    ]
+    for note in notes:
+        logger.info(note)
+    report: dict[str, Any] = {
+        "input": str(inputs),
+        "images": num_read,
+        "size": study.size,
+        "resolutions": list(study.resolutions),
+        "left_out": {str(side): num_read - count for side, count in counts.items()},
+        "notes": notes,
+        "models": [
+            {"name": name, "checkpoint": (sources or {}).get(name), **summary}
+            for name, summary in zip(models, summaries, strict=True)
+        ],
+        "skipped": skipped,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    _write_tables(report, output)
+    plots.plot_resolutions(output / "resolution.png", report["models"])
+    plots.plot_features(output / "features.png", pictures, drawn)
+    plots.plot_latents(output / "latents.png", pictures, drawn)
+    if strict and skipped:
+        raise WorkIncomplete(f"{len(skipped)} of {len(jobs)} images could not be read: {_list(skipped)}")
+    return report
+
+
+def _list(skipped: list[dict[str, str]], shown: int = 5) -> str:
+    """The first of the skipped files with their reasons, and how many more there are."""
+    names = "; ".join(f"{entry['input']}: {entry['reason']}" for entry in skipped[:shown])
+    return names + (f"; and {len(skipped) - shown} more" if len(skipped) > shown else "")
+
+
+def _find_lpips(notes: list[str]) -> PerceptualDistance | None:
+    """LPIPS where its backbone and package are; otherwise a note says what is missing."""
+    if find_backbone(None) is None:
+        notes.append(f"LPIPS is left out: {missing_backbone_message()}")
+        return None
+    try:
+        return load_lpips()
+    except ModuleNotFoundError as error:
+        notes.append(f"LPIPS is left out: {error}")
+        return None
+
+
+def read_squares(jobs: list[Job], sides: list[int], skipped: list[dict[str, str]]) -> Iterator[list[NDArray[np.uint8]]]:
+    """Reads images once and yields them in batches of one size, `(side, side, 3)` each.
+
+    Args:
+        jobs: the images.
+        sides: what to shrink each to; one that is smaller is left out there.
+        skipped: takes `input` and `reason` of those that cannot be read.
+    """
+    waiting: dict[int, list[NDArray[np.uint8]]] = {side: [] for side in sides}
+    with tqdm(jobs, unit="image", disable=None, leave=False) as bar:
+        for number, job in enumerate(bar, start=1):
+            try:
+                image = read_image(job.source)
+            except MediaError as error:
+                skipped.append({"input": job.name, "reason": error.reason})
+                logger.warning("[%d/%d] %s: skipped: %s", number, len(jobs), job.name, error.reason)
+                continue
+            for side in sides:
+                if min(image.shape[:2]) >= side:
+                    waiting[side].append(shrink_square(image, side))
+                if len(waiting[side]) * side**2 >= _BATCH_PIXELS:
+                    yield waiting[side]
+                    waiting[side] = []
+            if bar.disable and number % _IMAGES_BETWEEN_LINES == 0:
+                logger.info("%d of %d images so far", number, len(jobs))
+    yield from filter(None, waiting.values())
+
+
+def shrink_square(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """The square in the middle of `(H, W, 3)`, shrunk to `(side, side, 3)` by averaging over areas."""
+    height, width = image.shape[:2]
+    whole = min(height, width)
+    top, left = (height - whole) // 2, (width - whole) // 2
+    cut = image[top : top + whole, left : left + whole]
+    return np.asarray(cv2.resize(cut, (side, side), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _write_tables(report: dict[str, Any], output: Path) -> None:
+    """Writes `analysis.json`, `resolution.csv` and `mmd.csv`."""
+    write_text(output / ANALYSIS_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    models = report["models"]
+    measured = [{"model": model["name"], **row} for model in models for row in model["resolution"]]
+    _write_csv(output / "resolution.csv", list(measured[0]), measured)
+    distances = [{"model": model["name"], **row} for model in models for row in model["mmd"]["values"]]
+    _write_csv(output / "mmd.csv", ["model", *_MMD_COLUMNS], distances)
+
+
+def _write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -1,0 +1,202 @@
+"""What an analysis measures of one image autoencoder, batch by batch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from leanvae.metrics.frames import FrameMetrics, psnr
+from leanvae.model import LeanVAE
+from litevae.analysis import RBF_SIGMAS, Imbalance, feature_imbalance, latents_as_rgb, mmd
+from litevae.config import DOWNSAMPLING
+from litevae.errors import InvalidInput, NotFinite
+from litevae.model import LiteVAE
+from litevae.perceptual import PerceptualDistance
+from litevae.posterior import DiagonalGaussian
+
+Autoencoder = LeanVAE | LiteVAE
+
+RESOLUTIONS = (32, 64, 128, 256, 512)  # of LiteVAE, Figure 5
+_MAX_LATENTS = 2048  # images whose latents are kept for MMD
+_MMD_DRAWS = 5  # Gaussian samples that each MMD is averaged over
+_MIN_LPIPS_SIZE = 16  # pixels a side
+# Two seeds, since latents made from the noise that they are compared with would not be independent of it.
+_POSTERIOR_SEED, _GAUSSIAN_SEED = 0, 1
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is measured.
+
+    Attributes:
+        resolutions: sides in pixels of the squares that reconstructions are measured at.
+        size: side of those that latents, feature maps and pictures are of, a multiple of 8.
+        sigmas: bandwidths of the MMD's kernels.
+        num_pictures: images shown in the pictures, the first ones of at least `size`.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    resolutions: Sequence[int] = RESOLUTIONS
+    size: int = 256
+    sigmas: Sequence[float] = RBF_SIGMAS
+    num_pictures: int = 4
+
+    def __post_init__(self) -> None:
+        resolutions = list(self.resolutions)
+        if not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions):
+            raise InvalidInput(f"resolutions are {resolutions}: expected different, positive numbers of pixels")
+        if self.size < 1 or self.size % DOWNSAMPLING:
+            raise InvalidInput(f"size is {self.size}: expected a positive multiple of {DOWNSAMPLING} pixels")
+        if not self.sigmas or min(self.sigmas) <= 0:
+            raise InvalidInput(f"sigmas are {list(self.sigmas)}: expected positive bandwidths")
+        if self.num_pictures < 1:
+            raise InvalidInput(f"num_pictures is {self.num_pictures}: expected at least 1")
+
+    @property
+    def sides(self) -> list[int]:
+        """All sides that images are resized to, ascending."""
+        return sorted({*self.resolutions, self.size})
+
+
+class ModelRecord:
+    """The measures of one model, which grow with every batch of images.
+
+    Args:
+        name: what errors call the model.
+        vae: the model.
+        study: what is measured.
+        lpips: LPIPS on the model's device, or None to leave it out.
+
+    Raises:
+        ValueError: the model does not work at the study's size.
+    """
+
+    def __init__(self, name: str, vae: Autoencoder, study: Study, lpips: PerceptualDistance | None = None) -> None:
+        if not _takes(vae, study.size):
+            raise InvalidInput(f"size is {study.size}: the transformer in {name} works at another alone (vit_grid)")
+        self.name = name
+        self.vae = vae
+        self._study = study
+        self._lpips = lpips
+        self._metrics = {side: FrameMetrics() for side in sorted(study.resolutions)}
+        self._lpips_sums = dict.fromkeys(study.resolutions, 0.0)
+        self._latents: list[Tensor] = []
+        self._peak_ratios: list[float] = []
+        self._top_shares: list[float] = []
+        self._generator = torch.Generator().manual_seed(_POSTERIOR_SEED)
+
+    def update(self, images: list[NDArray[np.uint8]]) -> None:
+        """Adds a batch of square images `(side, side, 3)`, of one of the study's sides.
+
+        Raises:
+            NotFinite: the model's output is not finite.
+        """
+        side = len(images[0])
+        if not _takes(self.vae, side):
+            return
+        x, posterior, y = self._reconstruct(images)
+        if side in self._metrics:
+            self._metrics[side].update(y, x)
+            if self._lpips is not None and side >= _MIN_LPIPS_SIZE:
+                self._lpips_sums[side] += self._lpips(2 * y - 1, 2 * x - 1).double().sum().item()
+        if side == self._study.size:
+            latents = posterior.sample(self._generator).flatten(1).float().cpu()
+            self._latents.append(latents[: _MAX_LATENTS - sum(map(len, self._latents))])
+            imbalance = self._imbalance(posterior.mode())
+            if imbalance is not None:
+                self._peak_ratios += imbalance.peak_ratio.tolist()
+                self._top_shares += imbalance.top_share.tolist()
+
+    def picture(self, image: NDArray[np.uint8]) -> dict[str, Any]:
+        """What the pictures show of one image: arrays for matplotlib, and the numbers beside them."""
+        x, posterior, y = self._reconstruct([image])
+        latent = posterior.mode()
+        imbalance = self._imbalance(latent)
+        return {
+            "reconstruction": y[0].movedim(0, -1).cpu().numpy(),
+            "psnr": psnr(y, x).item(),
+            # LeanVAE's latent of an image has one frame.
+            "latent": latents_as_rgb(latent.flatten(2, -2))[0].movedim(0, -1).cpu().numpy(),
+            "magnitude": None if imbalance is None else imbalance.magnitude[0].cpu().numpy(),
+            "peak_ratio": None if imbalance is None else imbalance.peak_ratio.item(),
+            "top_share": None if imbalance is None else imbalance.top_share.item(),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The model's numbers as they stand in `analysis.json`; None where one is infinite or not defined."""
+        latents = torch.cat(self._latents)
+        imbalance = {
+            "images": len(self._peak_ratios),
+            "peak_ratio": _finite_mean(self._peak_ratios),
+            "top_share": _finite_mean(self._top_shares),
+        }
+        return {
+            "kind": type(self.vae).__name__,
+            "resolution": [self._row(side) for side in self._metrics],
+            "mmd": {
+                "images": len(latents),
+                "dimension": latents.shape[1],
+                "draws": _MMD_DRAWS,
+                "values": _mmd_to_gaussian(latents, self._study.sigmas),
+            },
+            "imbalance": imbalance if self._peak_ratios else None,
+        }
+
+    def _row(self, side: int) -> dict[str, Any]:
+        metrics = self._metrics[side]
+        row = {"resolution": side, "images": metrics.num_frames, "psnr": metrics.psnr, "ssim": metrics.ssim}
+        if self._lpips is not None:
+            measured = metrics.num_frames and side >= _MIN_LPIPS_SIZE
+            row["lpips"] = self._lpips_sums[side] / metrics.num_frames if measured else None
+        return row
+
+    def _reconstruct(self, images: list[NDArray[np.uint8]]) -> tuple[Tensor, DiagonalGaussian, Tensor]:
+        """Images as `(N, 3, H, W)` in [0, 1], their posterior, and its mean decoded and clamped, in float32."""
+        weight = next(self.vae.parameters())
+        x = torch.from_numpy(np.stack(images)).to(weight.device).movedim(-1, 1).float() / 255
+        posterior = self.vae.encode((2 * x - 1).to(weight.dtype))
+        decoded = self.vae.decode(posterior.mode(), size=tuple(x.shape[2:])).float()
+        if not decoded.isfinite().all():
+            raise NotFinite(
+                f"{self.name}: the decoder's output is not finite:"
+                " the weights are broken, or need another dtype (float32)"
+            )
+        return x, posterior, ((decoded + 1) / 2).clamp(0, 1)
+
+    def _imbalance(self, latent: Tensor) -> Imbalance | None:
+        """Imbalance of the decoder's last feature maps; None for a model that has no such maps."""
+        if not isinstance(self.vae, LiteVAE):
+            return None
+        return feature_imbalance(self.vae.decoder.features(self.vae.before_decoder(latent)))
+
+
+def _takes(vae: Autoencoder, side: int) -> bool:
+    """Whether a model works at this size; a transformer in the encoder has one alone."""
+    if isinstance(vae, LiteVAE) and vae.config.encoder == "wavelet" and vae.config.aggregation == "vit":
+        return vae.config.vit_grid == (-(-side // DOWNSAMPLING),) * 2
+    return True
+
+
+def _mmd_to_gaussian(latents: Tensor, sigmas: Sequence[float]) -> list[dict[str, float]]:
+    """Squared MMD to as many Gaussian samples, over several draws of them; of one image there is none."""
+    if len(latents) < 2:
+        return []
+    generator = torch.Generator().manual_seed(_GAUSSIAN_SEED)
+    draws = [mmd(latents, torch.randn(latents.shape, generator=generator), sigmas) for _ in range(_MMD_DRAWS)]
+    return [
+        {"sigma": float(sigma), "mean": fmean(values), "std": stdev(values)}
+        for sigma, values in zip(sigmas, torch.stack(draws).T.tolist(), strict=True)
+    ]
+
+
+def _finite_mean(values: list[float]) -> float | None:
+    mean = fmean(values) if values else math.inf
+    return mean if math.isfinite(mean) else None

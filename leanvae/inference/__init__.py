@@ -1,0 +1,1 @@
+"""Inference in parts and prepared: streams, tiles, plans by memory, packed weights."""

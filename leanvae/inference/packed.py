@@ -1,0 +1,115 @@
+"""Inference's matrix products: in blocks of tokens, on CPUs with oneDNN's own layout of the weights.
+
+Two custom operators hold them, so that `torch.compile` sees neither the loop over blocks nor the packed layout, which
+it could not trace. Weights may be packed or plain; the operators look.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leanvae.inference.folding import LinearMap
+from leanvae.ops import BLOCK_TOKENS, geglu, in_blocks, layer_norm
+
+_onednn = torch.ops.mkldnn
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN is there for the device and dtype of a weight."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return _onednn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The weight `(O, I)` as oneDNN likes it for a block of tokens; where there is no oneDNN, as it is."""
+    weight = weight.detach().contiguous()
+    return _static(_onednn._reorder_linear_weight(weight, BLOCK_TOKENS["cpu"]) if can_pack(weight) else weight.clone())
+
+
+def pack_linear(linear: LinearMap) -> LinearMap:
+    """`pack` for a map that may have a bias."""
+    return LinearMap(pack(linear.weight), None if linear.bias is None else _static(linear.bias.detach().clone()))
+
+
+def _static(weight: Tensor) -> Tensor:
+    """Tells `torch.compile` not to take a width for a size of the clip that happens to be the same."""
+    torch._dynamo.mark_static(weight)
+    return weight
+
+
+@torch.library.custom_op("leanvae::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` with a weight that may be packed; `(..., I)` to `(..., O)`."""
+    return in_blocks(lambda tokens: _product(tokens, weight, bias), x)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("leanvae::packed_feedforward", mutates_args=())
+def packed_feedforward(
+    x: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    contract_weight: Tensor,
+    eps: float | None,
+    residual: bool,
+) -> Tensor:
+    """The feedforward of a NAF layer: norm, two linear maps, their GEGLU, a linear map back, and the sum with `x`.
+
+    Args:
+        x: `(..., D)`.
+        value_weight: `(I, D)`, packed or plain, as all weights here.
+        value_bias: `(I,)`.
+        gate_weight: `(I, D)`.
+        gate_bias: `(I,)`.
+        contract_weight: `(D, I)`.
+        eps: of the LayerNorm, whose scale and shift are in the weights; `None` without a norm.
+        residual: whether `x` is added.
+
+    Returns:
+        `(..., D)`.
+    """
+
+    def feedforward(tokens: Tensor) -> Tensor:
+        normed = tokens if eps is None else layer_norm(tokens, None, None, eps)
+        if not gate_weight.is_mkldnn:
+            value, gate = F.linear(normed, value_weight, value_bias), F.linear(normed, gate_weight, gate_bias)
+            y = F.linear(geglu(value, gate), contract_weight)
+            return tokens + y if residual else y
+        # oneDNN applies GELU, the product and the sum while it writes a product's result.
+        gate = _onednn._linear_pointwise(normed, gate_weight, gate_bias, "gelu", [], "none")
+        hidden = _onednn._linear_pointwise.binary(normed, gate, value_weight, value_bias, "mul")
+        if residual:
+            return _onednn._linear_pointwise.binary(hidden, tokens, contract_weight, None, "add")
+        return _product(hidden, contract_weight, None)
+
+    return in_blocks(feedforward, x)
+
+
+@packed_feedforward.register_fake
+def _(x: Tensor, *_rest: Tensor | float | None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("the model is prepared for inference and records no gradient: call train() on it first")
+
+
+for _operator in (packed_linear, packed_feedforward):
+    _operator.register_autograd(_refuse)
+
+
+def _product(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if weight.is_mkldnn:
+        return _onednn._linear_pointwise(tokens, weight, bias, "none", [], "")
+    return F.linear(tokens, weight, bias)

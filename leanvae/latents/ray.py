@@ -1,0 +1,110 @@
+"""Encoding on a Ray cluster: CPU tasks decode, actors with a model each encode, and the caller writes.
+
+Ray repeats the tasks of workers and nodes that die, and hands on each result once; what reaches the caller goes the
+same way into the store as that of the other engine.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from leanvae.checkpoint import load_vae
+from leanvae.latents.decoders import Order
+from leanvae.latents.decoding import Decoded, Decoding, Piece, decode_source
+from leanvae.latents.encoding import VAE, Encoded
+from leanvae.latents.engines import Work, load_for_encoding, make_decoding, make_encoder
+from leanvae.media.video import cv2
+from litevae.errors import extra
+
+with extra("ray"):
+    import ray
+    import ray.data
+
+_SOURCES_PER_TASK = 8
+Batch = Any  # a dictionary of columns; Ray's own type also allows for tables
+
+
+def encode_with_ray(work: Work, vae: VAE, device: str, orders: Sequence[Order]) -> Iterator[Encoded]:
+    """Encodes sources on the cluster that `RAY_ADDRESS` names, or on a local one.
+
+    On GPUs each one gets an actor; on CPUs there is one actor for every two of them. A clip goes through the object
+    store as a whole.
+
+    Args:
+        vae: the model as `load_vae` gave it; actors load their own.
+    """
+    if not ray.is_initialized():
+        # A local cluster's workers would have the lowest priority but four, and starve beside anything else.
+        os.environ.setdefault("RAY_worker_niceness", "5")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # sources that are lost so are counted as unfinished
+    resources = ray.cluster_resources()
+    on_gpu = device.startswith("cuda")
+    num_actors = int(resources.get("GPU", 1)) if on_gpu else max(1, int(resources["CPU"]) // 2)
+    num_tasks = -(-len(orders) // _SOURCES_PER_TASK)
+    decoding = make_decoding(work, vae)
+    results = (
+        ray.data.from_items([{"order": order} for order in orders], override_num_blocks=num_tasks)
+        .map_batches(lambda batch: _decode(batch, decoding), batch_size=1, batch_format="numpy", num_cpus=1)
+        .map_batches(
+            _Encoder,
+            batch_size=work.batch_size,
+            batch_format="numpy",
+            fn_constructor_args=(work, "cuda" if on_gpu else "cpu"),
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            num_gpus=1 if on_gpu else 0,
+            num_cpus=0,
+        )
+    )
+    for row in results.iter_rows():
+        yield row["encoded"]
+
+
+def _decode(batch: Batch, decoding: Decoding) -> Iterator[Batch]:
+    """Decodes sources: a row for each clip, and one at the end of each source."""
+    cv2.setNumThreads(1)
+    for source, known in batch["order"]:
+        for result in _join_pieces(decode_source(source, decoding, known)):
+            yield {"decoded": _column(result)}
+
+
+def _join_pieces(results: Iterator[Decoded]) -> Iterator[Decoded]:
+    """Puts the pieces of each clip together: several actors share the work, and none would get all of them."""
+    pieces: dict[int, list[Piece]] = {}
+    for result in results:
+        if not isinstance(result, Piece):
+            yield result
+            continue
+        parts = pieces.setdefault(result.first, [])
+        parts.append(result)
+        if result.ends:
+            del pieces[result.first]
+            frames = np.concatenate([part.frames for part in parts])
+            times = [time for part in parts for time in part.times]
+            yield replace(parts[0], frames=frames, times=times, ends=True)
+
+
+class _Encoder:
+    """An actor with a model."""
+
+    def __init__(self, work: Work, device: str) -> None:
+        self._encoder = make_encoder(work, load_for_encoding(load_vae(work.checkpoint), work, device))
+
+    def __call__(self, batch: Batch) -> Iterator[Batch]:
+        """Encodes a batch of clips; rows that are no clips pass through."""
+        for result in self._encoder.run(iter(batch["decoded"])):
+            yield {"encoded": _column(result)}
+
+
+def _column(value: object) -> Any:
+    """A column of one object, which numpy shall not look into."""
+    column = np.empty(1, dtype=object)
+    column[0] = value
+    return column

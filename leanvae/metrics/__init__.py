@@ -1,0 +1,1 @@
+"""What is measured of frames and clips: PSNR and its kin, artefacts, Frechet distances."""

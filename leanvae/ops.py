@@ -1,0 +1,96 @@
+"""Functions of single tokens, `(..., D)`: one Triton kernel each on GPUs, plain torch elsewhere.
+
+Without gradients they run one block of tokens after the other, so that memory does not grow with the clip.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leanvae import kernels
+
+# On CPUs few enough that what a function makes on the way stays in the cache; on GPUs enough to keep one busy.
+BLOCK_TOKENS = {"cpu": 512, "cuda": 32768}
+
+
+def tokenwise(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
+    """`function(*tokens)`; in blocks unless a gradient is recorded or the call is being compiled.
+
+    Args:
+        function: of each token alone, from `(N, D)` to `(N, O)` and `(..., D)` to `(..., O)`.
+        tokens: `(..., D)`, each of a D of its own.
+
+    Returns:
+        `(..., O)`.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*tokens)
+    return in_blocks(function, *tokens)
+
+
+def in_blocks(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
+    """`tokenwise` in blocks in any case, without a gradient."""
+    axes = tokens[0].shape[:-1]
+    rows = [x.reshape(-1, x.shape[-1]) for x in tokens]
+    size = BLOCK_TOKENS.get(tokens[0].device.type, BLOCK_TOKENS["cuda"])
+    num = len(rows[0])
+    if num <= size:
+        return function(*rows).view(*axes, -1)
+    first = function(*(x[:size] for x in rows))
+    out = first.new_empty(num, first.shape[-1])
+    out[:size] = first
+    for start in range(size, num, size):
+        out[start : start + size] = function(*(x[start : start + size] for x in rows))
+    return out.view(*axes, -1)
+
+
+def layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last axis, in the dtype of `x`.
+
+    Args:
+        x: `(..., D)`.
+        scale: `(D,)`, or `None` for one.
+        shift: `(D,)`, or `None` for zero.
+        eps: what keeps constant tokens finite.
+    """
+    if kernels.usable(x):
+        from leanvae.kernels.feedforward import layer_norm as kernel
+
+        return kernel(x, scale, shift, eps)
+    return F.layer_norm(x, x.shape[-1:], scale, shift, eps)
+
+
+def geglu(value: Tensor, gate: Tensor) -> Tensor:
+    """`value * gelu(gate)` with the exact GELU (Shazeer, 2020)."""
+    if kernels.usable(gate):
+        from leanvae.kernels.feedforward import geglu as kernel
+
+        return kernel(value, gate)
+    return value * F.gelu(gate)
+
+
+def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
+    """`sign(x) * max(|x| - threshold, 0)`, the proximal map of `threshold * |x|_1`; `threshold` has one element."""
+    if kernels.usable(x):
+        from leanvae.kernels.ista import soft_threshold as kernel
+
+        return kernel(x, threshold)
+    return x.sign() * (x.abs() - threshold).relu()
+
+
+def gradient_step(x: Tensor, z: Tensor, phi: Tensor, step: Tensor) -> Tensor:
+    """`x - step * (x phi^T - z) phi`: descends `|x phi^T - z|^2 / 2`.
+
+    Args:
+        x: current estimate of the features, `(..., D)`.
+        z: measurement, `(..., Z)`.
+        phi: measurement matrix, `(Z, D)`.
+        step: step size, one element.
+    """
+    if kernels.usable(x):
+        from leanvae.kernels.ista import gradient_step as kernel
+
+        return kernel(x, z, phi, step)
+    return x - (step * (x @ phi.T - z)) @ phi
