@@ -18,7 +18,9 @@ from torch import Tensor
 from leanvae.checkpoint import load_vae
 from leanvae.inference.plan import PIXELS_AT_ONCE, plan_reconstruction
 from leanvae.jobs import Job, find_jobs
-from leanvae.media.video import Frame, MediaError, VideoInfo, iter_frames, open_video, probe, read_image
+from leanvae.media.errors import MediaError
+from leanvae.media.image import read_image
+from leanvae.media.video import Frame, VideoInfo, iter_frames, open_video, probe
 from leanvae.media.writer import VideoWriter, write_png
 from leanvae.metrics.frames import FrameMetrics
 from leanvae.model import LeanVAE

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from leanvae.bench.settings import DEFAULT_FRAMES
 from leanvae.bench.sizes import Size
 from leanvae.jobs import Job, find_jobs
-from leanvae.media.video import MediaError, iter_frames, read_image
+from leanvae.media.errors import MediaError
+from leanvae.media.image import read_image
+from leanvae.media.video import iter_frames
 from leanvae.metrics.frames import FrameMetrics
 from leanvae.peers import Model, decode, encode
 

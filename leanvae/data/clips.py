@@ -11,7 +11,7 @@ from leanvae.data.config import ClipDataConfig
 from leanvae.data.cutting import Cut, cut_picture, draw_cut
 from leanvae.data.decoding import DecoderDisagrees, decode_window, read_frame_table
 from leanvae.data.sources import Clip
-from leanvae.media.video import MediaError
+from leanvae.media.errors import MediaError
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from leanvae.data.buckets import Bucket, Shape
 from litevae.config import StrictConfig
-from litevae.errors import InvalidInput
 
 BUILTIN = "builtin"
-
-
-class SourceError(InvalidInput):
-    """A data source is missing, empty, broken or wrongly written; the message names it and the place in it."""
 
 
 class SourceConfig(StrictConfig):

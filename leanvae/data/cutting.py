@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from leanvae.media.video import cv2
+from litevae.errors import extra
+
+with extra("video"):
+    import cv2
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from av.packet import Packet
 from numpy.typing import NDArray
 
 from leanvae.data.sources import Clip
+from leanvae.media.errors import MediaError
 from leanvae.media.video import (
     MATRIX_UNSPECIFIED,
     TIME_SLACK,
-    MediaError,
     VideoInfo,
     av,
     container_start,

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanvae.data.cutting import cut_picture, draw_cut
-from leanvae.data.shards import read_member
 from leanvae.data.sources import Picture
-from leanvae.media.video import decode_image, read_image
+from leanvae.media.image import read_image
+from leanvae.media.item import Item
 
 
 @dataclass(frozen=True)
@@ -48,4 +48,6 @@ def load_picture(picture: Picture) -> NDArray[np.uint8]:
     """
     if picture.archive is None:
         return read_image(picture.path)
-    return decode_image(read_member(picture.archive, picture.offset, picture.size, picture.path), picture.path)
+    return read_image(
+        Item(picture.archive, "image", picture.path.removeprefix(f"{picture.archive}/"), picture.offset, picture.size)
+    )

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from leanvae.data.config import SourceError
-from leanvae.media.video import IMAGE_SUFFIXES, MediaError
+from leanvae.media.errors import MediaError, SourceError
+from leanvae.media.video import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 

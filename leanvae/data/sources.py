@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from leanvae.data.config import BUILTIN, DataConfig, SourceError
+from leanvae.data.config import BUILTIN, DataConfig
 from leanvae.data.shards import expand_braces, has_braces, list_members
 from leanvae.media.builtin import find_photographs, make_builtin_clips
+from leanvae.media.errors import SourceError
 from leanvae.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,11 @@ from leanvae.data.clips import ClipSample, read_clip
 from leanvae.data.config import ClipDataConfig, DataConfig
 from leanvae.data.pictures import PictureSample, read_picture
 from leanvae.data.sources import Item, Picture
-from leanvae.media.video import MediaError, cv2
+from leanvae.media.errors import MediaError
 from litevae.errors import extra
 
 with extra("video"):
+    import cv2
     from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 Sample = ClipSample | PictureSample

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from leanvae.checkpoint import load_vae
 from leanvae.evaluation.analysis_record import Autoencoder, ModelRecord, Study
 from leanvae.jobs import Job, find_jobs
-from leanvae.media.video import MediaError, read_image
+from leanvae.media.errors import MediaError
+from leanvae.media.image import read_image
 from litevae.errors import InvalidInput, WorkIncomplete, extra
 from litevae.files import write_text
 from litevae.perceptual import PerceptualDistance, find_backbone, load_lpips, missing_backbone_message

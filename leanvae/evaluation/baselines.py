@@ -13,9 +13,12 @@ from torch.nn import functional as F
 
 from leanvae.evaluation.coder import Coder, Observe
 from leanvae.evaluation.h264 import decode_h264, encode_h264
-from leanvae.media.video import cv2, decode_image
-from litevae.errors import InvalidInput
+from leanvae.media.image import read_image
+from litevae.errors import InvalidInput, extra
 from litevae.pixels import to_bytes
+
+with extra("video"):
+    import cv2
 
 _BLOCK = 8  # pixels; JPEG's, and that of most of H.264's transforms
 _SPECIFICATION = re.compile(r"(identity)|(jpeg|h264|bicubic):(\S+)")
@@ -81,7 +84,7 @@ def _jpeg(frame: Tensor, quality: int) -> Tensor:
     image = cv2.cvtColor(to_bytes(frame[None])[0], cv2.COLOR_RGB2BGR)
     encoded, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
     assert encoded
-    return _to_unit(decode_image(data.tobytes(), "JPEG"))
+    return _to_unit(read_image(data.tobytes()))
 
 
 def _bicubic(frame: Tensor, factor: int) -> Tensor:

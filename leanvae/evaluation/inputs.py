@@ -13,7 +13,9 @@ from torch import Tensor
 
 from leanvae.data.cutting import Cut, cut_picture
 from leanvae.jobs import Job, find_jobs
-from leanvae.media.video import IMAGE_SUFFIXES, MediaError, iter_frames, read_image
+from leanvae.media.errors import MediaError
+from leanvae.media.image import read_image
+from leanvae.media.video import IMAGE_SUFFIXES, iter_frames
 from litevae.errors import InvalidInput
 
 

@@ -24,7 +24,8 @@ from leanvae.evaluation.records import SOURCE, Records, Row, record_key
 from leanvae.evaluation.summary import Evaluated, summarise, write_tables
 from leanvae.inference.plan import PIXELS_AT_ONCE
 from leanvae.jobs import Job
-from leanvae.media.video import MediaError, probe
+from leanvae.media.errors import MediaError
+from leanvae.media.video import probe
 from leanvae.metrics.clips import ClipFeatures, ClipMeasures, LatentStatistics
 from leanvae.metrics.networks import FeatureNetworks, load_feature_networks
 from litevae.errors import InvalidInput, WorkIncomplete, extra

@@ -15,7 +15,10 @@ import numpy as np
 
 from leanvae.latents.decoding import Decoded, Decoding, Finished, Piece, Rejected, decode_source
 from leanvae.latents.sources import Source
-from leanvae.media.video import cv2
+from litevae.errors import extra
+
+with extra("video"):
+    import cv2
 
 Order = tuple[Source, frozenset[int]]
 

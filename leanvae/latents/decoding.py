@@ -17,7 +17,12 @@ from leanvae.data.decoding import read_frame_table
 from leanvae.data.sources import Clip
 from leanvae.latents.rule import ClipRule, Placement, place
 from leanvae.latents.sources import Source
-from leanvae.media.video import TIME_SLACK, Frame, MediaError, VideoInfo, cv2, iter_frames
+from leanvae.media.errors import MediaError
+from leanvae.media.video import TIME_SLACK, Frame, VideoInfo, iter_frames
+from litevae.errors import extra
+
+with extra("video"):
+    import cv2
 
 _PIXELS_AT_ONCE = 2**22  # of a piece; 64 frames of 256x256
 _JPEG_QUALITY = 95

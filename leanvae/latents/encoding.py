@@ -13,12 +13,14 @@ from torch import Tensor
 from leanvae.inference.footprint import latent_frames
 from leanvae.latents.decoding import Decoded, Finished, Piece, Rejected
 from leanvae.latents.sources import Source
-from leanvae.media.video import cv2
 from leanvae.model import LeanVAE
-from litevae.errors import NotFinite
+from litevae.errors import NotFinite, extra
 from litevae.memory import return_freed_memory
 from litevae.model import LiteVAE
 from litevae.posterior import DiagonalGaussian
+
+with extra("video"):
+    import cv2
 
 VAE = LeanVAE | LiteVAE
 

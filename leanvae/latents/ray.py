@@ -17,8 +17,10 @@ from leanvae.latents.decoders import Order
 from leanvae.latents.decoding import Decoded, Decoding, Piece, decode_source
 from leanvae.latents.encoding import VAE, Encoded
 from leanvae.latents.engines import Work, load_for_encoding, make_decoding, make_encoder
-from leanvae.media.video import cv2
 from litevae.errors import extra
+
+with extra("video"):
+    import cv2
 
 with extra("ray"):
     import ray

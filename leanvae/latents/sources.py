@@ -12,9 +12,10 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
-from leanvae.data.config import BUILTIN, ClipDataConfig, SourceError
+from leanvae.data.config import BUILTIN, ClipDataConfig
 from leanvae.data.shards import expand_braces
 from leanvae.media.builtin import make_builtin_clips
+from leanvae.media.errors import SourceError
 from leanvae.media.video import VIDEO_SUFFIXES
 from litevae.errors import extra
 

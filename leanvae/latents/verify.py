@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from leanvae.checkpoint import load_vae
-from leanvae.data.config import SourceError
 from leanvae.latents.decode import decode_entry
 from leanvae.latents.decoding import Decoding, Piece, Rejected, decode_source
 from leanvae.latents.encoding import VAE, frames_per_latent
@@ -25,6 +24,7 @@ from leanvae.latents.rule import ClipRule
 from leanvae.latents.session import hash_checkpoint
 from leanvae.latents.sources import Source, find_source
 from leanvae.latents.store import INDEX, SHARDS, SHARED_COLUMNS, STATISTICS, Store, StoreError
+from leanvae.media.errors import SourceError
 from leanvae.metrics.frames import psnr
 
 

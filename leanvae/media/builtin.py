@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from leanvae.media.video import av, cv2, read_image
-from litevae.errors import MissingFile
+from litevae.errors import MissingFile, extra
+
+with extra("video"):
+    import av
+    import cv2
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +95,15 @@ def make_builtin_clips(cache_folder: Path) -> list[Path]:
         # Without a terminal there is the line above instead.
         for clip in tqdm(missing, desc="making the built-in clips", unit="clip", disable=None if missing else True):
             if not clip.is_file():
-                _write_clip(clip, moving_views(read_image(clips[clip]), clip.stem))
+                _write_clip(clip, moving_views(_read_photograph(clips[clip]), clip.stem))
     except OSError as error:
         raise OSError(error.errno, f"data.cache_dir: cannot be written: {error.strerror}", str(folder)) from error
     return list(clips)
+
+
+def _read_photograph(path: Path) -> NDArray[np.uint8]:
+    """Read a photograph as OpenCV does, without its ICC profile: the clips keep the content that they always had."""
+    return np.asarray(cv2.imread(str(path), cv2.IMREAD_COLOR_RGB), np.uint8)
 
 
 def moving_views(photograph: NDArray[np.uint8], name: str) -> Iterator[NDArray[np.uint8]]:

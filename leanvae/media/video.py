@@ -1,4 +1,4 @@
-"""Reading of videos (PyAV) and images (OpenCV) as upright, full-range RGB; free of torch."""
+"""Reading of videos (PyAV) as upright, full-range RGB; free of torch."""
 
 import math
 import os
@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from leanvae.media.image_headers import EXIF_TURNS, exif_orientation, has_alpha, is_png, is_webp, jpeg_is_complete
-from litevae.errors import InvalidInput, extra
+from leanvae.media.errors import MediaError
+from litevae.errors import extra
 
 with extra("video"):
     import av
-    import cv2
     from av.container import InputContainer
     from av.error import FFmpegError
     from av.packet import Packet
@@ -50,23 +49,6 @@ TIME_SLACK = 1e-4  # seconds; below the shortest time between frames, above roun
 # PyAV before 18 has no names for the flags.
 _BICUBIC, _ACCURATE_RND, _FULL_CHR_H_INT = 0x4, 0x40000, 0x2000
 _INTERPOLATION = _BICUBIC | _ACCURATE_RND | _FULL_CHR_H_INT
-
-
-class MediaError(InvalidInput):
-    """A file cannot be used as the video or image that it should be.
-
-    Attributes:
-        path: the file.
-        reason: what is wrong with it.
-    """
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = str(path)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -335,62 +317,3 @@ def _turn(image: NDArray[np.uint8], transpose: bool, flip_x: bool, flip_y: bool)
     if transpose:
         image = image.transpose(1, 0, 2)
     return np.ascontiguousarray(image[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
-
-
-def read_image(path: str | Path) -> NDArray[np.uint8]:
-    """Reads a photograph as (H, W, 3) uint8 RGB, by its content whatever its name says.
-
-    See :func:`decode_image` for what becomes of other kinds of images.
-
-    Raises:
-        MediaError: no such file, no image, or one that is damaged or ends early.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise MediaError(path, error.strerror or str(error)) from error
-    return decode_image(data, path)
-
-
-def decode_image(data: bytes, name: str | Path) -> NDArray[np.uint8]:
-    """Decodes a photograph as (H, W, 3) uint8 RGB.
-
-    EXIF rotation is applied (OpenCV leaves out AVIF's), grey becomes RGB, 16 bits become 8, CMYK becomes RGB.
-    Transparent PNG, WebP and AVIF images are laid over white: what stands under transparent pixels is arbitrary.
-
-    Args:
-        data: the whole file's content, which alone decides on the format.
-        name: what errors call it.
-
-    Raises:
-        MediaError: empty, no image, or one that is damaged or ends early.
-    """
-    if not data:
-        raise MediaError(name, "empty file")
-    if data[:2] == b"\xff\xd8" and not jpeg_is_complete(data):
-        raise MediaError(name, "truncated: the JPEG data end before the end-of-image marker")
-    encoded = np.frombuffer(data, np.uint8)
-    try:
-        image = _decode_over_white(data, encoded)
-        if image is None:
-            # Whether OpenCV turns these two depends on its version.
-            unturned = cv2.IMREAD_IGNORE_ORIENTATION if is_png(data) or is_webp(data) else 0
-            image = cv2.imdecode(encoded, cv2.IMREAD_COLOR | unturned)
-    except cv2.error as error:
-        raise MediaError(name, f"cannot be decoded: {error.err}") from error
-    if image is None:
-        raise MediaError(name, "no image that can be decoded")
-    rgb = np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
-    return _turn(rgb, *EXIF_TURNS[exif_orientation(data)])
-
-
-def _decode_over_white(data: bytes, encoded: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
-    """Decodes an image with an alpha channel as (H, W, 3) BGR over white, not yet turned; None if it has none."""
-    if not has_alpha(data):
-        return None
-    image = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
-    if image is None or image.ndim < 3 or image.shape[2] != 4:
-        return None
-    peak = 65535 if image.dtype == np.uint16 else 255
-    colour, alpha = image[..., :3].astype(np.float32), image[..., 3:].astype(np.float32) / peak
-    return np.rint((colour * alpha + peak * (1 - alpha)) * (255 / peak)).astype(np.uint8)

@@ -12,7 +12,8 @@ import torch
 from leanvae import LeanVAE, LeanVAEConfig, load_vae
 from leanvae.inference.plan import Plan, plan_reconstruction
 from leanvae.jobs import find_jobs
-from leanvae.media.video import iter_frames, probe, read_image
+from leanvae.media.image import read_image
+from leanvae.media.video import iter_frames, probe
 from leanvae.media.writer import VideoWriter, write_png
 from leanvae.metrics.frames import psnr
 from leanvae.reconstruct import reconstruct

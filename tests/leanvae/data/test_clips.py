@@ -11,7 +11,8 @@ from leanvae.data.buckets import Shape
 from leanvae.data.clips import read_clip
 from leanvae.data.config import ClipDataConfig
 from leanvae.data.sources import Clip
-from leanvae.media.video import MediaError, iter_frames, probe
+from leanvae.media.errors import MediaError
+from leanvae.media.video import iter_frames, probe
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the shared clips are not beside the checkout")

@@ -13,7 +13,7 @@ from leanvae.data.config import ClipDataConfig
 from leanvae.data.cutting import Cut
 from leanvae.data.shapes import measure_shapes
 from leanvae.data.sources import Clip, Picture, list_items
-from leanvae.media.video import MediaError
+from leanvae.media.errors import MediaError
 from leanvae.training.build import make_schedule
 from leanvae.training.config import TrainVideoConfig
 

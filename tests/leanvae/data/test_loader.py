@@ -179,9 +179,9 @@ def test_bad_files_are_replaced_within_their_source_and_say_why(one_pool, config
     rejected = [rejection for step in batches(config, tmp_path) for rejection in step.rejected]
     reasons = {rejection.path.rsplit("/")[-1].split(".")[0]: rejection.reason for rejection in rejected}
     is_clips = isinstance(config, ClipDataConfig)
-    assert reasons["short"] == ("too short: 3 frames, 5 needed" if is_clips else "no image that can be decoded")
+    assert reasons["short"] == ("too short: 3 frames, 5 needed" if is_clips else "truncated: the data end early")
     assert reasons["empty"] == "empty file"
-    assert reasons["text"].startswith("cannot be decoded" if is_clips else "no image")
+    assert reasons["text"].startswith("cannot be decoded" if is_clips else "not an image")
     for rejection in rejected:
         source = rejection.path.rsplit("/", 1)[0]
         assert rejection.substitute.startswith(source)
@@ -385,7 +385,7 @@ def test_read_held_out_reads_images(one_pool, folder, caplog):
     samples = read_held_out(pictures, config, Shape(1, 16, 24), limit=2)
     assert [sample.item for sample in samples] == pictures[1:3]
     assert samples[0].frames.shape == (16, 24, 3)
-    assert "two.tar/text.png: held out, but not used: no image" in caplog.text
+    assert "two.tar/text.png: held out, but not used: not an image" in caplog.text
 
 
 def test_a_changed_tar_makes_its_records_void(one_pool, folder, tmp_path):

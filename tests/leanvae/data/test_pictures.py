@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from leanvae.config import ConfigError, parse_config
-from leanvae.data.config import ClipDataConfig, ImageDataConfig, SourceError
+from leanvae.data.config import ClipDataConfig, ImageDataConfig
 from leanvae.data.pictures import read_picture
 from leanvae.data.sources import Picture, list_items, split_held_out
 from leanvae.media.builtin import find_photographs
-from leanvae.media.video import MediaError, read_image
+from leanvae.media.errors import MediaError, SourceError
+from leanvae.media.image import read_image
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the shared images are not beside the checkout")
@@ -146,7 +147,7 @@ def test_members_of_tars_are_read_as_the_same_files_are(tmp_path):
     for file, member in zip(files[:2], members[:2], strict=True):
         ours, theirs = (read_picture(p, (32, 48), True, np.random.default_rng(3)).frames for p in (file, member))
         assert np.array_equal(ours, theirs)
-    with pytest.raises(MediaError, match=r"x\.tar/c\.jpg: no image that can be decoded"):
+    with pytest.raises(MediaError, match=r"x\.tar/c\.jpg: not an image that can be decoded"):
         read_picture(members[2], (32, 48), True, None)
 
 

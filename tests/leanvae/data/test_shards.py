@@ -7,10 +7,10 @@ import tarfile
 
 import pytest
 
-from leanvae.data.config import ImageDataConfig, SourceError
+from leanvae.data.config import ImageDataConfig
 from leanvae.data.shards import expand_braces, has_braces, list_members, read_member
 from leanvae.data.sources import list_items, split_held_out
-from leanvae.media.video import MediaError
+from leanvae.media.errors import MediaError, SourceError
 
 
 def write_tar(path, contents, file_format=tarfile.GNU_FORMAT):

@@ -4,7 +4,8 @@ import pytest
 
 from leanvae.config import ConfigError, parse_config
 from leanvae.data.config import ClipDataConfig, source_weights
-from leanvae.data.sources import Clip, SourceError, list_items, split_held_out
+from leanvae.data.sources import Clip, list_items, split_held_out
+from leanvae.media.errors import SourceError
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from leanvae import LeanVAE, LeanVAEConfig
 from leanvae.cli.analyse import add_arguments, describe, run
 from leanvae.evaluation.analysis import analyse, analyse_models, model_names, shrink_square
 from leanvae.evaluation.analysis_record import Autoencoder, ModelRecord, Study
-from leanvae.media.video import read_image
+from leanvae.media.image import read_image
 from leanvae.media.writer import write_png
 from leanvae.metrics.frames import psnr, ssim
 from litevae import LiteVAE, LiteVAEConfig

@@ -26,7 +26,8 @@ from leanvae.evaluation.baselines import make_baseline
 from leanvae.evaluation.inputs import Source, find_inputs
 from leanvae.evaluation.records import folder_name
 from leanvae.evaluation.run import Settings, evaluate
-from leanvae.media.video import iter_frames, read_image
+from leanvae.media.image import read_image
+from leanvae.media.video import iter_frames
 from leanvae.media.writer import write_png
 from leanvae.metrics.networks import FeatureNetworks
 from litevae import LiteVAE, LiteVAEConfig

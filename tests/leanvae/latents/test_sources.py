@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from leanvae.data.config import SourceError
 from leanvae.latents.sources import Source, find_source, list_sources
+from leanvae.media.errors import SourceError
 
 
 @pytest.fixture

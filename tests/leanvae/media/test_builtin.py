@@ -10,7 +10,8 @@ from leanvae.data.config import ClipDataConfig
 from leanvae.data.sources import Clip, list_items, split_held_out
 from leanvae.media import builtin
 from leanvae.media.builtin import PHOTOGRAPHS, find_photographs, make_builtin_clips, moving_views
-from leanvae.media.video import iter_frames, probe, read_image
+from leanvae.media.image import read_image
+from leanvae.media.video import iter_frames, probe
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
-"""Videos and images come out upright, in full-range RGB by their own tags, or are refused with the reason."""
+"""Videos come out upright, in full-range RGB by their own tags, or are refused with the reason."""
 
-import io
-import struct
-import zlib
 from pathlib import Path
 
 import av
@@ -10,7 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from leanvae.media.video import MediaError, decode_image, iter_frames, probe, read_image
+from leanvae.media.errors import MediaError
+from leanvae.media.video import iter_frames, probe
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the shared clips are not beside the checkout")
@@ -232,140 +230,6 @@ def test_names_with_colons_quotes_and_percents_are_files(tmp_path):
     assert len(list(iter_frames(path))) == 3
 
 
-def png_data(png: bytes) -> bytes:
-    """The compressed data of a PNG."""
-    chunks, position = b"", 8
-    while position < len(png):
-        (size,) = struct.unpack_from(">I", png, position)
-        if png[position + 4 : position + 8] == b"IDAT":
-            chunks += png[position + 8 : position + 8 + size]
-        position += 12 + size
-    return chunks
-
-
-def with_data(png: bytes, data: bytes) -> bytes:
-    """A PNG with other compressed data, in one chunk with a correct checksum."""
-    chunk = b"IDAT" + data
-    return png[:33] + struct.pack(">I", len(data)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[-12:]
-
-
-def with_orientation(jpeg: bytes, orientation: int) -> bytes:
-    """Inserts an EXIF segment with tag 0x0112 behind the start of a JPEG."""
-    tiff = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
-    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(tiff) + 8) + b"Exif\0\0" + tiff + jpeg[2:]
-
-
-def test_images_are_turned_by_exif_and_read_by_content(tmp_path):
-    jpeg = cv2.imencode(".jpg", corners()[..., ::-1])[1].tobytes()
-    (tmp_path / "photo.png").write_bytes(with_orientation(jpeg, 6))
-    image = read_image(tmp_path / "photo.png")
-    assert image.shape == (64, 48, 3)
-    assert corner_colours(image) == ["blue", "red", "white", "green"]
-
-
-def test_images_of_other_depths_and_channels_become_rgb(tmp_path):
-    ramp = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
-    cv2.imwrite(str(tmp_path / "grey.png"), ramp)
-    cv2.imwrite(str(tmp_path / "deep.png"), np.repeat(ramp[..., None], 3, 2).astype(np.uint16) * 257)
-    cv2.imwrite(str(tmp_path / "opaque.png"), np.dstack([ramp, ramp, ramp, np.full_like(ramp, 255)]))
-    for name in ("grey", "deep", "opaque"):
-        image = read_image(tmp_path / f"{name}.png")
-        assert image.dtype == np.uint8
-        assert np.array_equal(image, np.repeat(ramp[..., None], 3, axis=2))
-
-
-@pytest.mark.parametrize(("suffix", "depth"), [(".png", np.uint8), (".png", np.uint16), (".webp", np.uint8)])
-def test_transparent_images_are_laid_over_white(depth, suffix):
-    alpha = np.repeat(np.array([[0, 51, 204, 255]]), 4, axis=0)
-    colour = np.broadcast_to([10, 110, 210], (4, 4, 3))
-    scale = np.iinfo(depth).max // 255
-    bgra = np.dstack([colour[..., ::-1], alpha]) * scale
-    data = cv2.imencode(suffix, bgra.astype(depth), [cv2.IMWRITE_WEBP_QUALITY, 101] if suffix == ".webp" else [])[1]
-    expected = np.rint((colour * alpha[..., None] + 255 * (255 - alpha[..., None])) / 255)
-    assert np.array_equal(decode_image(data.tobytes(), "photo"), expected)
-
-
-def test_transparent_palettes_and_grey_are_laid_over_white():
-    image_module = pytest.importorskip("PIL.Image")
-    rgba = image_module.fromarray(np.dstack([corners(), np.where(corners()[..., :1] > 0, 255, 0)]).astype(np.uint8))
-    expected = np.where(corners()[..., :1] > 0, corners(), 255)
-    assert np.array_equal(decode_image(encoded(rgba.quantize(8), "PNG"), "palette"), expected)
-    grey = np.asarray(rgba.convert("RGB").convert("L"))
-    expected = np.where(corners()[..., 0] > 0, grey, 255)
-    assert np.array_equal(decode_image(encoded(rgba.convert("LA"), "PNG"), "grey")[..., 0], expected)
-
-
-def encoded(image, file_format, **options):
-    """A Pillow image as the bytes of a file."""
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_of_other_formats_are_turned_by_exif_transparent_or_not(file_format, orientation):
-    image_module = pytest.importorskip("PIL.Image")
-    ops_module = pytest.importorskip("PIL.ImageOps")
-    exif = image_module.Exif()
-    exif[0x010E] = "an entry before"
-    exif[0x0112] = orientation
-    almost = np.full((30, 40), 255, np.uint8)
-    almost[0, 0] = 254
-    for pixels in (corners(30, 40), np.dstack([corners(30, 40), almost])):
-        image = image_module.fromarray(pixels)
-        seen = decode_image(encoded(image, file_format, lossless=True, exif=exif), "photo")
-        image.getexif()[0x0112] = orientation
-        expected = np.asarray(ops_module.exif_transpose(image).convert("RGB"))
-        assert seen.shape == expected.shape
-        assert np.abs(seen.astype(int) - expected).max() <= 1
-
-
-@pytest.mark.parametrize("exif", [b"", b"MM", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"II*\0\xff\xff\xff\xff"])
-def test_broken_exif_of_transparent_images_turns_nothing(exif):
-    rgba = np.dstack([corners(), np.full((48, 64), 200, np.uint8)])
-    png = cv2.imencode(".png", rgba)[1].tobytes()
-    chunk = struct.pack(">I", len(exif)) + b"eXIf" + exif
-    png = png[:33] + chunk + struct.pack(">I", zlib.crc32(chunk[4:])) + png[33:]
-    assert decode_image(png, "photo").shape == (48, 64, 3)
-
-
-def test_cmyk_becomes_the_rgb_that_pillow_makes_of_it():
-    image_module = pytest.importorskip("PIL.Image")
-    data = encoded(image_module.fromarray(corners()).convert("CMYK"), "JPEG", quality=95)
-    reference = np.asarray(image_module.open(io.BytesIO(data)).convert("RGB"))
-    assert np.abs(decode_image(data, "photo").astype(int) - reference).mean() < 1
-    assert corner_colours(decode_image(data, "photo")) == ["red", "green", "blue", "white"]
-
-
-def test_broken_images_are_refused_with_their_reason(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    jpeg = with_orientation(cv2.imencode(".jpg", noise)[1].tobytes(), 1)
-    progressive = cv2.imencode(".jpg", noise, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
-    png = cv2.imencode(".png", noise)[1].tobytes()
-    transparent = cv2.imencode(".png", np.dstack([noise, noise[..., :1]]))[1].tobytes()
-    webp = cv2.imencode(".webp", noise)[1].tobytes()
-    contents = {
-        "half.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
-        "half_progressive.jpg": (progressive[: len(progressive) // 2], "truncated"),
-        "no_end.jpg": (jpeg[:-2], "truncated"),
-        "half.png": (png[: len(png) // 2], "no image"),
-        "no_end.png": (png[:-12], "no image"),
-        "short.png": (with_data(png, zlib.compress(zlib.decompress(png_data(png))[:-100])), "no image"),
-        "bad_sum.png": (png[:5000] + bytes([png[5000] ^ 1]) + png[5001:], "no image"),
-        "half_alpha.png": (transparent[: len(transparent) // 2], "no image"),
-        "half.webp": (webp[: len(webp) - 10], "no image"),
-        "text.png": (b"not an image " * 100, "no image"),
-        "empty.jpg": (b"", "empty file"),
-    }
-    for name, (data, reason) in contents.items():
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(MediaError, match=f"{name}: {reason}"):
-            read_image(tmp_path / name)
-    (tmp_path / "whole.jpg").write_bytes(progressive + b"trailing data")
-    assert read_image(tmp_path / "whole.jpg").shape == (64, 64, 3)
-
-
 @needs_shared
 def test_shared_videos_open_at_the_size_that_the_manifest_displays():
     import csv
@@ -376,16 +240,3 @@ def test_shared_videos_open_at_the_size_that_the_manifest_displays():
             size = (int(row["width"]), int(row["height"]))
             assert (info.width, info.height) in (size, size[::-1]), row["file"]
             assert (info.rotation in (90, 270)) == ((info.width, info.height) != size), row["file"]
-
-
-@needs_shared
-def test_shared_images_are_read_and_broken_ones_refused():
-    for path in sorted((SHARED / "dev" / "images").iterdir()):
-        assert read_image(path).ndim == 3, path
-    readable = {"jpeg_named.mp4", "png_named.jpg"}
-    for path in sorted((SHARED / "bad").iterdir()):
-        if path.name in readable:
-            assert read_image(path).ndim == 3
-        else:
-            with pytest.raises(MediaError, match=path.name):
-                read_image(path)

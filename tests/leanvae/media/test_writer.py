@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from leanvae.media.video import iter_frames, probe, read_image
+from leanvae.media.image import read_image
+from leanvae.media.video import iter_frames, probe
 from leanvae.media.writer import VideoWriter, write_png
 
 
