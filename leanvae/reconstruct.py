@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ from torch import Tensor
 
 from leanvae.checkpoint import load_vae
 from leanvae.inference.plan import PIXELS_AT_ONCE, plan_reconstruction
-from leanvae.jobs import Job, find_jobs
 from leanvae.media.errors import MediaError
+from leanvae.media.folder import ClipReader, open_clip
 from leanvae.media.image import read_image
-from leanvae.media.video import Frame, VideoInfo, iter_frames, open_video, probe
+from leanvae.media.info import Frame
+from leanvae.media.item import local_path
+from leanvae.media.naming import NamedItem, find_inputs
 from leanvae.media.writer import VideoWriter, write_png
 from leanvae.metrics.frames import FrameMetrics
 from leanvae.model import LeanVAE
@@ -32,7 +33,6 @@ from litevae.model import LiteVAE
 with extra("video"):
     import av
     import av.error
-    from av.format import Flags
     from tqdm import tqdm
 
 logger = logging.getLogger("leanvae")
@@ -114,7 +114,7 @@ def reconstruct(
         NotFinite: the model's output is infinite or NaN.
     """
     inputs, output = Path(inputs), Path(output)
-    jobs = find_jobs(inputs, output)
+    jobs = find_inputs(inputs, output)
     if memory_limit is not None:
         memory_limit = parse_bytes(memory_limit)
     vae = load_vae(checkpoint, device, dtype)
@@ -162,7 +162,7 @@ def _list(skipped: list[dict[str, str]], shown: int = 5) -> str:
 
 def reconstruct_file(
     vae: LeanVAE | LiteVAE,
-    job: Job,
+    job: NamedItem,
     output: Path,
     label: str,
     chunk: int | None = None,
@@ -182,11 +182,11 @@ def reconstruct_file(
         try:
             return _reconstruct_clip(vae, job, output, label, chunk, memory_limit)
         except (av.error.InvalidDataError, av.error.ArgumentError) as error:
-            raise MediaError(job.source, f"cannot be written as mp4: {error.strerror}") from error
+            raise MediaError(job.item.name, f"cannot be written as mp4: {error.strerror}") from error
 
 
-def _reconstruct_image(vae: LeanVAE | LiteVAE, job: Job, output: Path, memory_limit: int | None) -> Result:
-    source = read_image(job.source)
+def _reconstruct_image(vae: LeanVAE | LiteVAE, job: NamedItem, output: Path, memory_limit: int | None) -> Result:
+    source = read_image(job.item)
     height, width = source.shape[:2]
     x = _to_unit([source], vae)
     latent = vae.encode(_to_model(x, vae), memory_limit=memory_limit).mode()
@@ -202,27 +202,45 @@ def _reconstruct_image(vae: LeanVAE | LiteVAE, job: Job, output: Path, memory_li
 
 
 def _reconstruct_clip(
-    vae: LeanVAE | LiteVAE, job: Job, output: Path, label: str, chunk: int | None, memory_limit: int | None
+    vae: LeanVAE | LiteVAE, job: NamedItem, output: Path, label: str, chunk: int | None, memory_limit: int | None
 ) -> Result:
-    info = probe(job.source)
-    origin, pixel_aspect = _clock_and_aspect(info)
+    with open_clip(job.item, square=False, threads=0) as reader:
+        return _reconstruct_frames(vae, job, reader, output, label, chunk, memory_limit)
+
+
+def _reconstruct_frames(
+    vae: LeanVAE | LiteVAE,
+    job: NamedItem,
+    reader: ClipReader,
+    output: Path,
+    label: str,
+    chunk: int | None,
+    memory_limit: int | None,
+) -> Result:
+    info = reader.info
+    audio_from = local_path(job.item.address) if info.has_audio else None
     names = _output_names(job, ".mp4")
     metrics = FrameMetrics()
     waiting: deque[Frame] = deque()  # read, and not decoded yet
-    last_time = 0.0
     at_once = max(1, PIXELS_AT_ONCE // (info.width * info.height))
     shared: dict[str, Any] = {
         "time_base": info.time_base,
         "rate": info.fps,
-        "pixel_aspect": pixel_aspect,
-        "origin": origin,
+        "pixel_aspect": info.pixel_aspect if info.pixel_aspect != 1 else None,
+        "origin": info.clock_offset,
     }
     with (
         _Progress(label, info.num_frames) as progress,
-        VideoWriter(output / names[0], info.width, info.height, audio_from=job.source, **shared) as recon,
+        VideoWriter(
+            output / names[0],
+            info.width,
+            info.height,
+            audio_from=audio_from,
+            **shared,
+        ) as recon,
         VideoWriter(output / names[1], 2 * info.width, info.height, **shared) as side_by_side,
     ):
-        for decoded in _decoded(vae, info, chunk, memory_limit, waiting):
+        for decoded in _decoded(vae, reader, chunk, memory_limit, waiting):
             # The last frame was repeated to fill its group; what it decodes to has no source.
             frames = [waiting.popleft() for _ in range(min(decoded.shape[2], len(waiting)))]
             decoded = decoded[:, :, : len(frames), : info.height, : info.width]
@@ -234,11 +252,8 @@ def _reconstruct_clip(
                     recon.write(image, frame.pts)
                     side_by_side.write(np.concatenate((frame.image, image), axis=1), frame.pts)
             progress.update(len(frames))
-            last_time = frames[-1].time
         assert not waiting
-    notes = recon.notes
-    if info.duration and last_time < 0.9 * info.duration - 1:
-        notes = [*notes, f"the file is cut: its frames end at {last_time:.1f} s of {info.duration:.1f} s"]
+    notes = [*info.notes, *recon.notes]
     return Result(
         job.name,
         "video",
@@ -254,25 +269,25 @@ def _reconstruct_clip(
 
 
 def _decoded(
-    vae: LeanVAE | LiteVAE, info: VideoInfo, chunk: int | None, memory_limit: int | None, waiting: deque[Frame]
+    vae: LeanVAE | LiteVAE, reader: ClipReader, chunk: int | None, memory_limit: int | None, waiting: deque[Frame]
 ) -> Iterator[Tensor]:
     """Yields what the model makes of a clip, `(1, 3, t, H, W)`; the frames that this is of are left in `waiting`."""
     if isinstance(vae, LiteVAE):
-        for frames in _read_chunks(vae, info, chunk or _IMAGES_AT_ONCE, 1, waiting):
+        for frames in _read_chunks(vae, reader, chunk or _IMAGES_AT_ONCE, 1, waiting):
             images = frames[0].transpose(0, 1)  # an image model knows no time
             latent = vae.encode(images, memory_limit=memory_limit).mode()
             yield vae.decode(latent, memory_limit=memory_limit).transpose(0, 1)[None]
         return
-    encoding, decoding = plan_reconstruction(vae, info.width, info.height, chunk, memory_limit)
+    encoding, decoding = plan_reconstruction(vae, reader.info.width, reader.info.height, chunk, memory_limit)
     group, *patch = vae.config.patch_size
     tiles = [plan.tile and (plan.tile[0] * patch[0], plan.tile[1] * patch[1]) for plan in (encoding, decoding)]
-    frames = _read_chunks(vae, info, group * (encoding.latent_frames or 1), group, waiting)
+    frames = _read_chunks(vae, reader, group * (encoding.latent_frames or 1), group, waiting)
     latents = (posterior.mode() for posterior in vae.encode_stream(frames, tile=tiles[0]))
     yield from vae.decode_stream(latents, tile=tiles[1])
 
 
 def _read_chunks(
-    vae: LeanVAE | LiteVAE, info: VideoInfo, chunk: int, group: int, waiting: deque[Frame]
+    vae: LeanVAE | LiteVAE, reader: ClipReader, chunk: int, group: int, waiting: deque[Frame]
 ) -> Iterator[Tensor]:
     """Yields a clip's frames for the model, `(1, 3, t, H, W)` in [-1, 1], and leaves them in `waiting`.
 
@@ -280,12 +295,7 @@ def _read_chunks(
     """
     images: list[Tensor] = []
     wanted = max(1, chunk - group + 1)
-    for number, frame in enumerate(iter_frames(info.path)):
-        if frame.image.shape != (info.height, info.width, 3):
-            height, width = frame.image.shape[:2]
-            raise MediaError(
-                info.path, f"the size changes from {info.width}x{info.height} to {width}x{height} at frame {number}"
-            )
+    for frame in reader.frames():
         images.append(_to_model(_to_unit([frame.image], vae), vae))
         waiting.append(frame)
         if len(images) == wanted:
@@ -295,22 +305,7 @@ def _read_chunks(
         yield torch.stack(images, dim=2)
 
 
-def _clock_and_aspect(info: VideoInfo) -> tuple[Fraction, Fraction | None]:
-    """Where a clip's clock starts, and the shape of its pixels (None where square) once upright.
-
-    The clocks of broadcast formats start anywhere, often hours in; those of files are kept as they are.
-    """
-    with open_video(info.path) as (container, stream):
-        origin = Fraction(0)
-        if container.format.flags & Flags.ts_discont.value and container.start_time:
-            origin = Fraction(container.start_time, av.time_base)
-        aspect = stream.sample_aspect_ratio
-    if not aspect or aspect == 1:
-        return origin, None
-    return origin, (1 / aspect if info.rotation in (90, 270) else aspect)
-
-
-def _output_names(job: Job, suffix: str) -> tuple[str, str]:
+def _output_names(job: NamedItem, suffix: str) -> tuple[str, str]:
     return f"{job.target}.recon{suffix}", f"{job.target}.side_by_side{suffix}"
 
 

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from leanvae.bench.settings import DEFAULT_FRAMES
 from leanvae.bench.sizes import Size
-from leanvae.jobs import Job, find_jobs
 from leanvae.media.errors import MediaError
+from leanvae.media.folder import open_clip
 from leanvae.media.image import read_image
-from leanvae.media.video import iter_frames
+from leanvae.media.naming import NamedItem, find_inputs
 from leanvae.metrics.frames import FrameMetrics
 from leanvae.peers import Model, decode, encode
 
@@ -42,7 +42,7 @@ def judge(model: Model, folder: Path, device: str, dtype: torch.dtype) -> dict[s
     """
     vae = model.build().to(device, dtype).eval()
     metrics = FrameMetrics()
-    jobs = find_jobs(folder, folder / "nothing is written")
+    jobs = find_inputs(folder, folder / "nothing is written")
     num_skipped = 0
     for job in jobs:
         try:
@@ -64,12 +64,13 @@ def judge(model: Model, folder: Path, device: str, dtype: torch.dtype) -> dict[s
     }
 
 
-def _read_frames(job: Job) -> Tensor:
+def _read_frames(job: NamedItem) -> Tensor:
     """The first frames of a clip, or an image, `(N, 3, H, W)` in [0, 1]."""
     if job.is_video:
-        images = [frame.image for frame in itertools.islice(iter_frames(job.source), DEFAULT_FRAMES)]
+        with open_clip(job.item, threads=0) as reader:
+            images = [frame.image for frame in itertools.islice(reader.frames(), DEFAULT_FRAMES)]
     else:
-        images = [read_image(job.source)]
+        images = [read_image(job.item)]
     height, width = (min(length, _LARGEST_SIDE) for length in images[0].shape[:2])
     top, left = (images[0].shape[0] - height) // 2, (images[0].shape[1] - width) // 2
     crops = np.stack([image[top : top + height, left : left + width] for image in images])

@@ -16,8 +16,8 @@ from leanvae.cli.flags import (
 from litevae.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from leanvae.latents.clips import ClipRule
     from leanvae.latents.engines import Work
-    from leanvae.latents.rule import ClipRule
 
 SUMMARY = "Encode clips into a store of latents; also started by torchrun or deepspeed, or on a Ray cluster."
 
@@ -124,7 +124,7 @@ def _work(args: argparse.Namespace) -> "Work":
 
 def _rule(args: argparse.Namespace) -> "ClipRule":
     from leanvae.config import parse_config
-    from leanvae.latents.rule import ClipRule
+    from leanvae.latents.clips import ClipRule
 
     tree: dict[str, Any] = {"frames": args.frames, "stride": args.stride, "every": args.every}
     return parse_config(ClipRule, {**tree, "resolutions": args.resolution}, "the command line")

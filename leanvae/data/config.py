@@ -1,15 +1,13 @@
 """What to train on: the ``data:`` block of a training configuration."""
 
-import os
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from leanvae.data.buckets import Bucket, Shape
+from leanvae.media.item import BUILTIN, cache_folder
 from litevae.config import StrictConfig
-
-BUILTIN = "builtin"
 
 
 class SourceConfig(StrictConfig):
@@ -42,7 +40,7 @@ class DataConfig(StrictConfig):
         flip: mirror half of the training samples left to right.
         held_out: share of the files kept from training, chosen by a hash of the file name.
         max_bad_share: share of the training files that may turn out unusable before the run stops.
-        timeout: seconds that decoding one file may take.
+        timeout: seconds that a decoder process may be silent: each frame that it decodes counts as a sign of life.
         num_workers: decoder processes of each rank.
         prefetch: training steps that decoding runs ahead.
         cache_dir: folder for the built-in clips; by default ``$XDG_CACHE_HOME/leanvae`` or
@@ -113,9 +111,7 @@ class DataConfig(StrictConfig):
     @property
     def cache_folder(self) -> Path:
         """The folder for what is made once and kept."""
-        if self.cache_dir is not None:
-            return Path(self.cache_dir).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanvae"
+        return cache_folder() if self.cache_dir is None else Path(self.cache_dir).expanduser()
 
 
 class ClipDataConfig(DataConfig):
@@ -127,11 +123,13 @@ class ClipDataConfig(DataConfig):
             far as its file's length allows.
         fps: frames a second instead, or a range of them, taken by the file's own timestamps: the nearest to each
             point of time.
+        decoder: `pyav`, or `decord` for the files on which it is known to agree with PyAV.
     """
 
     num_frames: int = Field(default=17, ge=2)
     stride: tuple[int, int] = (1, 1)
     fps: tuple[float, float] | None = None
+    decoder: Literal["pyav", "decord"] = "pyav"
 
     @field_validator("stride", "fps", mode="before")
     @classmethod

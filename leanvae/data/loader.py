@@ -20,9 +20,11 @@ from leanvae.data.quarantine import (
     check_bad_share,
     modification_time,
 )
+from leanvae.data.samples import Sample, read_sample
 from leanvae.data.schedule import Draw, Schedule
-from leanvae.data.sources import Item
-from leanvae.data.workers import Decoders, Sample, Work, decode_sample
+from leanvae.media.item import Item
+from leanvae.media.pool import DecoderPool, Task
+from leanvae.media.worker import FileFailure
 from litevae.errors import InvalidInput
 
 logger = logging.getLogger(__name__)
@@ -83,7 +85,7 @@ class Loader:
         self.record = QuarantineRecord(record)
         self._ahead: deque[tuple[Draw, list[_Pending]]] = deque()
         self._next_step = start_step
-        self._decoders = Decoders(config.num_workers, config.timeout)
+        self._pool = DecoderPool(config.num_workers, config.timeout)
 
     @property
     def rejected_paths(self) -> dict[str, str]:
@@ -98,7 +100,7 @@ class Loader:
 
     def close(self) -> None:
         """Ends the decoder processes; safe to call again."""
-        self._decoders.close()
+        self._pool.close()
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields the batches from ``start_step`` on, or from where the last iteration stopped.
@@ -125,7 +127,7 @@ class Loader:
             size=draw.batch_size,
             pixels=frames.movedim(-1, 1).contiguous(),
             indices=[item.index for item in pending],
-            paths=[sample.item.path for sample in samples],
+            paths=[sample.item.name for sample in samples],
             rejected=rejected,
         )
 
@@ -147,7 +149,7 @@ class Loader:
         """Starts on what the order names for a place in a step's batch."""
         source, number = draw.row.item(self.schedule.seed, draw.place + index)
         pending = _Pending(draw, step, index, source, number, [], draw.row.items[source][number])
-        self._schedule(pending, pending.item)
+        self._schedule(pending, pending.item, urgent=False)
         return pending
 
     def _substitute(self, pending: "_Pending", path: str, reason: str) -> Item:
@@ -161,39 +163,39 @@ class Loader:
             )
         return items[substitute(self.schedule.seed, pending.position, attempt, pending.number, len(items))]
 
-    def _schedule(self, pending: "_Pending", item: Item) -> None:
+    def _schedule(self, pending: "_Pending", item: Item, urgent: bool) -> None:
         """Sends an item, or the substitute that the record knows for it, to the decoder processes."""
-        while known := self.record.find(pending.position, len(pending.rejections), item.path):
+        while known := self.record.find(pending.position, len(pending.rejections), item.name):
             pending.rejections.append(known)
             item = self._substitute(pending, known.path, known.reason)
         pending.item = item
         seed = (self.schedule.seed, pending.step, pending.index)
-        pending.work = self._decoders.begin(decode_sample, item, self.config, pending.draw.bucket, seed)
+        pending.task = self._pool.submit(read_sample, item, self.config, pending.draw.bucket, seed, urgent=urgent)
 
     def _wait(self, pending: "_Pending") -> tuple[Sample, list[Rejection]]:
         """A position's sample, after as many substitutes as it takes."""
         while True:
-            assert pending.work is not None
+            assert pending.task is not None
             bad = pending.item
-            result = self._decoders.result(pending.work)
-            if not isinstance(result, str):
+            result = pending.task.result()
+            if not isinstance(result, FileFailure):
                 return result, pending.rejections
             rejection = Rejection(
                 pending.position,
                 len(pending.rejections),
-                bad.path,
-                reason=result,
+                bad.name,
+                reason=result.reason,
                 substitute="",
-                modified=modification_time(bad.file),
-                file=bad.file if bad.file != bad.path else "",
+                modified=modification_time(bad.address),
+                file=bad.address if bad.address != bad.name else "",
             )
             pending.rejections.append(rejection)
-            item = self._substitute(pending, bad.path, result)
-            pending.rejections[-1] = replace(rejection, substitute=item.path)
+            item = self._substitute(pending, bad.name, result.reason)
+            pending.rejections[-1] = replace(rejection, substitute=item.name)
             self.record.add(pending.rejections[-1])
-            logger.debug("%s: not used: %s", bad.path, result)
+            logger.debug("%s: not used: %s", bad.name, result.reason)
             check_bad_share(self.rejected_paths, self.schedule.num_files, self.config.max_bad_share)
-            self._schedule(pending, item)
+            self._schedule(pending, item, urgent=True)  # a step waits for it
 
 
 @dataclass
@@ -210,7 +212,7 @@ class _Pending:
     number: int
     rejections: list[Rejection]
     item: Item
-    work: Work[Sample] | None = None
+    task: Task[Sample] | None = None
 
     @property
     def position(self) -> int:
@@ -227,13 +229,13 @@ def read_held_out(items: Sequence[Item], config: DataConfig, bucket: Shape, limi
         limit: how many to return at most; fewer come back when there are no more.
     """
     samples: list[Sample] = []
-    with Decoders(1, config.timeout) as decoders:
+    with DecoderPool(1, config.timeout) as pool:
         for item in items:
             if len(samples) == limit:
                 break
-            result = decoders.result(decoders.begin(decode_sample, item, config, bucket, None))
-            if isinstance(result, str):
-                logger.warning("%s: held out, but not used: %s", item.path, result)
+            result = pool.submit(read_sample, item, config, bucket, None).result()
+            if isinstance(result, FileFailure):
+                logger.warning("%s: held out, but not used: %s", item.name, result.reason)
             else:
                 samples.append(result)
     return samples

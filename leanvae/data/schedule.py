@@ -1,5 +1,6 @@
 """What each training step draws: a pure function of the seed and the step, given the files and their shapes."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,8 +10,42 @@ from numpy.typing import NDArray
 from leanvae.data.buckets import Shape, choose_bucket
 from leanvae.data.config import DataConfig, source_weights
 from leanvae.data.order import Phase, bucket_of_step, epoch_order, phase_at
-from leanvae.data.sources import Item, Picture
+from leanvae.media.item import Item, Kind
+from leanvae.media.sources import list_items
 from litevae.errors import InvalidInput
+
+
+def list_training_items(config: DataConfig) -> list[Item]:
+    """List the clips and images of all sources, source by source.
+
+    Raises:
+        SourceError, MissingFile: as in `leanvae.media.sources.list_items`.
+    """
+    kinds: list[Kind] = ["clip" if kind == "clips" else "image" for kind in config.kinds]
+    return list_items(
+        [source.path for source in config.sources],
+        tuple(kinds),
+        where="data.sources",
+        cache=config.cache_folder,
+    )
+
+
+def split_held_out(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
+    """Split clips and images into (training, held-out) by a hash of the file name alone.
+
+    Adding, removing or moving files never changes the side of the others, and all parts of a file stand on one side.
+    What lies in a tar counts one by one, under the tar's name and its own. The share is met on average; of few files,
+    none or many may be held out.
+
+    Args:
+        share: part of the file names to hold out, in [0, 1).
+    """
+    training, held_out = [], []
+    for item in items:
+        digest = hashlib.sha256(item.split_name.encode("utf-8", "surrogateescape")).digest()
+        below = int.from_bytes(digest[:8], "big") < share * 2**64
+        (held_out if below else training).append(item)
+    return training, held_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +144,7 @@ class Schedule:
         if not phases:
             raise InvalidInput("expected at least one phase")
         self.seed = seed
-        self.num_files = len({item.path for item in items})
+        self.num_files = len({item.name for item in items})
         self.empty: list[tuple[int, Shape]] = []
         self._phases = tuple(phases)
         sizes = np.bincount([item.source for item in items], minlength=len(config.sources)).tolist()
@@ -187,7 +222,7 @@ def assign(
     members: dict[Shape, list[int]] = {bucket: [] for bucket in buckets}
     of_kind = {kind: [bucket for bucket in buckets if bucket.is_image == kind] for kind in (False, True)}
     for index, item in enumerate(items):
-        choices = of_kind[isinstance(item, Picture)]
+        choices = of_kind[item.kind == "image"]
         if len(choices) > 1:
             assert shapes is not None
             members[choices[choose_bucket(shapes[index], choices, item.split_name)]].append(index)

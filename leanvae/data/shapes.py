@@ -10,21 +10,24 @@ from dataclasses import astuple, dataclass
 from tqdm import tqdm
 
 from leanvae.data.buckets import Shape
-from leanvae.data.clips import usable_frames
 from leanvae.data.config import ClipDataConfig, DataConfig
-from leanvae.data.decoding import read_frame_table
-from leanvae.data.pictures import load_picture
-from leanvae.data.sources import Item, Picture
-from leanvae.data.workers import Decoders
+from leanvae.data.samples import usable_frames
+from leanvae.media.convert import refuse_hdr
+from leanvae.media.folder import open_clip
+from leanvae.media.image import read_image
+from leanvae.media.item import Item, printable
+from leanvae.media.pool import DecoderPool
+from leanvae.media.worker import FileFailure
 
 logger = logging.getLogger("leanvae")
 
 _CACHE = "shapes-v1.sqlite"
 _BATCH = 256  # files that are measured between two writes of the cache
+_MOST_COUNTED = 10_000  # frames; far more than any bucket asks for, so that a longer file's header will do
 
 
 @dataclass(frozen=True)
-class Measure:
+class FileShape:
     """What is kept of a file, or of a part of one; zeros where it cannot be used.
 
     Attributes:
@@ -39,18 +42,26 @@ class Measure:
     width: int = 0
 
 
-def measure(item: Item) -> Measure:
-    """Measures a clip by its packets and first frame, an image by decoding it.
+def read_shape(item: Item) -> Iterator[FileShape]:
+    """Measure a clip by its first frame and its packets, a long one by its header; an image by decoding it.
+
+    Yields:
+        The only shape.
 
     Raises:
         MediaError: the file cannot be used.
     """
-    if isinstance(item, Picture):
-        height, width = load_picture(item).shape[:2]
-        return Measure(1, 0.0, height, width)
-    table = read_frame_table(item)
-    seconds = float(table.times[-1] - table.times[0]) if len(table.times) else 0.0
-    return Measure(len(table.times), seconds, table.info.height, table.info.width)
+    if item.kind == "image":
+        height, width = read_image(item).shape[:2]
+        yield FileShape(1, 0.0, height, width)
+        return
+    with open_clip(item) as reader:
+        info, part = reader.info, (item.start, item.end)
+        refuse_hdr(item.name, info.transfer)
+        timeline = reader.expect(part)
+        if timeline is None or timeline.count < _MOST_COUNTED:
+            timeline = reader.measure(part)
+    yield FileShape(timeline.count, timeline.seconds, info.height, info.width)
 
 
 def measure_shapes(items: Sequence[Item], config: DataConfig) -> list[Shape | None]:
@@ -78,38 +89,38 @@ def measure_shapes(items: Sequence[Item], config: DataConfig) -> list[Shape | No
 def _key(item: Item) -> str:
     """What a measurement is known by: the file, its part, its size and its time of change."""
     try:
-        state = os.stat(item.file)
+        state = os.stat(item.address)
     except OSError:
-        return f"{item.path}\tmissing"
-    part = f"{item.offset}\t{item.size}" if isinstance(item, Picture) else f"{item.start}\t{item.end}"
-    return f"{os.path.abspath(item.path)}\t{part}\t{state.st_size}\t{state.st_mtime_ns}"
+        return f"{item.name}\tmissing"
+    part = f"{item.offset}\t{item.size}" if item.kind == "image" else f"{item.start}\t{item.end}"
+    return f"{printable(os.path.abspath(item.path))}\t{part}\t{state.st_size}\t{state.st_mtime_ns}"
 
 
-def _look_up(cache: sqlite3.Connection, key: str) -> Measure | None:
+def _look_up(cache: sqlite3.Connection, key: str) -> FileShape | None:
     row = cache.execute("SELECT frames, seconds, height, width FROM shapes WHERE key = ?", (key,)).fetchone()
-    return Measure(*row) if row else None
+    return FileShape(*row) if row else None
 
 
-def _measure_all(items: dict[str, Item], config: DataConfig) -> Iterator[dict[str, Measure]]:
-    """Measures files in processes, under the time limit of training; a file that fails gives an empty measure."""
+def _measure_all(items: dict[str, Item], config: DataConfig) -> Iterator[dict[str, FileShape]]:
+    """Measure files in processes, under the time limit of training; a file that fails has an empty shape."""
     if not items:
         return
     keys = list(items)
     with (
-        Decoders(config.num_workers, config.timeout) as decoders,
+        DecoderPool(config.num_workers, config.timeout) as pool,
         tqdm(total=len(keys), desc="measuring", unit="file", disable=None) as bar,
     ):
         for start in range(0, len(keys), _BATCH):
-            works = {key: decoders.begin(measure, items[key]) for key in keys[start : start + _BATCH]}
+            tasks = {key: pool.submit(read_shape, items[key]) for key in keys[start : start + _BATCH]}
             results = {}
-            for key, work in works.items():
-                result = decoders.result(work)
-                results[key] = Measure() if isinstance(result, str) else result
+            for key, task in tasks.items():
+                result = task.result()
+                results[key] = FileShape() if isinstance(result, FileFailure) else result
                 bar.update()
             yield results
 
 
-def _shape(measured: Measure, config: DataConfig) -> Shape | None:
+def _shape(measured: FileShape, config: DataConfig) -> Shape | None:
     if not measured.frames:
         return None
     frames = measured.frames

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from leanvae.checkpoint import load_vae
 from leanvae.evaluation.analysis_record import Autoencoder, ModelRecord, Study
-from leanvae.jobs import Job, find_jobs
 from leanvae.media.errors import MediaError
 from leanvae.media.image import read_image
+from leanvae.media.naming import NamedItem, find_inputs
 from litevae.errors import InvalidInput, WorkIncomplete, extra
 from litevae.files import write_text
 from litevae.perceptual import PerceptualDistance, find_backbone, load_lpips, missing_backbone_message
@@ -101,14 +101,14 @@ def _num_shared(sequences: Sequence[Sequence[str]]) -> int:
     return shared
 
 
-def find_images(inputs: str | Path, output: str | Path) -> list[Job]:
+def find_images(inputs: str | Path, output: str | Path) -> list[NamedItem]:
     """Lists the images of a folder and those in it, in the order of their names; clips are passed over.
 
     Raises:
         FileNotFoundError: there is nothing at `inputs`.
         ValueError: the folder holds no image, or is the output folder.
     """
-    jobs = [job for job in find_jobs(Path(inputs), Path(output)) if not job.is_video]
+    jobs = [job for job in find_inputs(Path(inputs), Path(output)) if not job.is_video]
     if not jobs:
         raise InvalidInput(f"{inputs} holds no image that its name shows to be one")
     return jobs
@@ -230,7 +230,9 @@ def _find_lpips(notes: list[str]) -> PerceptualDistance | None:
         return None
 
 
-def read_squares(jobs: list[Job], sides: list[int], skipped: list[dict[str, str]]) -> Iterator[list[NDArray[np.uint8]]]:
+def read_squares(
+    jobs: list[NamedItem], sides: list[int], skipped: list[dict[str, str]]
+) -> Iterator[list[NDArray[np.uint8]]]:
     """Reads images once and yields them in batches of one size, `(side, side, 3)` each.
 
     Args:
@@ -242,7 +244,7 @@ def read_squares(jobs: list[Job], sides: list[int], skipped: list[dict[str, str]
     with tqdm(jobs, unit="image", disable=None, leave=False) as bar:
         for number, job in enumerate(bar, start=1):
             try:
-                image = read_image(job.source)
+                image = read_image(job.item)
             except MediaError as error:
                 skipped.append({"input": job.name, "reason": error.reason})
                 logger.warning("[%d/%d] %s: skipped: %s", number, len(jobs), job.name, error.reason)

@@ -10,7 +10,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
-from leanvae.media.video import iter_frames
+from leanvae.media.video import VideoReader
 
 _RATE = Fraction(25)  # guides x264's rate control only
 
@@ -51,5 +51,6 @@ def encode_h264(path: Path, images: Iterable[NDArray[np.uint8]], crf: int) -> tu
 
 def decode_h264(path: Path, size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
     """Decodes what `encode_h264` wrote, cropped to (height, width)."""
-    for frame in iter_frames(path):
-        yield frame.image[: size[0], : size[1]]
+    with VideoReader(str(path)) as reader:
+        for frame in reader.frames():
+            yield frame.image[: size[0], : size[1]]

@@ -1,55 +1,18 @@
-"""The clips and images that are evaluated: which they are, and their frames."""
+"""The frames of the clips and images that are evaluated."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leanvae.data.cutting import Cut, cut_picture
-from leanvae.jobs import Job, find_jobs
-from leanvae.media.errors import MediaError
+from leanvae.data.samples import Cut, cut_picture
+from leanvae.media.folder import open_clip
 from leanvae.media.image import read_image
-from leanvae.media.video import IMAGE_SUFFIXES, iter_frames
-from litevae.errors import InvalidInput
-
-
-def find_inputs(inputs: Path, output: Path) -> list[Job]:
-    """Lists the clips and images of a folder, a file, or a list of files.
-
-    Args:
-        inputs: a folder, a clip or an image; or a `.txt` with a path a line, relative to its own folder, where empty
-            lines and those that begin with # are passed over.
-        output: the folder of the results, in which nothing is looked for.
-
-    Raises:
-        FileNotFoundError: there is nothing at `inputs`.
-        ValueError: there is no clip or image, a file is listed twice, or the list is no text.
-    """
-    if inputs.suffix.lower() != ".txt" or not inputs.is_file():
-        return find_jobs(inputs, output)
-    try:
-        lines = [line.strip() for line in inputs.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{inputs}: cannot be read as UTF-8 text: {error}") from error
-    paths = [inputs.parent.absolute() / Path(line).expanduser() for line in lines if line and line[0] != "#"]
-    paths = [Path(os.path.normpath(path)) for path in paths]
-    if not paths:
-        raise InvalidInput(f"{inputs} lists no file")
-    repeated = sorted({str(path) for path in paths if paths.count(path) > 1})
-    if repeated:
-        raise InvalidInput(f"{inputs} lists {repeated[0]} twice")
-    root = Path(os.path.commonpath([path.parent for path in paths]))
-    names = [path.relative_to(root).as_posix() for path in paths]
-    return [
-        Job(path, name, name, path.suffix.lower() not in IMAGE_SUFFIXES)
-        for path, name in zip(paths, names, strict=True)
-    ]
+from leanvae.media.naming import NamedItem
 
 
 @dataclass(frozen=True)
@@ -63,7 +26,7 @@ class Source:
             they are.
     """
 
-    job: Job
+    job: NamedItem
     num_frames: int | None = None
     resolution: tuple[int, int] | None = None
 
@@ -73,20 +36,17 @@ class Source:
         Raises:
             MediaError: the file cannot be read, or its size changes on the way.
         """
-        if self.job.is_video:
-            images = (frame.image for frame in islice(iter_frames(self.job.source), self.num_frames))
-        else:
-            images = iter((read_image(self.job.source),))
-        shape: tuple[int, ...] | None = None
-        for number, image in enumerate(images):
-            if shape is not None and image.shape != shape:
-                raise MediaError(
-                    self.job.source,
-                    f"the size changes from {shape[1]}x{shape[0]} to {image.shape[1]}x{image.shape[0]}"
-                    f" at frame {number}",
-                )
-            shape = image.shape
+        for image in self._images():
             yield image if self.resolution is None else cut_picture(image, self.resolution, Cut())
+
+    def _images(self) -> Iterator[NDArray[np.uint8]]:
+        item = self.job.item
+        if not self.job.is_video:
+            yield read_image(item)
+            return
+        with open_clip(item, threads=0) as reader:
+            for frame in islice(reader.frames(item.start, item.end), self.num_frames):
+                yield frame.image
 
     def frames(self) -> Iterator[Tensor]:
         """The frames as float32 `(3, H, W)` in [0, 1]."""

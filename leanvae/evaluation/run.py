@@ -17,15 +17,15 @@ from leanvae.evaluation.analysis import model_names
 from leanvae.evaluation.autoencoders import Cutting, is_of_diffusers, load_autoencoder
 from leanvae.evaluation.baselines import is_baseline, make_baseline
 from leanvae.evaluation.coder import Coder
-from leanvae.evaluation.inputs import Source, find_inputs
+from leanvae.evaluation.inputs import Source
 from leanvae.evaluation.page import write_page
 from leanvae.evaluation.pictures import FrameWriter, picture_paths, write_blocks, write_latent
 from leanvae.evaluation.records import SOURCE, Records, Row, record_key
 from leanvae.evaluation.summary import Evaluated, summarise, write_tables
 from leanvae.inference.plan import PIXELS_AT_ONCE
-from leanvae.jobs import Job
 from leanvae.media.errors import MediaError
-from leanvae.media.video import probe
+from leanvae.media.folder import open_clip
+from leanvae.media.naming import NamedItem, find_inputs
 from leanvae.metrics.clips import ClipFeatures, ClipMeasures, LatentStatistics
 from leanvae.metrics.networks import FeatureNetworks, load_feature_networks
 from litevae.errors import InvalidInput, WorkIncomplete, extra
@@ -145,7 +145,7 @@ class _Run:
         self,
         coders: list[Coder],
         networks: FeatureNetworks,
-        jobs: list[Job],
+        jobs: list[NamedItem],
         output: Path,
         settings: Settings,
         device: torch.device,
@@ -167,7 +167,7 @@ class _Run:
             barrier()
         return [broken[job.name] for job in self.jobs if job.name in broken]
 
-    def _worst_and_best(self, jobs: list[Job]) -> list[Job]:
+    def _worst_and_best(self, jobs: list[NamedItem]) -> list[NamedItem]:
         """As many clips as are to be shown, half from either end of the first model's PSNR."""
         rows = [self._records.read(self.coders[0].name, job.name, self._key(job, self.coders[0])) for job in jobs]
         order = sorted(
@@ -177,7 +177,7 @@ class _Run:
         ends = order[: self._settings.shown - half] + order[len(order) - half :]
         return [jobs[index] for _, index in dict.fromkeys(ends)]
 
-    def _measure(self, jobs: list[Job], shown: set[str]) -> list[dict[str, str]]:
+    def _measure(self, jobs: list[NamedItem], shown: set[str]) -> list[dict[str, str]]:
         own = list(enumerate(jobs, start=1))[rank() :: world_size()]
         skipped = []
         with tqdm(own, unit="file", disable=True if rank() else None, leave=False) as bar:
@@ -193,7 +193,7 @@ class _Run:
                     logger.info("%s: %s", label, line)
         return skipped
 
-    def _measure_job(self, job: Job, show: bool) -> str:
+    def _measure_job(self, job: NamedItem, show: bool) -> str:
         """Measures a file, and says in a line what came out.
 
         Raises:
@@ -202,9 +202,9 @@ class _Run:
         try:
             return self._measure_models(job, show)
         except (av.error.InvalidDataError, av.error.ArgumentError, av.error.ExternalError) as error:
-            raise MediaError(job.source, f"cannot be written as H.264: {error.strerror}") from error
+            raise MediaError(job.item.name, f"cannot be written as H.264: {error.strerror}") from error
 
-    def _measure_models(self, job: Job, show: bool) -> str:
+    def _measure_models(self, job: NamedItem, show: bool) -> str:
         source = Source(job, self._settings.num_frames, self._settings.resolution)
         key = self._key(job)
         info = self._known(SOURCE, job, key, show)
@@ -220,21 +220,21 @@ class _Run:
             said.append(f"{coder.name} PSNR {psnr}")
         return ", ".join(said)
 
-    def _key(self, job: Job, coder: Coder | None = None) -> str:
+    def _key(self, job: NamedItem, coder: Coder | None = None) -> str:
         try:
-            state = os.stat(job.source)
+            state = os.stat(job.item.address)
         except OSError as error:
-            raise MediaError(job.source, "no such file") from error
+            raise MediaError(job.item.name, "no such file") from error
         return record_key(
             measured_as=_MEASURED_AS,
-            file=[str(job.source), state.st_size, state.st_mtime_ns],
+            file=[job.item.path, state.st_size, state.st_mtime_ns],
             frames=self._settings.num_frames,
             resolution=self._settings.resolution,
             networks=self._networks.names(),
             model=coder and [coder.source, coder.stamp, vars(self._settings.cutting)],
         )
 
-    def _known(self, model: str, job: Job, key: str, show: bool) -> Row | None:
+    def _known(self, model: str, job: NamedItem, key: str, show: bool) -> Row | None:
         """The record of a clip, unless it or a picture that is wanted is missing."""
         row = self._records.read(model, job.name, key)
         pictures = [self.output / MEDIA / path for path in (row or {}).get("pictures", {}).values()]
@@ -243,7 +243,7 @@ class _Run:
     def _measure_source(self, source: Source, key: str, show: bool) -> Row:
         """Reads a file to its end, for its features and its pictures."""
         job, features = source.job, ClipFeatures(self._networks)
-        fps = probe(job.source).fps if job.is_video else None
+        fps = _rate(job) if job.is_video else None
         rate = fps if fps and 1 <= fps <= _FASTEST_RATE else _DEFAULT_RATE
         paths = picture_paths(job.name, SOURCE, job.is_video) if show else {}
         size, count = (0, 0), 0
@@ -288,7 +288,7 @@ class _Run:
         clips: dict[str, Row] = {}
         rows: dict[str, dict[str, Row]] = {coder.name: {} for coder in self.coders}
         for job in self.jobs:
-            if not job.source.is_file():
+            if not os.path.exists(job.item.address):
                 continue
             info = self._records.read(SOURCE, job.name, self._key(job))
             found = {
@@ -309,6 +309,12 @@ class _Run:
         }
         sources = {coder.name: coder.source for coder in self.coders}
         return Evaluated(clips, rows, sources, settings, self._networks.missing, self._records)
+
+
+def _rate(job: NamedItem) -> Fraction | None:
+    """Average frames per second of a clip."""
+    with open_clip(job.item) as reader:
+        return reader.info.fps
 
 
 def _pairs(

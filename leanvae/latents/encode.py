@@ -13,16 +13,15 @@ from typing import Any, Literal
 from leanvae.checkpoint import load_vae
 from leanvae.data.quarantine import modification_time
 from leanvae.distributed import barrier, gather, joined_ranks, on_main, rank, world_size
-from leanvae.latents.decoders import Order
-from leanvae.latents.decoding import Finished, Rejected
+from leanvae.latents.clips import Finished, Order, Rejected, belongs_to, list_sources
 from leanvae.latents.encoding import VAE, Encoded, EncodedClip
 from leanvae.latents.engines import Work, encode_here, load_for_encoding
 from leanvae.latents.entry import Entry, make_entry
 from leanvae.latents.session import STATISTICS_FIELDS, hash_checkpoint, writing
 from leanvae.latents.shards import ShardWriter
-from leanvae.latents.sources import Source, list_sources
 from leanvae.latents.statistics import merge_moments
 from leanvae.latents.store import INDEX, STATISTICS, SUMMARY, SourceRecord, Store, StoreError
+from leanvae.media.item import Item, printable
 from leanvae.progress import Progress
 from litevae.errors import InvalidInput
 from litevae.files import write_text
@@ -53,7 +52,7 @@ def encode_clips(
     file has changed, or if the reason may pass, as that of a network or of a decoder that was killed.
 
     Args:
-        inputs: as in `leanvae.latents.sources.list_sources`.
+        inputs: as in `leanvae.latents.clips.list_sources`.
         output: path or fsspec address of the store's folder.
         work: how clips are decoded and encoded.
         device: where the model runs; with Ray, `cuda` gives each of its actors a GPU.
@@ -79,12 +78,13 @@ def encode_clips(
         import_module("leanvae.media.nvdec")  # says what is missing now, and not of each file
     if update_checkpoint and not Path(work.checkpoint, CONFIG_FILE).is_file():
         raise InvalidInput(f"--update-checkpoint: {work.checkpoint} is no folder with a {CONFIG_FILE}")
-    store, sources = Store(output), list_sources(inputs)
+    unreadable: dict[str, str] = {}  # folders, and why
+    store, sources = Store(output), list_sources(inputs, unreadable)
     stored_vae = load_vae(work.checkpoint)
     checkpoint = hash_checkpoint(stored_vae)
     started = time.monotonic()
     with writing(store, _describe(work, stored_vae, checkpoint)):
-        orders = _orders(store, [source for source in sources if source.belongs_to(rank(), world_size())])
+        orders = _orders(store, [source for source in sources if belongs_to(source, rank(), world_size())])
         with (
             ShardWriter(store, f"{rank():05d}", shard_bytes) as writer,
             Progress(len(orders), is_shown=rank() == 0) as progress,
@@ -95,7 +95,7 @@ def encode_clips(
         done = gather((progress.clips, progress.frames))
         barrier()
         run = _run_figures([sum(counts) for counts in zip(*done, strict=True)], time.monotonic() - started)
-        return on_main(lambda: _close(store, sources, run, work if update_checkpoint else None))
+        return on_main(lambda: _close(store, sources, unreadable, run, work if update_checkpoint else None))
 
 
 def _describe(work: Work, vae: VAE, checkpoint: str) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _describe(work: Work, vae: VAE, checkpoint: str) -> dict[str, Any]:
     }
 
 
-def _orders(store: Store, sources: Sequence[Source]) -> list[Order]:
+def _orders(store: Store, sources: Sequence[Item]) -> list[Order]:
     """The sources that are left, each with the first frames of its clips that the store has already."""
     records = store.sources()
     left = [source for source in sources if not _is_done(source, records.get(source.id))]
@@ -126,7 +126,7 @@ def _orders(store: Store, sources: Sequence[Source]) -> list[Order]:
     return [(source, frozenset(known.get(source.id, ()))) for source in left]
 
 
-def _is_done(source: Source, record: SourceRecord | None) -> bool:
+def _is_done(source: Item, record: SourceRecord | None) -> bool:
     """Whether there is nothing left to do: it has been encoded, or cannot be used until its file changes."""
     if record is None:
         return False
@@ -200,7 +200,7 @@ class _Collector:
         state.num_written += len(state.entries)
         state.entries, state.num_bytes = [], 0
 
-    def _close(self, source: Source, num_frames: int, num_clips: int, rejected: Rejected | None = None) -> None:
+    def _close(self, source: Item, num_frames: int, num_clips: int, rejected: Rejected | None = None) -> None:
         reason = None if rejected is None else rejected.reason
         modified = -1 if rejected is not None and rejected.may_pass else modification_time(source.address)
         self._writer.note(SourceRecord(source.id, source.name, modified, num_frames, num_clips, reason))
@@ -220,7 +220,9 @@ def _run_figures(counts: Sequence[int], seconds: float) -> dict[str, Any]:
     }
 
 
-def _close(store: Store, sources: Sequence[Source], run: dict[str, Any], update: Work | None) -> dict[str, Any]:
+def _close(
+    store: Store, sources: Sequence[Item], unreadable: dict[str, str], run: dict[str, Any], update: Work | None
+) -> dict[str, Any]:
     """Writes what is about the store as a whole, and the summary, which it returns."""
     index = store.merge_indexes()
     facts = [store.shard_facts(shard) for shard in store.shards()]
@@ -239,7 +241,10 @@ def _close(store: Store, sources: Sequence[Source], run: dict[str, Any], update:
         "frames": sum(size[0] for size in index["size"].to_pylist()),
         "shards": len(facts),
         "bytes": sum(shard.bytes for shard in facts),
-        "skipped": [{"source": known.source, "reason": known.reason} for known in listed if known.reason is not None],
+        "skipped": [
+            *({"source": known.source, "reason": known.reason} for known in listed if known.reason is not None),
+            *({"source": printable(folder), "reason": reason} for folder, reason in unreadable.items()),
+        ],
         "unfinished": len(sources) - len(listed),
         "run": run,
     }

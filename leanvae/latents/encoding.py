@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leanvae.inference.footprint import latent_frames
-from leanvae.latents.decoding import Decoded, Finished, Piece, Rejected
-from leanvae.latents.sources import Source
+from leanvae.latents.clips import Decoded, Finished, Piece, Rejected
+from leanvae.media.item import Item
 from leanvae.model import LeanVAE
 from litevae.errors import NotFinite, extra
 from litevae.memory import return_freed_memory
@@ -40,7 +40,7 @@ class EncodedClip:
         tensors: `mean` and `logvar` `(Z, T', H', W')`, and with flips `flipped_mean` and `flipped_logvar`.
     """
 
-    source: Source
+    source: Item
     first: int
     last: Piece
     times: list[float]
@@ -168,7 +168,7 @@ class ClipEncoder:
         last = replace(piece, frames=np.empty((0, *piece.frames.shape[1:]), np.uint8), thumbnail=None)
         return EncodedClip(piece.source, piece.first, last, times, thumbnail, tensors)
 
-    def _forget(self, source: Source, is_void: bool) -> None:
+    def _forget(self, source: Item, is_void: bool) -> None:
         """Drops the clips of a source that will not end, or, if it is void, all that have not been encoded yet."""
         for key in [key for key in self._open if key[0] == source.id]:
             del self._open[key]

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import torch
 
-from leanvae.latents.decoders import Order, decode_ahead
-from leanvae.latents.decoding import Decoding
+from leanvae.latents.clips import ClipRequest, ClipRule, Order, decode_ahead
 from leanvae.latents.encoding import VAE, ClipEncoder, Encoded, frames_per_latent
-from leanvae.latents.rule import ClipRule
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,10 @@ def load_for_encoding(vae: VAE, work: Work, device: str) -> VAE:
     return vae.to(device, work.compute_dtype).compile()
 
 
-def make_decoding(work: Work, vae: VAE) -> Decoding:
+def make_decoding(work: Work, vae: VAE) -> ClipRequest:
     """What decoders need to know to serve a model."""
     gpu = str(next(vae.parameters()).device) if work.nvdec else None
-    return Decoding(work.rule, frames_per_latent(vae), work.thumbnails, gpu)
+    return ClipRequest(work.rule, frames_per_latent(vae), work.thumbnails, gpu)
 
 
 def make_encoder(work: Work, vae: VAE) -> ClipEncoder:

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from leanvae.latents.clips import ClipRule
 from leanvae.latents.encoding import EncodedClip
-from leanvae.latents.rule import ClipRule
 from litevae.errors import InvalidInput, MissingFile
 
 TENSORS, FACTS, THUMBNAIL = "safetensors", "json", "jpg"

@@ -9,13 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from leanvae.latents.decoders import decode_ahead
-from leanvae.latents.decoding import Decoded, Decoding, Piece, Rejected
+from leanvae.latents.clips import ClipRequest, ClipRule, Decoded, Piece, Rejected, decode_ahead, list_sources
 from leanvae.latents.encoding import VAE, ClipEncoder, EncodedClip, frames_per_latent
 from leanvae.latents.entry import make_entry
 from leanvae.latents.reading import epoch_order, make_item, process_place
-from leanvae.latents.rule import ClipRule
-from leanvae.latents.sources import list_sources
 from litevae.normalization import normalize_posterior
 from litevae.posterior import DiagonalGaussian
 
@@ -33,7 +30,7 @@ class OnlineLatents:
     clips come as they get done. Clips of a file that proves to be damaged may have come before that shows.
 
     Args:
-        sources: as in `leanvae.latents.sources.list_sources`.
+        sources: as in `leanvae.latents.clips.list_sources`.
         vae: the model, on the device and in the type that it shall compute with.
         rule: how files become clips.
         mode: take the posterior's mean instead of a sample.
@@ -70,7 +67,7 @@ class OnlineLatents:
     ) -> None:
         self._sources = list_sources([sources] if isinstance(sources, str) else sources)
         self._vae = vae
-        self._decoding = Decoding(rule, frames_per_latent(vae))
+        self._decoding = ClipRequest(rule, frames_per_latent(vae))
         self._mode = mode
         self._flip = flip
         self._augment = augment

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from leanvae.checkpoint import load_vae
-from leanvae.latents.decoders import Order
-from leanvae.latents.decoding import Decoded, Decoding, Piece, decode_source
+from leanvae.latents.clips import ClipRequest, Decoded, Order, Piece, decode_source
 from leanvae.latents.encoding import VAE, Encoded
 from leanvae.latents.engines import Work, load_for_encoding, make_decoding, make_encoder
 from litevae.errors import extra
@@ -69,7 +68,7 @@ def encode_with_ray(work: Work, vae: VAE, device: str, orders: Sequence[Order]) 
         yield row["encoded"]
 
 
-def _decode(batch: Batch, decoding: Decoding) -> Iterator[Batch]:
+def _decode(batch: Batch, decoding: ClipRequest) -> Iterator[Batch]:
     """Decodes sources: a row for each clip, and one at the end of each source."""
     cv2.setNumThreads(1)
     for source, known in batch["order"]:

@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from leanvae.checkpoint import load_vae
+from leanvae.latents.clips import ClipRequest, ClipRule, Piece, Rejected, decode_source, find_source
 from leanvae.latents.decode import decode_entry
-from leanvae.latents.decoding import Decoding, Piece, Rejected, decode_source
 from leanvae.latents.encoding import VAE, frames_per_latent
 from leanvae.latents.entry import FACTS, TENSORS, Entry, read_tensors
-from leanvae.latents.rule import ClipRule
 from leanvae.latents.session import hash_checkpoint
-from leanvae.latents.sources import Source, find_source
 from leanvae.latents.store import INDEX, SHARDS, SHARED_COLUMNS, STATISTICS, Store, StoreError
 from leanvae.media.errors import SourceError
+from leanvae.media.item import Item
 from leanvae.metrics.frames import psnr
 
 
@@ -152,7 +151,7 @@ def _psnr(vae: VAE, entry: Entry, rule: ClipRule) -> float | None:
     """Mean PSNR in decibels over a clip's frames; None where infinite."""
     facts = entry.facts
     source = find_source(facts["source"], facts["start"], facts["end"])
-    originals = _source_frames(source, Decoding(rule, frames_per_latent(vae)), facts["first_frame"])
+    originals = _source_frames(source, ClipRequest(rule, frames_per_latent(vae)), facts["first_frame"])
     decoded = (frame for frames in decode_entry(vae, entry) for frame in frames.cpu().split(1))
     values = [
         psnr(frame, torch.from_numpy(original).movedim(-1, 0)[None].float() / 255).item()
@@ -162,7 +161,7 @@ def _psnr(vae: VAE, entry: Entry, rule: ClipRule) -> float | None:
     return mean if math.isfinite(mean) else None
 
 
-def _source_frames(source: Source, decoding: Decoding, first: int) -> Iterator[NDArray[np.uint8]]:
+def _source_frames(source: Item, decoding: ClipRequest, first: int) -> Iterator[NDArray[np.uint8]]:
     """The frames of a source's clip that begins with its frame `first`.
 
     Raises:

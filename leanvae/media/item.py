@@ -7,15 +7,18 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 import fsspec
+from fsspec import AbstractFileSystem
 
 from leanvae.media.errors import MediaError
 
 Kind = Literal["clip", "image"]
 
 _NO_COLUMNS: Mapping[str, Any] = {}  # shared: most of millions of items have none
+BUILTIN = "builtin"  # an address, of photographs that packages carry and of clips made of them
 HELD_OUT_WITH = "builtin clip"  # column of a built-in photograph: the clip made of it, which is held out with it
 
 
@@ -74,6 +77,11 @@ class Item:
         return f"{base}/{self.member}" if self.member else base
 
 
+def cache_folder() -> Path:
+    """The user's folder for what is made once and kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanvae"
+
+
 def printable(text: str) -> str:
     """Write bytes that are not UTF-8, which Python keeps as surrogates, as `\\udcXX`."""
     return text.encode("utf-8", "backslashreplace").decode()
@@ -99,7 +107,8 @@ def open_item(item: Item) -> Iterator[str | BinaryIO]:
     if path is not None and not item.member:
         yield path
         return
-    with _open(item, path) as file:
+    fs, place = fsspec.url_to_fs(item.address) if path is None else (None, path)  # the system must outlive its file
+    with _open(item, fs, place) as file:
         if not item.member:
             yield file
             return
@@ -109,10 +118,9 @@ def open_item(item: Item) -> Iterator[str | BinaryIO]:
         yield cast(BinaryIO, _Part(file, item.offset, item.size))
 
 
-def _open(item: Item, path: str | None) -> BinaryIO:
-    if path is None:
-        fs, remote = fsspec.url_to_fs(item.address)
-        return cast(BinaryIO, fs.open(remote, "rb"))
+def _open(item: Item, fs: AbstractFileSystem | None, path: str) -> BinaryIO:
+    if fs is not None:
+        return cast(BinaryIO, fs.open(path, "rb"))
     try:
         return open(path, "rb")
     except OSError as error:

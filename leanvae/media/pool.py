@@ -5,31 +5,22 @@ it sends, and replaces it when it dies or falls silent.
 """
 
 import atexit
-import copy
-import gc
+import logging
 import multiprocessing
-import os
 import signal
 import threading
-import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
-import numpy as np
+from leanvae.media.worker import ADVICE, ALIVE, END, FAULT, RESULT, FileFailure, name_in, receive, run_process
 
-from leanvae.media.errors import MediaError
-from leanvae.media.item import Item
-from litevae.errors import extra
-
-with extra("video"):
-    import cv2
+logger = logging.getLogger("leanvae")
 
 T = TypeVar("T")
 J = TypeVar("J")
@@ -37,46 +28,6 @@ J = TypeVar("J")
 _START_SECONDS = 120.0  # in which a process has started, on whatever machine
 # Processes that die so often before any result do not die of the files.
 _MOST_DEATHS = 10
-# What no file makes a library raise: these are faults of the code.
-_FAULTS = (TypeError, NameError, AttributeError, AssertionError, ImportError)
-_READY, _ALIVE, _RESULT, _FAULT, _END = range(5)  # kinds of messages
-
-
-@dataclass(frozen=True)
-class FileFailure:
-    """A file that cannot be used.
-
-    Attributes:
-        path: its name; empty where it is not known.
-        reason: what is wrong.
-        may_pass: whether it may be usable another time, although the file stays as it is.
-    """
-
-    path: str
-    reason: str
-    may_pass: bool = False
-
-
-def attempt(function: Callable[..., Iterable[T]], *args: Any) -> Iterator[T | FileFailure]:
-    """Yield what a function yields, and a FileFailure where it raises something that files and libraries cause.
-
-    Raises:
-        TypeError, NameError, AttributeError, AssertionError, ImportError: faults of the code.
-    """
-    try:
-        yield from function(*args)
-    except _FAULTS:
-        raise
-    except MediaError as error:
-        yield FileFailure(error.path, error.reason)
-    except Exception as error:
-        yield FileFailure(_name_in(args), f"{type(error).__name__}: {error}", may_pass=True)
-
-
-def _name_in(args: tuple[Any, ...]) -> str:
-    """The name of the item that work is about."""
-    flat = [part for arg in args for part in (arg if isinstance(arg, tuple) else (arg,))]
-    return next((part.name for part in flat if isinstance(part, Item)), "")
 
 
 class _Closed(Exception):
@@ -151,9 +102,9 @@ class Task(Generic[T]):
                 message = self._work.buffer.get()
             except _Closed:
                 raise RuntimeError("the decoder processes are closed") from None
-            if message.kind == _FAULT:
+            if message.kind == FAULT:
                 raise message.value
-            self.done = message.kind == _END
+            self.done = message.kind == END
             if not self.done:
                 yield message.value
 
@@ -183,10 +134,10 @@ class _Feed:
                 return work
             except StopIteration:
                 self.is_empty = True
-                end = _Message(None, _END)
+                end = _Message(None, END)
             except BaseException as error:  # of the caller's own iterable
                 self.is_empty = True
-                end = _Message(None, _FAULT, error)
+                end = _Message(None, FAULT, error)
         with suppress(_Closed):
             self.buffer.put(end)
         return None
@@ -212,6 +163,7 @@ class DecoderPool:
         self._queue: deque[_Work] = deque()
         self._feeds: list[_Feed] = []
         self._buffers: set[_Buffer] = set()
+        self._advised = False
         self._changed = threading.Condition()
         self.closed = False
         self._supervisors = [_Supervisor(self) for _ in range(num_workers)]
@@ -296,9 +248,9 @@ class DecoderPool:
                 message = feed.buffer.get()
             except _Closed:
                 raise RuntimeError("the decoder processes are closed") from None
-            if message.kind == _FAULT:
+            if message.kind == FAULT:
                 raise message.value
-            if message.kind == _RESULT:
+            if message.kind == RESULT:
                 yield message.key, message.value
             elif message.key is None:
                 is_empty = True
@@ -322,6 +274,13 @@ class DecoderPool:
                 idle = not (self._urgent or self._queue or self.closed)
                 if idle and all(feed.is_empty for feed in self._feeds):
                     self._changed.wait()
+
+    def advise(self, advice: str) -> None:
+        """Log advice, the first time that one of the processes gives any."""
+        with self._changed:
+            is_first, self._advised = not self._advised, True
+        if is_first:
+            logger.warning("%s", advice)
 
     def forget(self, buffer: _Buffer) -> None:
         """Drop a buffer that gets no more messages."""
@@ -362,15 +321,15 @@ class _Supervisor(threading.Thread):
         while not self._pool.closed:
             if self._pool.deaths >= _MOST_DEATHS:
                 work.put(
-                    _FAULT, RuntimeError(f"decoder processes died {_MOST_DEATHS} times in a row, before any result")
+                    FAULT, RuntimeError(f"decoder processes died {_MOST_DEATHS} times in a row, before any result")
                 )
                 return
             reason, counts = self._attempt(work)
             if not reason:
                 return
             if work.has_sent or (counts and blamed):
-                work.put(_RESULT, FileFailure(_name_in(work.args), reason, may_pass=True))
-                work.put(_END)
+                work.put(RESULT, FileFailure(name_in(work.args), reason, may_pass=True))
+                work.put(END)
                 return
             blamed = blamed or counts
 
@@ -382,12 +341,14 @@ class _Supervisor(threading.Thread):
             connection.send((work.function, work.args))
             began = True
             while connection.poll(self._pool.timeout):
-                kind, value = _receive(connection)
-                if kind == _ALIVE:
+                kind, value = receive(connection)
+                if kind in (ALIVE, ADVICE):
+                    if value:
+                        self._pool.advise(value)
                     continue
                 self._pool.deaths = 0
                 work.put(kind, value)
-                if kind in (_END, _FAULT):
+                if kind in (END, FAULT):
                     return "", False
         except (EOFError, OSError):
             code = self._end_process(patience=10.0)
@@ -404,7 +365,7 @@ class _Supervisor(threading.Thread):
         context = multiprocessing.get_context("spawn")
         connection, far_end = context.Pipe()
         args = (far_end, self._pool.niceness, min(1.0, self._pool.timeout / 4))
-        process = context.Process(target=_run_process, args=args, daemon=True)
+        process = context.Process(target=run_process, args=args, daemon=True)
         process.start()
         far_end.close()
         self._process, self._connection = process, connection
@@ -424,85 +385,3 @@ class _Supervisor(threading.Thread):
         process.join()
         connection.close()
         return process.exitcode
-
-
-# In a decoder process: the line to the pool, when it last spoke, and how long it may rest.
-_line: Connection | None = None
-_spoke = 0.0
-_rest = 0.0
-
-
-def show_life() -> None:
-    """Tell the pool that work goes on, as decoders do at every frame; elsewhere than in its processes, do nothing."""
-    global _spoke
-    if _line is not None and time.monotonic() - _spoke > _rest:
-        _line.send((_ALIVE, None, None))
-        _spoke = time.monotonic()
-
-
-def _run_process(connection: Connection, niceness: int, rest: float) -> None:
-    """Work until the other end of the connection closes."""
-    global _line, _rest
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(niceness)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    cv2.setNumThreads(1)  # there are several processes
-    cv2.utils.logging.setLogLevel(0)  # errors say what it would print
-    gc.freeze()  # what is imported stays, and need not be looked at after each file
-    _line, _rest = connection, rest
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        connection.send((_READY, None, None))
-        while True:
-            try:
-                function, args = connection.recv()
-                for result in attempt(function, *args):
-                    _send_result(connection, result)
-                connection.send((_END, None, None))
-            except _FAULTS as error:
-                connection.send((_FAULT, _with_traceback(error), None))
-            gc.collect()  # PyAV's containers stand in reference cycles, and hold their frames until then
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-class _RemoteTraceback(Exception):
-    """A traceback of another process, shown as the cause of an exception."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
-
-
-def _with_traceback(error: BaseException) -> tuple[BaseException, str]:
-    text = "".join(traceback.format_exception(error))
-    try:
-        return copy.copy(error), text  # as pickling would
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}"), text
-
-
-def _send_result(connection: Connection, result: Any) -> None:
-    """Send a result; frames go as they are, since pickled ones are copied several times."""
-    frames = getattr(result, "frames", None)
-    if not isinstance(frames, np.ndarray):
-        connection.send((_RESULT, result, None))
-        return
-    connection.send((_RESULT, replace(result, frames=np.empty(0, frames.dtype)), frames.shape))
-    connection.send_bytes(np.ascontiguousarray(frames).data.cast("B"))
-
-
-def _receive(connection: Connection) -> tuple[int, Any]:
-    kind, value, shape = connection.recv()
-    if kind == _FAULT:
-        value, text = value
-        value.__cause__ = _RemoteTraceback(text)
-    elif shape is not None:
-        frames = np.empty(shape, value.frames.dtype)
-        connection.recv_bytes_into(frames.data.cast("B"))
-        value = replace(value, frames=frames)
-    return kind, value

@@ -1,319 +1,390 @@
-"""Reading of videos (PyAV) as upright, full-range RGB; free of torch."""
+"""Reading of videos through PyAV as upright, square-pixel, full-range RGB; free of torch."""
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, dropwhile
-from pathlib import Path
+from itertools import chain, islice
+from time import monotonic as clock
+from types import TracebackType
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from leanvae.media.container import best_video_stream, open_container
+from leanvae.media.convert import deinterlace, frame_to_rgb, resample
 from leanvae.media.errors import MediaError
+from leanvae.media.info import Frame, VideoInfo, video_info
+from leanvae.media.timeline import (
+    TIME_SLACK,
+    WHOLE,
+    Part,
+    Timeline,
+    container_start,
+    expect_frames,
+    frame_rate,
+)
+from leanvae.media.worker import advise, show_life
 from litevae.errors import extra
 
 with extra("video"):
-    import av
     from av.container import InputContainer
     from av.error import FFmpegError
     from av.packet import Packet
-    from av.stream import Disposition
     from av.video.frame import VideoFrame
-    from av.video.reformatter import ColorRange
-    from av.video.stream import VideoStream
 
-# fmt: off
-VIDEO_SUFFIXES = frozenset({
-    ".3g2", ".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
-    ".mts", ".ogg", ".ogv", ".ts", ".webm", ".wmv",
-})
-IMAGE_SUFFIXES = frozenset({
-    ".avif", ".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp",
-})
-# fmt: on
-
-# ITU-T H.273 code points, as FFmpeg reports them.
-MATRIX_UNSPECIFIED = 2
-HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
-# swscale's numbers for them.
-_BT709, _FCC, _BT601, _SMPTE240M, _BT2020 = 1, 4, 5, 7, 9
-_MATRICES = {1: _BT709, 4: _FCC, 5: _BT601, 6: _BT601, 7: _SMPTE240M, 9: _BT2020}
-_RANGE_FULL = 2
 # MPEG program streams: several frames share a timestamp, and after seeking it goes to the wrong one.
 _MISDATED_AFTER_SEEKING = {"mpeg"}
-TIME_SLACK = 1e-4  # seconds; below the shortest time between frames, above rounding errors of float
-# Without these flags swscale is off by 1.0 to 1.9 levels on average instead of 0.2, and repeats chroma.
-# PyAV before 18 has no names for the flags.
-_BICUBIC, _ACCURATE_RND, _FULL_CHR_H_INT = 0x4, 0x40000, 0x2000
-_INTERPOLATION = _BICUBIC | _ACCURATE_RND | _FULL_CHR_H_INT
+# AVI has decoding times alone. FFmpeg guesses from them when frames are shown, for some codecs a frame late.
+_WITHOUT_TIMES = {"avi"}
+# Their frames that are never shown have packets of their own, with the timestamp of the next one or just before it.
+_WITH_HIDDEN_FRAMES, _HIDDEN_WITHIN = {"vp8", "vp9", "libvpx", "libvpx-vp9"}, 0.0015
+_SLOW = 1.0  # seconds to reach a window, after which it is said what helps
+_REORDERING = 1.0  # seconds that cover the reordering of frames between decoding and display
 
 
-@dataclass(frozen=True)
-class VideoInfo:
-    """What the header and the first frame of a video say.
+class VideoReader:
+    """A video, opened once: upright, square-pixel, full-range RGB. Use it in a `with` block, or call `close`.
 
-    Attributes:
-        width, height: size as displayed, after rotation, in pixels.
-        rotation: clockwise degrees (0, 90, 180, 270) that bring a coded frame upright.
-        num_frames: number of frames by the header, or None where the container does not store it; broken
-            files may hold fewer.
-        fps: average frames per second, or None where unknown.
-        duration: seconds, or None where unknown.
-        time_base: seconds per unit of ``Frame.pts``.
-        start_time: seconds at which the container's earliest stream starts; ``Frame.time`` counts from here.
-        container: FFmpeg's name of the format.
-        matrix, color_range, transfer: H.273 code points as read (2, 0 and 2 mean unspecified).
-        is_hdr: the transfer function is PQ or HLG.
-        mirrored: the display matrix mirrors the picture besides turning it.
-        num_video_streams: video streams in the container; one of them is read.
-    """
-
-    path: str
-    width: int
-    height: int
-    rotation: int
-    num_frames: int | None
-    fps: Fraction | None
-    duration: float | None
-    time_base: Fraction
-    start_time: float
-    container: str
-    codec: str
-    pix_fmt: str
-    matrix: int
-    color_range: int
-    transfer: int
-    has_audio: bool
-    is_hdr: bool
-    mirrored: bool
-    num_video_streams: int
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One decoded frame.
-
-    Attributes:
-        image: (H, W, 3) uint8, full-range RGB, upright.
-        pts: presentation timestamp in units of the stream's time base, or None where the file has none.
-        time: seconds since the container's start.
-    """
-
-    image: NDArray[np.uint8]
-    pts: int | None
-    time: float
-
-
-@contextmanager
-def open_video(path: str | Path, threads: int = 0) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Opens a video file and its best video stream (FFmpeg's choice; cover pictures are passed over).
+    Cut files are refused: those whose container states more bytes than there are, when they are opened, and others
+    where their packets break off.
 
     Args:
+        file: a path, or a seekable file.
+        name: what errors call it; a path by default.
+        square: resample pixels that are not square, by enlarging the short side; else they are left as they are.
         threads: decoding threads; 0 takes one per core.
 
-    Raises:
-        MediaError: no such file, not decodable, a still image, or without a video stream; FFmpeg's errors
-            inside the ``with`` block become MediaErrors too.
-    """
-    if not os.path.isfile(path):
-        raise MediaError(path, "no such file")
-    if os.path.getsize(path) == 0:
-        raise MediaError(path, "empty file")
-    try:
-        # The prefix keeps names with colons from being taken for protocols; the whitelist keeps playlists
-        # from fetching addresses.
-        with av.open(
-            f"file:{os.fspath(path)}",
-            metadata_errors="ignore",
-            options={"protocol_whitelist": "file"},
-        ) as container:
-            format_name = container.format.name
-            if format_name.endswith("_pipe") or format_name == "image2":
-                raise MediaError(path, "a still image, not a video")
-            stream = _best_video_stream(container)
-            if stream is None:
-                raise MediaError(path, "no video stream")
-            stream.thread_type = "AUTO"
-            stream.thread_count = threads
-            yield container, stream
-    except FFmpegError as error:
-        raise MediaError(path, f"cannot be decoded: {error.strerror}") from error
-
-
-def _best_video_stream(container: InputContainer) -> VideoStream | None:
-    """FFmpeg's best video stream, unless that is a cover picture."""
-    moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    best = container.streams.best("video")
-    return next((s for s in moving if best is not None and s.index == best.index), moving[0] if moving else None)
-
-
-def probe(path: str | Path) -> VideoInfo:
-    """Reads a video's header and decodes its first frame (rotation and colour stand there).
+    Attributes:
+        rate: average frames per second; 25 where the file does not say.
 
     Raises:
-        MediaError: see :func:`open_video`; or the first frame cannot be decoded.
+        MediaError: no such file, not decodable, cut, a still image, or without a video stream.
     """
-    with open_video(path, threads=1) as (container, stream):
-        frame = next(container.decode(stream), None)
-        if frame is None:
-            raise MediaError(path, "no frame can be decoded")
-        return _describe(path, container, stream, frame)
 
+    def __init__(self, file: str | BinaryIO, name: str = "", *, square: bool = True, threads: int = 1) -> None:
+        self._file = file
+        self._name = name or str(file)
+        self._square = square
+        self._threads = threads
+        self._info: VideoInfo | None = None
+        self._size: tuple[int, int] | None = None
+        self._container: InputContainer | None = None
+        self._open()
+        self.rate = frame_rate(self._stream)
 
-def _describe(path: str | Path, container: InputContainer, stream: VideoStream, frame: VideoFrame) -> VideoInfo:
-    time_base = stream.time_base or Fraction(1, 1000)
-    if stream.duration is not None:
-        duration = float(stream.duration * time_base)
-    else:
-        duration = None if container.duration is None else container.duration / av.time_base
-    transpose, flip_x, flip_y = _orientation(frame)
-    width, height = (frame.height, frame.width) if transpose else (frame.width, frame.height)
-    transfer = frame.color_trc if frame.color_trc else stream.codec_context.color_trc
-    return VideoInfo(
-        path=str(path),
-        width=width,
-        height=height,
-        rotation=-frame.rotation % 360,
-        num_frames=stream.frames or None,
-        fps=stream.average_rate or stream.guessed_rate,
-        duration=duration,
-        time_base=time_base,
-        start_time=container_start(container),
-        container=container.format.name,
-        codec=stream.codec_context.codec.canonical_name,
-        pix_fmt=frame.format.name,
-        matrix=frame.colorspace,
-        color_range=frame.color_range,
-        transfer=transfer,
-        has_audio=bool(container.streams.audio),
-        is_hdr=transfer in HDR_TRANSFERS,
-        mirrored=transpose ^ flip_x ^ flip_y,
-        num_video_streams=len(container.streams.video),
-    )
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
-def iter_frames(path: str | Path, start: float = 0.0, threads: int = 0) -> Iterator[Frame]:
-    """Decodes a video in display order.
+    def close(self) -> None:
+        """Close the file; safe to call again."""
+        if self._container is not None:
+            self._unread = None
+            self._container.close()
+            self._container = None
 
-    Args:
-        start: seconds since the container's start; frames before it are passed over.
-        threads: decoding threads; 0 takes one per core.
+    @property
+    def info(self) -> VideoInfo:
+        """What the header and the first frame say.
 
-    Raises:
-        MediaError: see :func:`open_video`; HDR; or a decoding error, with the number of frames read before.
-    """
-    count = 0
-    try:
-        with open_video(path, threads) as (container, stream):
-            origin = container_start(container)
-            for frame in decode_from(path, container, stream, start):
-                untimed = count / float(stream.guessed_rate or 25)
-                time = untimed if frame.time is None else frame.time - origin
-                yield Frame(frame_to_rgb(path, frame), frame.pts, time)
+        Raises:
+            MediaError: no frame can be decoded.
+        """
+        if self._info is None:
+            with self._naming():
+                frames = self._from_beginning()
+                first = next(frames, None)
+                if first is None:
+                    raise MediaError(self._name, "no frame can be decoded")
+                self._unread = chain([first], frames)
+        assert self._info is not None
+        return self._info
+
+    def frames(self, start: float = 0.0, end: float | None = None) -> Iterator[Frame]:
+        """Decode a part in display order.
+
+        Args:
+            start: seconds since the container's start; frames before it are passed over.
+            end: seconds at which to stop; None reads to the end of the file.
+
+        Raises:
+            MediaError: there is no frame; HDR; the size changes; or the file is damaged or cut, with the number of
+                frames before.
+        """
+        count = 0
+        try:
+            for frame, time in self._shown((start, end)):
+                yield self._convert(frame, time)
                 count += 1
-    except MediaError as error:
-        if count:
-            raise MediaError(path, f"{error.reason} (after {count} frames)") from error
-        raise
-    if not count:
-        raise MediaError(path, f"no frame from {start:g} s on" if start > 0 else "no frame can be decoded")
+        except MediaError as error:
+            if count:
+                raise MediaError(self._name, f"{error.reason} (after {count} frames)") from error
+            raise
+        if not count:
+            raise MediaError(self._name, f"no frame from {start:g} s on" if start > 0 else "no frame can be decoded")
 
+    def window(
+        self, start: float, count: int, *, stride: int = 1, fps: float | None = None, part: Part = WHOLE
+    ) -> list[Frame]:
+        """Seek, then take every stride-th frame, or the nearest to each 1/fps; fewer at the end.
 
-def container_start(container: InputContainer) -> float:
-    """The start of the container's earliest stream in seconds: where its own clock is set to zero here."""
-    return (container.start_time or 0) / av.time_base
+        Args:
+            start: seconds since the container's start.
+            count: number of frames to take; with `fps`, one may come twice.
+            part: frames outside it are not taken.
 
+        Raises:
+            MediaError: as in `frames`, but that there may be no frame.
+        """
+        if fps is not None:
+            return self._nearest(start + np.arange(count) / fps, part)
+        shown = islice(self._shown((max(start, part[0]), part[1])), 0, (count - 1) * stride + 1, stride)
+        return [self._convert(frame, time) for frame, time in shown]
 
-def decode_from(path: str | Path, container: InputContainer, stream: VideoStream, start: float) -> Iterator[VideoFrame]:
-    """Yields the decoded frames from ``start`` seconds on, whatever the container's own index is worth.
+    def count(self, start: float = 0.0, end: float | None = None) -> int:
+        """Count the frames of a part by its packets, without decoding."""
+        return self.measure((start, end)).count
 
-    Raises:
-        MediaError: the file ends inside a frame, or the decoder marks a frame as damaged.
-    """
-    origin = container_start(container)
-    packets = _packets_before(container, stream, start + origin) if start > 0 else container.demux(stream)
-    frames = _decode(path, packets)
-    yield from dropwhile(lambda frame: frame.time is not None and frame.time - origin < start - TIME_SLACK, frames)
+    def measure(self, part: Part = WHOLE) -> Timeline:
+        """Read the packets of a part for the number of its frames and their times; nothing is kept.
 
+        Raises:
+            MediaError: the file is damaged or cut.
+        """
+        start, end = part
+        count, first, last, before = 0, math.inf, -math.inf, -math.inf
+        hides = self._stream.codec_context.name in _WITH_HIDDEN_FRAMES
+        with self._naming():
+            self._unread = None
+            for packet in self._packets_before(start) or self._all_packets():
+                show_life()
+                if packet.is_corrupt:
+                    raise MediaError(self._name, "truncated: the file ends inside a frame")
+                if packet.size == 0 or packet.is_discard:
+                    continue
+                time = self._time_of(packet)
+                time = count / self.rate if time is None else time
+                if end is not None and time > end + _REORDERING:
+                    break
+                is_hidden, before = hides and time - before < _HIDDEN_WITHIN, time
+                if is_hidden:
+                    continue
+                if (start <= 0 or time >= start - TIME_SLACK) and (end is None or time < end - TIME_SLACK):
+                    count, first, last = count + 1, min(first, time), max(last, time)
+        return Timeline(count, first, last) if count else Timeline(0, start, start)
 
-def _packets_before(container: InputContainer, stream: VideoStream, time: float) -> Iterator[Packet]:
-    """The packets from a key frame at or before ``time`` on; from the beginning where seeking finds none."""
-    time_base = float(stream.time_base or 1)
-    # Containers without an index are searched by time alone, and may land behind the key frame.
-    margins = () if container.format.name in _MISDATED_AFTER_SEEKING else (0.0, 2.0, 10.0)
-    for margin in margins:
-        if time - margin <= container_start(container):
-            break
-        container.seek(math.floor((time - margin) / time_base), stream=stream)
-        packets = container.demux(stream)
-        first = next((packet for packet in packets if packet.is_keyframe), None)
-        if first is not None and first.pts is not None and first.pts * time_base <= time + TIME_SLACK:
-            return chain([first], packets)
-    container.seek(min(0, container.start_time or 0))
-    return container.demux(stream)
+    def expect(self, part: Part = WHOLE) -> Timeline | None:
+        """What the header alone says about a part's frames, or None if it says too little; it may be wrong."""
+        return expect_frames(self._opened(), self._stream, part)
 
+    def before(self, timeline: Timeline, index: int) -> float:
+        """A time to begin at, so that a timeline's frame of this index comes first."""
+        return timeline.before(index, self._opened(), self._stream)
 
-def _decode(path: str | Path, packets: Iterable[Packet]) -> Iterator[VideoFrame]:
-    for packet in packets:
-        if packet.is_corrupt:
-            raise MediaError(path, "truncated: the file ends inside a frame")
-        for frame in packet.decode():
-            if frame.is_corrupt:
-                raise MediaError(path, "damaged: the decoder marks a frame as corrupt")
-            yield frame
+    def _opened(self) -> InputContainer:
+        if self._container is None:
+            self._open()
+        assert self._container is not None
+        return self._container
 
+    def _open(self) -> None:
+        """Open the file at its beginning."""
+        with self._naming():
+            self._container = open_container(self._file, self._name)
+            stream = best_video_stream(self._container, self._name)
+            stream.thread_type = "AUTO"
+            stream.thread_count = self._threads
+            self._stream = stream
+            self._header_size = (stream.codec_context.width, stream.codec_context.height)
+            self._time_base = stream.time_base or Fraction(1, 1000)
+            self._tick = float(self._time_base)
+            self._origin = container_start(self._container)
+            self._late = 0.0
+            self._unread: Iterator[VideoFrame] | None = self._decode(self._container.demux(stream), from_start=True)
 
-def frame_to_rgb(path: str | Path, frame: VideoFrame) -> NDArray[np.uint8]:
-    """Converts a decoded frame to (H, W, 3) uint8 full-range RGB, upright, by its own matrix and range.
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Turn FFmpeg's errors into MediaErrors."""
+        try:
+            yield
+        except FFmpegError as error:
+            raise MediaError(self._name, f"cannot be decoded: {error.strerror}") from error
 
-    Untagged frames are taken as BT.601 below 720 coded lines and BT.709 from there; an untagged range as
-    limited, unless the pixel format says otherwise.
+    def _convert(self, frame: VideoFrame, time: float) -> Frame:
+        image = frame_to_rgb(self._name, frame)
+        pts = frame.pts
+        if pts is not None and frame.time_base and frame.time_base != self._time_base:  # of the deinterlacer
+            pts = round(pts * frame.time_base / self._time_base)
+        return Frame(resample(image, (self.info.width, self.info.height)), pts, time)
 
-    Raises:
-        MediaError: PQ or HLG transfer, or a colour matrix that cannot be converted.
-    """
-    refuse_hdr(path, frame.color_trc)
-    if frame.format.is_rgb or len(frame.format.components) < 3:
-        matrix = None
-    elif frame.colorspace == MATRIX_UNSPECIFIED:
-        matrix = _BT601 if frame.height < 720 else _BT709
-    elif frame.colorspace in _MATRICES:
-        matrix = _MATRICES[frame.colorspace]
-    else:
-        raise MediaError(path, f"the colour matrix with H.273 code {frame.colorspace} is not supported")
-    full = frame.color_range == _RANGE_FULL or frame.format.name.startswith("yuvj") or frame.format.is_rgb
-    converted = frame.to_ndarray(
-        format="rgb24",
-        src_colorspace=matrix,
-        src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
-        dst_color_range=ColorRange.JPEG,
-        interpolation=_INTERPOLATION,
-        threads=1,
-    )
-    image = np.asarray(converted, np.uint8)
-    return _turn(image, *_orientation(frame))
+    def _shown(self, part: Part) -> Iterator[tuple[VideoFrame, float]]:
+        """Decode the frames of a part, with their seconds since the container's start."""
+        start, end = part
+        reached = start <= 0
+        with self._naming():
+            for frame, time in self._timed(start):
+                reached = reached or time >= start - TIME_SLACK
+                if not reached:
+                    continue
+                if end is not None and time >= end - TIME_SLACK:
+                    return
+                yield frame, time
 
+    def _nearest(self, points: NDArray[np.float64], part: Part) -> list[Frame]:
+        """Take the frame nearest to each point of time, the earlier one of two; `points` rise evenly."""
+        start, end = part
+        half = (points[-1] - points[0]) / (2 * (len(points) - 1)) if len(points) > 1 else math.inf
+        found: list[Frame] = []
+        before: tuple[VideoFrame, float] | None = None
+        with self._naming():
+            for frame, time in self._timed(max(start, points[0]), all_before=True):
+                if start > 0 and time < start - TIME_SLACK:
+                    continue
+                if end is not None and time >= end - TIME_SLACK:
+                    break
+                while len(found) < len(points) and points[len(found)] <= time:
+                    point = points[len(found)]
+                    is_nearer = before is not None and point - before[1] <= time - point
+                    self._append(found, before if is_nearer and before else (frame, time))
+                if len(found) == len(points):
+                    return found
+                before = frame, time
+        while before and len(found) < len(points) and points[len(found)] - before[1] <= half + TIME_SLACK:
+            self._append(found, before)
+        return found
 
-def refuse_hdr(path: str | Path, transfer: int) -> None:
-    """Raises MediaError for the transfer functions PQ and HLG, whose values would be misread as SDR."""
-    if transfer in HDR_TRANSFERS:
-        raise MediaError(path, f"HDR ({HDR_TRANSFERS[transfer]}) is not supported; convert it to SDR first")
+    def _append(self, found: list[Frame], timed: tuple[VideoFrame, float]) -> None:
+        """Convert a frame, unless it was the last one already."""
+        found.append(found[-1] if found and found[-1].time == timed[1] else self._convert(*timed))
 
+    def _timed(self, start: float, all_before: bool = False) -> Iterator[tuple[VideoFrame, float]]:
+        """Decode from a key frame at or before `start` on, whatever the container's own index is worth.
 
-def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """Reads a display matrix as (transpose, then flip x, then flip y); angles go to the nearest right one."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False, False, False
-    # x' = a x + c y, y' = b x + d y with the matrix stored as a b u c d v x y w (ISO/IEC 14496-12).
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-    return (True, c < 0, b < 0) if abs(b) > abs(a) else (False, a < 0, d < 0)
+        Frames before `start` that no other refers to are left out, unless `all_before`.
+        """
+        frames = self._after_seeking(start, all_before) if start > 0 else None
+        time, first, began = -1 / self.rate, None, clock()
+        for frame in frames or self._from_beginning():
+            # Where the file gives no times, frames are counted.
+            time = time + 1 / self.rate if frame.time is None else frame.time - self._origin - self._late
+            first = time if first is None else first
+            if start > 0 and time >= start - TIME_SLACK and began is not None:
+                if clock() - began > _SLOW:
+                    self._advise(start - first, clock() - began)
+                began = None
+            yield frame, time
 
+    def _advise(self, distance: float, seconds: float) -> None:
+        advise(
+            f"{self._name}: {seconds:.1f} s to reach a window, because the key frame before it lies {distance:.1f} s "
+            "back. Videos like this one slow reading down; encoding them with a key frame every second or two "
+            "(ffmpeg -g 48) helps"
+        )
 
-def _turn(image: NDArray[np.uint8], transpose: bool, flip_x: bool, flip_y: bool) -> NDArray[np.uint8]:
-    if transpose:
-        image = image.transpose(1, 0, 2)
-    return np.ascontiguousarray(image[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+    def _after_seeking(self, start: float, all_before: bool) -> Iterator[VideoFrame] | None:
+        """Decode from a key frame before `start` on; None if that has to begin at the beginning."""
+        self._unread = None
+        packets = self._packets_before(start)
+        skipped_to = -math.inf if all_before else start - 2 / self.rate
+        frames = self._decode(packets, skipped_to=skipped_to) if packets else iter(())
+        first = next(frames, None)
+        if first is None or first.time is None:
+            return None
+        if self.info.interlaced and first.time - self._origin > start - 1.5 / self.rate:
+            # A frame is deinterlaced by those around it.
+            packets = self._packets_before(start - 2 / self.rate)
+            return self._decode(packets) if packets else None
+        return chain([first], frames)
+
+    def _from_beginning(self) -> Iterator[VideoFrame]:
+        if self._unread is None:
+            self.close()
+            self._open()
+        frames, self._unread = self._unread, None
+        assert frames is not None
+        return frames
+
+    def _all_packets(self) -> Iterator[Packet]:
+        self._from_beginning()
+        return self._opened().demux(self._stream)
+
+    def _time_of(self, packet: Packet) -> float | None:
+        """Seconds since the container's start at which a packet's frame is shown; None where the file does not say."""
+        stamp = packet.dts if packet.pts is None or self._opened().format.name in _WITHOUT_TIMES else packet.pts
+        return None if stamp is None else stamp * self._tick - self._origin
+
+    def _packets_before(self, start: float) -> Iterator[Packet] | None:
+        """Seek to a key frame at or before `start`; None where none is found, or it is at the beginning."""
+        container = self._opened()
+        if container.format.name in _MISDATED_AFTER_SEEKING:
+            return None
+        # Containers without an index are searched by time alone, and may land behind the key frame.
+        for margin in (0.0, 2.0, 10.0):
+            if start - margin <= 0:
+                return None
+            container.seek(math.floor((start - margin + self._origin) / self._time_base), stream=self._stream)
+            packets = container.demux(self._stream)
+            first = next((packet for packet in packets if packet.is_keyframe), None)
+            time = self._time_of(first) if first else None
+            if first and time is not None and time <= start + TIME_SLACK:
+                return chain([first], packets)
+        return None
+
+    def _decode(
+        self, packets: Iterable[Packet], from_start: bool = False, skipped_to: float = -math.inf
+    ) -> Iterator[VideoFrame]:
+        """Decode packets, deinterlace what needs it, and refuse damage and other sizes."""
+        return deinterlace(self._checked(packets, from_start, skipped_to))
+
+    def _checked(self, packets: Iterable[Packet], from_start: bool, skipped_to: float) -> Iterator[VideoFrame]:
+        context = self._stream.codec_context
+        context.skip_frame, is_skipping = "DEFAULT", False
+        count = 0
+        for packet in packets:
+            show_life()
+            if not count and self._opened().format.name in _WITHOUT_TIMES and packet.is_keyframe:
+                self._late = ((packet.pts or 0) - (packet.dts or 0)) * self._tick
+            if is_skipping != (packet.pts is not None and packet.pts * self._tick < skipped_to + self._origin):
+                is_skipping = not is_skipping
+                context.skip_frame = "NONREF" if is_skipping else "DEFAULT"
+            if packet.is_corrupt:
+                raise MediaError(self._name, "truncated: the file ends inside a frame")
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise MediaError(self._name, "damaged: the decoder marks a frame as corrupt")
+                if (frame.width, frame.height) != self._size:
+                    self._check_size(frame, count if from_start else None)
+                count += 1
+                yield frame
+
+    def _check_size(self, frame: VideoFrame, number: int | None) -> None:
+        """Refuse a frame whose size is not that of the file's first one."""
+        size = (frame.width, frame.height)
+        if self._size is None:
+            if number is not None or size == self._header_size:
+                self._size = size
+            else:  # one inside the file, and not of the size that the header states
+                self._size = self._first_size()
+            self._info = self._info or video_info(self._name, self._opened(), self._stream, frame, self._square)
+        if size != self._size and self._size is not None:
+            if number is None:
+                number = round(((frame.time or 0.0) - self._origin) * self.rate)
+            raise MediaError(
+                self._name,
+                f"the size changes from {self._size[0]}x{self._size[1]} to {size[0]}x{size[1]} at frame {number}",
+            )
+
+    def _first_size(self) -> tuple[int, int] | None:
+        """Decode the file's first frame beside what is open."""
+        place = 0 if isinstance(self._file, str) else self._file.tell()
+        with VideoReader(self._file, self._name) as other:
+            _ = other.info
+        if not isinstance(self._file, str):
+            self._file.seek(place)
+        return other._size

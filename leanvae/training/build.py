@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from leanvae.checkpoint import build_vae
 from leanvae.config import ConfigError
 from leanvae.data.buckets import Shape
-from leanvae.data.config import BUILTIN, ClipDataConfig, DataConfig
-from leanvae.data.schedule import Schedule, has_choice
+from leanvae.data.config import ClipDataConfig, DataConfig
+from leanvae.data.schedule import Schedule, has_choice, list_training_items, split_held_out
 from leanvae.data.shapes import measure_shapes
-from leanvae.data.sources import Item, Picture, list_items, split_held_out
 from leanvae.distributed import on_main, rank
+from leanvae.media.item import BUILTIN, Item
 from leanvae.model import LeanVAE
 from leanvae.training.config import LossConfig, TrainConfig
 from leanvae.training.engine import build_engine
@@ -54,7 +54,7 @@ def check_passes(config: TrainConfig, world_size: int) -> None:
 
 def count_items(items: Sequence[Item]) -> str:
     """A number of clips and images in words."""
-    images = sum(isinstance(item, Picture) for item in items)
+    images = sum(item.kind == "image" for item in items)
     parts = [f"{number} {kind}" for number, kind in ((len(items) - images, "clips"), (images, "images")) if number]
     return " and ".join(parts) or "nothing"
 
@@ -66,7 +66,7 @@ def find_items(data: DataConfig) -> tuple[list[Item], list[Item]]:
         SourceError: a source is missing, empty or wrongly written.
         ValueError: nothing is left to train on.
     """
-    items: list[Item] = on_main(lambda: list_items(data))
+    items: list[Item] = on_main(lambda: list_training_items(data))
     train, held_out = split_held_out(items, data.held_out)
     if not train:
         raise InvalidInput(f"data.held_out is {data.held_out}: of {len(items)} files none is left to train on")

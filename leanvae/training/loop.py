@@ -168,7 +168,7 @@ class Trainer:
             clean(self.root / CHECKPOINTS)
             self.record.start(self.step if folder else None)
             write_text(self.root / RESOLVED_CONFIG, resolved_config(self.config))
-            write_text(self.root / HELD_OUT, "".join(f"{item.path}\n" for item in self.held_out))
+            write_text(self.root / HELD_OUT, "".join(f"{item.name}\n" for item in self.held_out))
         self.loader = Loader(
             self.config.data,
             make_schedule(self.config, self.train_items, self.root / SHAPES),
@@ -291,7 +291,7 @@ class Trainer:
                     self.bad_clips[rejection.path] = rejection.reason
                     if self.is_main:
                         logger.warning("unusable file %s: %s", rejection.path, rejection.reason)
-            num_files = len({item.path for item in self.train_items})
+            num_files = len({item.name for item in self.train_items})
             check_bad_share(self.bad_clips, num_files, self.config.data.max_bad_share)
         return stop
 

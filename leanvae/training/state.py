@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from leanvae.config import ConfigError
-from leanvae.data.sources import Clip, Item
 from leanvae.distributed import barrier, on_main, rank, world_size
+from leanvae.media.item import Item
 from leanvae.training.checkpoints import FIGURES_FILE, STATE_FILE, commit, new_checkpoint, temporary_folder, writing
 from leanvae.training.config import TrainConfig
 from leanvae.training.faults import FaultRecord
@@ -57,7 +57,7 @@ class RunState:
 
 def items_digest(items: Sequence[Item]) -> str:
     """A short hash of a list of clips or images."""
-    places = [(item.start, item.end) if isinstance(item, Clip) else (item.offset, item.size) for item in items]
+    places = [(item.start, item.end) if item.kind == "clip" else (item.offset, item.size) for item in items]
     text = "\n".join(f"{item.path}\t{start}\t{end}" for item, (start, end) in zip(items, places, strict=True))
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from leanvae.checkpoint import build_vae
-from leanvae.data.clips import ClipSample
-from leanvae.data.loader import Sample, read_held_out
-from leanvae.data.sources import Clip, Item, Picture
+from leanvae.data.loader import read_held_out
+from leanvae.data.samples import Sample
+from leanvae.media.item import Item
 from leanvae.metrics.clips import measure_clip, picture_row
 from leanvae.metrics.networks import FeatureNetworks
 from leanvae.training.comparison import Comparison
@@ -62,7 +62,7 @@ def read_validation_samples(config: TrainConfig, items: Sequence[Item]) -> list[
     samples = []
     for is_image in (False, True):
         buckets = [bucket for bucket in config.curriculum.phases[-1].batches if bucket.is_image == is_image]
-        of_kind = [item for item in items if isinstance(item, Picture) == is_image]
+        of_kind = [item for item in items if (item.kind == "image") == is_image]
         if buckets and of_kind:
             largest = max(buckets, key=lambda bucket: bucket.frames * bucket.height * bucket.width)
             samples += read_held_out(of_kind, config.data, largest, config.training.validation_clips)
@@ -118,7 +118,7 @@ class Validation:
 
 def _label(item: Item) -> str:
     """The file, and where in it the clip starts unless that is the beginning."""
-    return f"{item.path} at {item.start:g} s" if isinstance(item, Clip) and item.start else item.path
+    return f"{item.name} at {item.start:g} s" if item.start else item.name
 
 
 def _compare(name: str, sample: Sample, output: Tensor, target: Tensor) -> Comparison:
@@ -126,7 +126,7 @@ def _compare(name: str, sample: Sample, output: Tensor, target: Tensor) -> Compa
     reconstruction = (output.movedim(0, -1) * 255.0).round().to(torch.uint8).cpu().numpy()
     frames = np.concatenate((sample.frames, reconstruction), axis=-2)  # (T, H, 2W, 3) or (H, 2W, 3)
     row = picture_row(output, target)
-    if not isinstance(sample, ClipSample):
+    if sample.times is None:
         return Comparison(name, frames[None], None, row)
     seconds = float(sample.times[-1] - sample.times[0])
     return Comparison(name, frames, (len(frames) - 1) / seconds if seconds > 0 else _DEFAULT_RATE, row)

@@ -11,14 +11,25 @@ import torch
 
 from leanvae import LeanVAE, LeanVAEConfig, load_vae
 from leanvae.inference.plan import Plan, plan_reconstruction
-from leanvae.jobs import find_jobs
 from leanvae.media.image import read_image
-from leanvae.media.video import iter_frames, probe
+from leanvae.media.naming import find_inputs
+from leanvae.media.video import VideoReader
 from leanvae.media.writer import VideoWriter, write_png
 from leanvae.metrics.frames import psnr
 from leanvae.reconstruct import reconstruct
 from litevae import LiteVAE, LiteVAEConfig
 from litevae.errors import NotFinite, WorkIncomplete
+
+
+def probe(path):
+    with VideoReader(str(path), square=False) as reader:
+        return reader.info
+
+
+def iter_frames(path, start=0.0):
+    with VideoReader(str(path)) as reader:
+        yield from reader.frames(start)
+
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 VFR = [33, 66, 100, 250, 251, 900, 1400, 1433, 1466, 1600]
@@ -201,11 +212,11 @@ def test_reconstruct_runs_in_bfloat16(tmp_path: Path, checkpoint: Path) -> None:
     assert results[0] != results[1]
 
 
-def test_find_jobs_gives_every_file_a_name_of_its_own(tmp_path: Path) -> None:
+def test_find_inputs_gives_every_file_a_name_of_its_own(tmp_path: Path) -> None:
     for name in ["a.jpg", "a.png", "A.mp4", "b.webm", "a.jpg.png", "sub/a.jpg", "out/a.recon.png"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    jobs = find_jobs(tmp_path, tmp_path / "out")
+    jobs = find_inputs(tmp_path, tmp_path / "out")
     assert {job.name: job.target for job in jobs} == {
         "A.mp4": "A.mp4",
         "a.jpg": "a.jpg",
@@ -217,11 +228,11 @@ def test_find_jobs_gives_every_file_a_name_of_its_own(tmp_path: Path) -> None:
     assert [job.is_video for job in jobs] == [True, False, False, False, True, False]
 
 
-def test_find_jobs_refuses_folders_that_cannot_work(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no clip or image"):
-        find_jobs(tmp_path, tmp_path / "out")
+def test_find_inputs_refuses_folders_that_cannot_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no clips or images found"):
+        find_inputs(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="choose another"):
-        find_jobs(tmp_path, tmp_path / "." / "")
+        find_inputs(tmp_path, tmp_path / "." / "")
 
 
 def test_plans_take_fewer_frames_and_then_tiles_of_larger_ones() -> None:

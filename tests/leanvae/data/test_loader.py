@@ -21,15 +21,14 @@ import pytest
 import torch
 
 from leanvae.data import loader as loader_module
-from leanvae.data import workers as workers_module
 from leanvae.data.buckets import Shape
 from leanvae.data.config import ClipDataConfig, ImageDataConfig
 from leanvae.data.loader import Loader, read_held_out
 from leanvae.data.order import phases_of
 from leanvae.data.quarantine import QuarantineRecord, TooManyBadClips
-from leanvae.data.schedule import Schedule
-from leanvae.data.sources import list_items
-from leanvae.data.workers import decode_sample
+from leanvae.data.samples import read_sample
+from leanvae.data.schedule import Schedule, list_training_items
+from leanvae.media.pool import DecoderPool
 
 NUM_STEPS = 6
 BATCH = 4
@@ -76,16 +75,29 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = workers_module.start_decoders(1)
-    yield pool
-    workers_module.stop_decoders(pool)
+    with DecoderPool(1, 30.0) as pool:
+        yield pool
+
+
+class SharedPool:
+    """A pool that closing does not end."""
+
+    def __init__(self, pool):
+        self.submit = pool.submit
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    close = __exit__
 
 
 @pytest.fixture
 def one_pool(pool, monkeypatch):
     """All loaders of a test share the module's decoder process, which takes a while to start."""
-    monkeypatch.setattr(workers_module, "start_decoders", lambda _: pool)
-    monkeypatch.setattr(workers_module, "stop_decoders", lambda _: None)
+    monkeypatch.setattr(loader_module, "DecoderPool", lambda *_: SharedPool(pool))
 
 
 COMMON = {"num_workers": 1, "max_bad_share": 0.5, "prefetch": 1}
@@ -104,6 +116,10 @@ def config(request, folder, clip_config):
     return ImageDataConfig(sources=[f"{folder}/one{suffix}", f"{folder}/two{suffix}"], **COMMON)
 
 
+def has_result(pending):
+    return bool(pending.task._work.buffer._messages)
+
+
 clips_only = pytest.mark.parametrize("config", ["clips"], indirect=True)
 
 
@@ -111,7 +127,7 @@ def schedule(config, items=None, stretches=STRETCHES, seed=0):
     """Phases of (steps, batch size, resolution), each with one bucket."""
     frames = config.num_frames if isinstance(config, ClipDataConfig) else 1
     phases = phases_of((steps, {Shape(frames, *resolution): batch}) for steps, batch, resolution in stretches)
-    return Schedule(config, items or list_items(config), None, phases, seed)
+    return Schedule(config, items or list_training_items(config), None, phases, seed)
 
 
 def batches(config, tmp_path, *, start=0, rank=0, world_size=1, stop=NUM_STEPS, seed=0):
@@ -195,7 +211,7 @@ def test_an_epoch_over_phases_takes_each_file_once(one_pool, config, tmp_path):
         first = {rejection.position: rejection.path for rejection in step.rejected if rejection.attempt == 0}
         start = len(named)
         named += [first.get(start + index, path) for index, path in zip(step.indices, step.paths, strict=True)]
-    length = len(list_items(config))
+    length = len(list_training_items(config))
     assert len(named) // length == 2
     for epoch in range(2):
         assert len(set(named[epoch * length : (epoch + 1) * length])) == length
@@ -266,6 +282,56 @@ def test_a_recorded_decision_is_replayed_though_the_file_is_good(one_pool, confi
     assert "decoding took longer than 30 s" in [rejection.reason for rejection in replayed[1].rejected]
 
 
+def test_substitutes_overtake_what_is_read_ahead(pool, config, tmp_path, monkeypatch):
+    """A step waits for them: behind the whole queue they would hold it up, or run it out of time."""
+    submitted = []
+
+    class Recording(SharedPool):
+        def __init__(self):
+            pass
+
+        def submit(self, function, item, *args, urgent):
+            submitted.append((item.name, urgent))
+            return pool.submit(function, item, *args, urgent=urgent)
+
+    monkeypatch.setattr(loader_module, "DecoderPool", lambda *_: Recording())
+    rejected = [rejection for step in batches(config, tmp_path) for rejection in step.rejected]
+    assert rejected
+    assert sorted(name for name, urgent in submitted if urgent) == sorted(each.substitute for each in rejected)
+
+
+@clips_only
+def test_names_that_are_not_utf8_are_recorded_and_replayed(one_pool, config, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(3):
+        write_video(folder / f"good_{number}.mp4", number)
+    bad = folder / os.fsdecode(b"caf\xe9.mp4")
+    bad.write_bytes(b"no video")
+    config = ClipDataConfig(sources=[str(folder)], num_frames=5, **COMMON)
+    whole = batches(config, tmp_path / "record", stop=3)
+    ((path, reason),) = {(each.path, each.reason) for step in whole for each in step.rejected}
+    assert path == f"{folder}/caf\\udce9.mp4"
+    assert reason.startswith("cannot be decoded")
+    assert QuarantineRecord(tmp_path / "record" / "quarantine.rank0.jsonl").reasons() == {path: reason}
+    assert_same(batches(config, tmp_path / "record", stop=3), whole)
+
+
+@clips_only
+def test_a_fault_of_the_code_is_not_a_bad_file(config, tmp_path, monkeypatch):
+    (tmp_path / "faulty.py").write_text("def read_sample(*args):\n    yield args.nothing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import faulty  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setattr(loader_module, "read_sample", faulty.read_sample)
+    with (
+        Loader(config, schedule(config), record=tmp_path / "quarantine.rank0.jsonl") as loader,
+        pytest.raises(AttributeError, match="nothing") as caught,
+    ):
+        next(iter(loader))
+    assert "faulty.py" in str(caught.value.__cause__)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @clips_only
 def test_decoders_that_die_while_idle_are_replaced_and_no_clip_is_blamed(config, tmp_path, number):
@@ -275,7 +341,7 @@ def test_decoders_that_die_while_idle_are_replaced_and_no_clip_is_blamed(config,
     with Loader(config, schedule(config), record=record) as loader:
         steps = iter(loader)
         got = [next(steps)]
-        while not all(item.work.future.done() for _, step in loader._ahead for item in step):
+        while not all(has_result(item) for _, step in loader._ahead for item in step):
             time.sleep(0.05)
         decoders = [child for child in psutil.Process().children() if child not in others]
         assert decoders
@@ -291,9 +357,9 @@ def test_slow_and_crashing_decoders_are_replaced_within_the_time_limit(config, t
     (tmp_path / "odd_decoder.py").write_text(
         textwrap.dedent("""
             import os, signal, time
-            from leanvae.data.workers import decode_sample as decode
+            from leanvae.data.samples import read_sample as read
 
-            def decode_sample(clip, config, resolution, seed):
+            def read_sample(clip, config, resolution, seed):
                 if "good_1" in clip.path:
                     time.sleep(60)
                 if "good_2" in clip.path:
@@ -304,19 +370,19 @@ def test_slow_and_crashing_decoders_are_replaced_within_the_time_limit(config, t
                     time.sleep(60)
                 if "good_3" in clip.path:
                     raise RuntimeError("unforeseen")
-                return decode(clip, config, resolution, seed)
+                yield from read(clip, config, resolution, seed)
         """)
     )
     monkeypatch.syspath_prepend(tmp_path)
     import odd_decoder  # pyright: ignore[reportMissingImports]
 
-    monkeypatch.setattr(loader_module, "decode_sample", odd_decoder.decode_sample)
+    monkeypatch.setattr(loader_module, "read_sample", odd_decoder.read_sample)
     config = config.model_copy(update={"timeout": 0.5, "max_bad_share": 0.9, "sources": config.sources[:1]})
     record = tmp_path / "quarantine.rank0.jsonl"
     with Loader(config, schedule(config, stretches=[(1, 5, (32, 32))]), record=record) as loader:
         steps = list(islice(loader, 2))
         reasons = {path.rsplit("/")[-1]: reason for path, reason in loader.rejected_paths.items()}
-    assert reasons["good_1.mp4"] == "decoding took longer than 0.5 s"
+    assert reasons["good_1.mp4"] == "decoding hangs: nothing came for 0.5 s"
     assert reasons["good_2.mp4"] == "the decoder process died (exit code 3)"
     assert reasons["good_3.mp4"] == "RuntimeError: unforeseen"
     assert (tmp_path / "odd_decoder.py.terminated").exists()
@@ -331,12 +397,11 @@ def test_decoder_processes_import_no_torch_and_end_with_the_loader(config, tmp_p
     loader = Loader(config, drawn, record=tmp_path / "quarantine.rank0.jsonl")
     with loader:
         next(iter(loader))
-        pool = loader._decoders._pool
-        found = pool.schedule(eval, args=("[n for n in ('torch', 'cv2') if n in __import__('sys').modules]",))
-        assert found.result(timeout=20) == ["cv2"]
+        loaded = "[[n for n in ('torch', 'cv2') if n in __import__('sys').modules]]"
+        assert loader._pool.submit(eval, loaded).result() == ["cv2"]
         started = time.monotonic()
     assert time.monotonic() - started < 5
-    assert not pool.active
+    assert not [thread for thread in loader._pool._supervisors if thread.is_alive()]
     loader.close()
     with pytest.raises(RuntimeError, match="closed"):
         list(islice(loader, 5))
@@ -369,8 +434,8 @@ def test_loader_refuses_what_it_cannot_share(one_pool, config, tmp_path):
 
 @clips_only
 def test_read_held_out_takes_central_windows_and_passes_over_bad_files(one_pool, config, caplog):
-    clips = [clip for clip in list_items(config) if clip.source == 1][::-1]
-    assert clips[0].path.endswith("text.mp4")
+    clips = [clip for clip in list_training_items(config) if clip.source == 1][::-1]
+    assert clips[0].name.endswith("text.mp4")
     samples = read_held_out(clips, config, Shape(5, 16, 24), limit=2)
     assert [sample.item for sample in samples] == clips[1:3]
     assert samples[0].frames.shape == (5, 16, 24, 3)
@@ -381,7 +446,7 @@ def test_read_held_out_takes_central_windows_and_passes_over_bad_files(one_pool,
 
 def test_read_held_out_reads_images(one_pool, folder, caplog):
     config = ImageDataConfig(sources=[f"{folder}/two.tar"], **COMMON)
-    pictures = list_items(config)[::-1]
+    pictures = list_training_items(config)[::-1]
     samples = read_held_out(pictures, config, Shape(1, 16, 24), limit=2)
     assert [sample.item for sample in samples] == pictures[1:3]
     assert samples[0].frames.shape == (16, 24, 3)
@@ -401,7 +466,7 @@ def test_a_changed_tar_makes_its_records_void(one_pool, folder, tmp_path):
 
 def test_clips_with_a_configuration_of_images_say_so(one_pool, clip_config, tmp_path):
     with pytest.raises(TypeError, match="ClipDataConfig, got ImageDataConfig"):
-        decode_sample(list_items(clip_config)[0], ImageDataConfig(), Shape(5, 16, 24), None)
+        next(read_sample(list_training_items(clip_config)[0], ImageDataConfig(), Shape(5, 16, 24), None))
 
 
 @pytest.mark.slow
@@ -416,13 +481,12 @@ def test_a_program_that_leaves_the_loader_open_still_ends(config, tmp_path, endi
             from leanvae.data.loader import Loader
             from leanvae.data.buckets import Shape
             from leanvae.data.order import phases_of
-            from leanvae.data.schedule import Schedule
-            from leanvae.data.sources import list_items
+            from leanvae.data.schedule import Schedule, list_training_items
 
             config = ClipDataConfig.model_validate_json({config.model_dump_json()!r})
             record = Path({str(tmp_path)!r}) / "quarantine.rank0.jsonl"
             phases = phases_of([(1, {{Shape(5, 32, 32): 2}})])
-            loader = Loader(config, Schedule(config, list_items(config), None, phases, 0), record=record)
+            loader = Loader(config, Schedule(config, list_training_items(config), None, phases, 0), record=record)
             print(next(iter(loader)).pixels.shape)
             {ending}
     """

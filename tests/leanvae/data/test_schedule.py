@@ -9,7 +9,7 @@ from leanvae.data.buckets import Shape
 from leanvae.data.config import ClipDataConfig
 from leanvae.data.order import BLOCK, bucket_of_step, even_counts, phases_of
 from leanvae.data.schedule import Schedule, assign
-from leanvae.data.sources import Clip, Picture
+from leanvae.media.item import Item
 
 SQUARE, WIDE, LONG, IMAGE = Shape(17, 64, 64), Shape(17, 48, 80), Shape(33, 32, 32), Shape(1, 64, 64)
 
@@ -61,10 +61,10 @@ def make_items():
     draw = random.Random(0)
     items, shapes = [], []
     for number in range(60):
-        items.append(Clip(f"clip_{number}.mp4", source=number % 2))
+        items.append(Item(f"clip_{number}.mp4", "clip", source=number % 2))
         shapes.append(draw.choice([Shape(20, 128, 128), Shape(40, 90, 160), Shape(99, 200, 200), None]))
     for number in range(31):
-        items.append(Picture(f"photo_{number}.png", source=2))
+        items.append(Item(f"photo_{number}.png", "image", source=2))
         shapes.append(Shape(1, 100, 100))
     return items, shapes
 
@@ -165,7 +165,7 @@ def test_seeds_give_other_orders_and_the_same_one_the_same():
 
 
 def test_buckets_without_files_are_left_out():
-    items = [Clip(f"{number}.mp4") for number in range(5)], [Shape(20, 64, 64)] * 5
+    items = [Item(f"{number}.mp4", "clip") for number in range(5)], [Shape(20, 64, 64)] * 5
     config = ClipDataConfig(sources=["a"])
     schedule = make_schedule(config, items=items, stretches=[(3, {SQUARE: 2, LONG: 2})])
     assert schedule.empty == [(0, LONG)]

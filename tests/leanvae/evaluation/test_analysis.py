@@ -182,7 +182,7 @@ def test_images_that_cannot_be_analysed_are_errors(tmp_path: Path, folder: Path)
         analyse_models(models, folder, tmp_path / "out", STUDY)
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no"):
+    with pytest.raises(ValueError, match="no clips or images found"):
         analyse_models(models, tmp_path / "empty", tmp_path / "out", STUDY)
 
 

@@ -23,15 +23,22 @@ from leanvae.cli import main as cli
 from leanvae.evaluation import run as evaluation
 from leanvae.evaluation.autoencoders import Cutting
 from leanvae.evaluation.baselines import make_baseline
-from leanvae.evaluation.inputs import Source, find_inputs
+from leanvae.evaluation.inputs import Source
 from leanvae.evaluation.records import folder_name
 from leanvae.evaluation.run import Settings, evaluate
 from leanvae.media.image import read_image
-from leanvae.media.video import iter_frames
+from leanvae.media.naming import find_inputs
+from leanvae.media.video import VideoReader
 from leanvae.media.writer import write_png
 from leanvae.metrics.networks import FeatureNetworks
 from litevae import LiteVAE, LiteVAEConfig
 from litevae.errors import WorkIncomplete
+
+
+def iter_frames(path, start=0.0):
+    with VideoReader(str(path)) as reader:
+        yield from reader.frames(start)
+
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARED = ROOT.parent / "shared" / "data"
@@ -290,7 +297,7 @@ def test_lists_of_files_and_settings_are_followed(files: Path, tmp_path: Path) -
     assert [image.shape for image in images] == [(16, 24, 3)] * 3
     report = evaluate(["identity"], tmp_path / "list.txt", tmp_path / "out", settings=Settings(2, (16, 24)))
     assert (report["files"], report["frames"]) == (2, 3)
-    for text, message in (("a.png\n./a.png\n", "twice"), ("\n", "lists no file")):
+    for text, message in (("a.png\n./a.png\n", "twice"), ("\n", "no clips or images found")):
         (tmp_path / "list.txt").write_text(text)
         with pytest.raises(ValueError, match=message):
             find_inputs(tmp_path / "list.txt", tmp_path / "out")

@@ -13,13 +13,23 @@ import torch
 
 from leanvae import load_vae
 from leanvae.cli.main import main
+from leanvae.latents.clips import ClipRule
 from leanvae.latents.decode import decode_entry, decode_latents
 from leanvae.latents.encode import encode_clips
-from leanvae.latents.rule import ClipRule
 from leanvae.latents.store import Store, StoreError
 from leanvae.latents.verify import verify_store
-from leanvae.media.video import iter_frames, probe
+from leanvae.media.video import VideoReader
 from litevae import LiteVAE, LiteVAEConfig
+
+
+def probe(path):
+    with VideoReader(str(path)) as reader:
+        return reader.info
+
+
+def iter_frames(path, start=0.0):
+    with VideoReader(str(path)) as reader:
+        yield from reader.frames(start)
 
 
 @pytest.fixture

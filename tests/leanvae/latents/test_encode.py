@@ -1,11 +1,14 @@
 """Encoding into a store: what an entry holds, that each clip is there once whatever happens, and what is refused."""
 
 import json
+import os
 import sys
 import tarfile
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import cv2
 import numpy as np
 import psutil
@@ -17,17 +20,22 @@ from safetensors.torch import load
 
 from leanvae import load_vae
 from leanvae.cli.main import main
-from leanvae.data.cutting import Cut, cut_picture
-from leanvae.latents import decoding, encode
-from leanvae.latents.decoders import decode_ahead
-from leanvae.latents.decoding import Decoding, Finished, Piece, Rejected, decode_source
+from leanvae.data.samples import Cut, cut_picture
+from leanvae.latents import clips as clips_module
+from leanvae.latents import encode
+from leanvae.latents.clips import ClipRequest, ClipRule, Finished, Piece, Rejected, decode_ahead, decode_source
 from leanvae.latents.encode import encode_clips
 from leanvae.latents.encoding import ClipEncoder, EncodedClip, to_model
-from leanvae.latents.rule import ClipRule
-from leanvae.latents.sources import Source
 from leanvae.latents.store import Store, StoreError
-from leanvae.media.video import iter_frames
+from leanvae.latents.verify import verify_store
+from leanvae.media.item import Item
+from leanvae.media.video import VideoReader
 from litevae import LiteVAE, LiteVAEConfig
+
+
+def iter_frames(path, start=0.0):
+    with VideoReader(str(path)) as reader:
+        yield from reader.frames(start)
 
 
 def members(store):
@@ -73,7 +81,7 @@ def test_entries_hold_the_posterior_and_what_it_is_of(checkpoint, make_work, cli
     reasons = {Path(entry["source"]).name: entry["reason"] for entry in summary["skipped"]}
     assert reasons.keys() == {"short.mp4", "broken.mp4"}
     assert reasons["short.mp4"] == "too short: 3 frames, 5 needed"
-    key = f"{Source(f'{clips}/a.mp4').id}_0000004"
+    key = f"{Item(f'{clips}/a.mp4', 'clip').id}_0000004"
     stored = members(tmp_path / "store")
     tensors, facts = load(stored[f"{key}.safetensors"]), json.loads(stored[f"{key}.json"])
     frames = list(iter_frames(clips / "a.mp4"))[4:9]
@@ -270,10 +278,10 @@ def test_models_without_statistics_do_not_normalize(checkpoint):
 @pytest.mark.parametrize("frames", [17, 18, 7])
 @pytest.mark.parametrize("kind", ["video", "image"])
 def test_long_clips_in_pieces_equal_the_whole(checkpoint, write_clip, tmp_path, monkeypatch, kind, frames):
-    source = Source(str(write_clip(tmp_path / "a.mp4", num_frames=frames)))
+    source = Item(str(write_clip(tmp_path / "a.mp4", num_frames=frames)), "clip")
     small = {"extraction_channels": 4, "aggregation_channels": 4, "decoder_channels": 8, "num_res_blocks": 1}
     vae = load_vae(checkpoint) if kind == "video" else LiteVAE(LiteVAEConfig(**small)).eval()
-    work = Decoding(ClipRule(), group=4 if kind == "video" else 1)
+    work = ClipRequest(ClipRule(), group=4 if kind == "video" else 1)
 
     def encode():
         encoder = ClipEncoder(vae, torch.float32, batch_size=1, flips=True)
@@ -285,7 +293,7 @@ def test_long_clips_in_pieces_equal_the_whole(checkpoint, write_clip, tmp_path, 
 
     whole, num_pieces = encode()
     assert num_pieces == 2
-    monkeypatch.setattr(decoding, "_PIXELS_AT_ONCE", 4 * 48 * 64)
+    monkeypatch.setattr(clips_module, "_PIXELS_AT_ONCE", 4 * 48 * 64)
     parts, num_pieces = encode()
     assert num_pieces > 2
     assert parts.times == whole.times
@@ -294,14 +302,14 @@ def test_long_clips_in_pieces_equal_the_whole(checkpoint, write_clip, tmp_path, 
 
 
 def test_overlapping_clips_share_frames(write_clip, tmp_path):
-    source = Source(str(write_clip(tmp_path / "a.mp4", num_frames=16)))
-    *pieces, end = decode_source(source, Decoding(ClipRule(frames=4, stride=2, every=3), group=4))
+    source = Item(str(write_clip(tmp_path / "a.mp4", num_frames=16)), "clip")
+    *pieces, end = decode_source(source, ClipRequest(ClipRule(frames=4, stride=2, every=3), group=4))
     images = [frame.image for frame in iter_frames(tmp_path / "a.mp4")]
     assert [piece.first for piece in pieces] == [0, 3, 6, 9]
     for piece in pieces:
         np.testing.assert_array_equal(piece.frames, np.stack(images[piece.first : piece.first + 7 : 2]))
     assert end == Finished(source, 16, 4, 4)
-    *rest, end = decode_source(source, Decoding(ClipRule(frames=4, stride=2, every=3), group=4), frozenset({0, 6}))
+    *rest, end = decode_source(source, ClipRequest(ClipRule(frames=4, stride=2, every=3), group=4), frozenset({0, 6}))
     assert [piece.first for piece in rest] == [3, 9]
     assert end == Finished(source, 16, 4, 2)
 
@@ -324,14 +332,62 @@ def test_gpu_decoders_take_the_place_of_the_cpu(write_clip, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "torchcodec", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(VideoDecoder=VideoDecoder))
     monkeypatch.delitem(sys.modules, "leanvae.media.nvdec", raising=False)
-    source = Source(str(path), start=0.2)
-    *expected, _ = decode_source(source, Decoding(ClipRule(frames=3), 4))
-    *pieces, end = decode_source(source, Decoding(ClipRule(frames=3), 4, gpu="cuda:0"))
+    source = Item(str(path), "clip", start=0.2)
+    *expected, _ = decode_source(source, ClipRequest(ClipRule(frames=3), 4))
+    *pieces, end = decode_source(source, ClipRequest(ClipRule(frames=3), 4, gpu="cuda:0"))
     monkeypatch.delitem(sys.modules, "leanvae.media.nvdec")
     assert end == Finished(source, 7, 2, 2)
     for piece, other in zip(pieces, expected, strict=True):
         np.testing.assert_array_equal(piece.frames, other.frames)
         assert piece.times == other.times
+
+
+def test_names_that_are_not_utf8_cost_nobody_else(write_clip, make_work, checkpoint, tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    write_clip(folder / "a.mp4", num_frames=5)
+    write_clip(folder / os.fsdecode(b"caf\xe9.mp4"), num_frames=5, seed=1)
+    (folder / os.fsdecode(b"bad\xe9.mp4")).write_bytes(b"no video")
+    summary = encode_clips([str(folder)], tmp_path / "store", make_work(ClipRule(frames=5)))
+    assert (summary["clips"], summary["sources"]) == (2, 3)
+    assert [entry["source"] for entry in summary["skipped"]] == [f"{folder}/bad\\udce9.mp4"]
+    sources = Store(tmp_path / "store").index()["source"].to_pylist()
+    assert sorted(sources) == [f"{folder}/a.mp4", f"{folder}/caf\\udce9.mp4"]
+    report = verify_store(tmp_path / "store", checkpoint)
+    assert report["problems"] == []
+    assert len(report["samples"]) == 2
+
+
+def test_folders_that_cannot_be_read_count_as_skipped(clips, make_work, tmp_path, monkeypatch):
+    (clips / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    summary = encode_clips([str(clips)], tmp_path / "store", make_work())
+    assert {"source": f"{clips}/locked", "reason": "Permission denied"} in summary["skipped"]
+
+
+def test_anamorphic_and_transparent_clips_and_folders_are_encoded_as_they_are_shown(make_work, tmp_path):
+    with av.open(str(tmp_path / "wide.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=20)
+        stream.width, stream.height, stream.pix_fmt = 180, 144, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(64, 45)
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((144, 180, 3), np.uint8), "rgb24")))
+        container.mux(stream.encode(None))
+    (tmp_path / "take").mkdir()
+    for number in range(5):
+        cv2.imwrite(str(tmp_path / "take" / f"{number:03}.png"), np.zeros((32, 32, 3), np.uint8))
+    (tmp_path / "list.csv").write_text("path,fps\nwide.mp4,\ntake,10\n")
+    encode_clips([f"{tmp_path}/list.csv"], tmp_path / "store", make_work(ClipRule()))
+    facts = [json.loads(data) for name, data in members(tmp_path / "store").items() if name.endswith("json")]
+    found = {Path(fact["source"]).name: (fact["size"], fact["fps"], fact["times"][-1]) for fact in facts}
+    assert found == {"wide.mp4": ([5, 144, 256], 20.0, 0.2), "take": ([5, 32, 32], 10.0, 0.4)}
 
 
 def test_files_that_break_off_give_no_clip(write_clip, make_work, tmp_path):
@@ -346,8 +402,8 @@ def test_dead_and_silent_decoders_cost_their_file_alone(write_clip, tmp_path):
     orders = []
     for name in ("a", "b", "c"):
         path = write_clip(tmp_path / f"{name}.mp4", num_frames=48, height=96, width=128)
-        orders.append((Source(str(path)), frozenset()))
-    work = Decoding(ClipRule(frames=4), group=4)
+        orders.append((Item(str(path), "clip"), frozenset()))
+    work = ClipRequest(ClipRule(frames=4), group=4)
     outcomes = {}
     # One piece waits for the caller and one for room: the decoder is at work on the file while it is held up.
     for result in decode_ahead(orders, work, num_workers=1, ahead=1, timeout=5.0):

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from leanvae.media.video import iter_frames
+from leanvae.media.video import VideoReader
+
+
+def iter_frames(path, start=0.0):
+    with VideoReader(str(path)) as reader:
+        yield from reader.frames(start)
+
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "video_diffusion.py"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from leanvae.latents.clips import ClipRule
 from leanvae.latents.encode import encode_clips
-from leanvae.latents.rule import ClipRule
 from leanvae.latents.store import Store
 from leanvae.latents.verify import verify_store
 

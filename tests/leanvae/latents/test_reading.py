@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 from leanvae import load_vae
 from leanvae.latents import LatentClips, OnlineLatents, ShapeBatches
+from leanvae.latents.clips import ClipRule
 from leanvae.latents.encode import encode_clips
 from leanvae.latents.reading import shape_batches
-from leanvae.latents.rule import ClipRule
 from leanvae.latents.store import Store, StoreError
 
 RULE = ClipRule(frames=5, every=4, resolutions=("32x32",))

@@ -7,11 +7,22 @@ import numpy as np
 import pytest
 
 from leanvae.data.config import ClipDataConfig
-from leanvae.data.sources import Clip, list_items, split_held_out
+from leanvae.data.schedule import list_training_items, split_held_out
 from leanvae.media import builtin
 from leanvae.media.builtin import PHOTOGRAPHS, find_photographs, make_builtin_clips, moving_views
 from leanvae.media.image import read_image
-from leanvae.media.video import iter_frames, probe
+from leanvae.media.item import Item
+from leanvae.media.video import VideoReader
+
+
+def probe(path):
+    with VideoReader(str(path)) as reader:
+        return reader.info
+
+
+def iter_frames(path, start=0.0):
+    with VideoReader(str(path)) as reader:
+        yield from reader.frames(start)
 
 
 @pytest.fixture
@@ -28,7 +39,7 @@ def test_photographs_are_found_in_the_installed_packages():
 
 
 def test_default_share_holds_out_natural_colour_photographs_of_their_own():
-    clips = [Clip(f"photo_{name}.mp4") for name in PHOTOGRAPHS]
+    clips = [Item(f"photo_{name}.mp4", "clip") for name in PHOTOGRAPHS]
     training, held_out = split_held_out(clips, ClipDataConfig().held_out)
     assert [clip.path for clip in held_out] == ["photo_flower.mp4", "photo_hubble_deep_field.mp4"]
     assert len(training) == len(PHOTOGRAPHS) - 2
@@ -52,10 +63,10 @@ def test_clips_are_written_once_and_look_like_the_views(few_frames, tmp_path):
 
 def test_a_missing_clip_is_made_again_and_the_source_lists_them(few_frames, tmp_path):
     config = ClipDataConfig(sources=["builtin"], cache_dir=str(tmp_path))
-    clips = list_items(config)
+    clips = list_training_items(config)
     first = [Path(clip.path).read_bytes() for clip in clips]
     (tmp_path / "builtin-v1" / "photo_coffee.mp4").unlink()
-    assert list_items(config) == clips
+    assert list_training_items(config) == clips
     assert [Path(clip.path).read_bytes() for clip in clips] == first
 
 

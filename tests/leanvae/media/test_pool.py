@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from leanvae.media.item import Item
-from leanvae.media.pool import DecoderPool, FileFailure, show_life
+from leanvae.media.pool import DecoderPool
+from leanvae.media.worker import FileFailure, show_life
 
 TIMEOUT = 0.5
 ODD = """
@@ -22,7 +23,7 @@ ODD = """
     import numpy as np
 
     from leanvae.media.errors import MediaError
-    from leanvae.media.pool import show_life
+    from leanvae.media.worker import show_life
 
     def misbehave(how, times, log):
         with open(log, "a") as file:

@@ -10,8 +10,18 @@ import pytest
 from numpy.typing import NDArray
 
 from leanvae.media.image import read_image
-from leanvae.media.video import iter_frames, probe
+from leanvae.media.video import VideoReader
 from leanvae.media.writer import VideoWriter, write_png
+
+
+def probe(path):
+    with VideoReader(str(path)) as reader:
+        return reader.info
+
+
+def iter_frames(path, start=0.0):
+    with VideoReader(str(path)) as reader:
+        yield from reader.frames(start)
 
 
 def _frames(count: int, height: int = 32, width: int = 48) -> list[NDArray[np.uint8]]:

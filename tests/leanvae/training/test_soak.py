@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from leanvae.config import load_config
-from leanvae.data.sources import list_items, split_held_out
+from leanvae.data.schedule import list_training_items, split_held_out
 from leanvae.training.build import make_schedule
 from leanvae.training.config import TrainVideoConfig
 
@@ -88,13 +88,13 @@ class Soak:
     def expected(self):
         """What the order names for each step, from 1: the position of its first sample, and the files."""
         config = load_config(TrainVideoConfig, self.config_file, [])
-        items, _ = split_held_out(list_items(config.data), config.data.held_out)
+        items, _ = split_held_out(list_training_items(config.data), config.data.held_out)
         schedule = make_schedule(config, items)
         named = {}
         for step in range(1, self.steps + 1):
             draw = schedule.at(step - 1)
             places = [draw.row.item(schedule.seed, draw.place + index) for index in range(draw.batch_size)]
-            named[step] = draw.position, [draw.row.items[source][number].path for source, number in places]
+            named[step] = draw.position, [draw.row.items[source][number].name for source, number in places]
         return named
 
 

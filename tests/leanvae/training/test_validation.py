@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 
 from leanvae import LeanVAE
-from leanvae.data.clips import ClipSample
-from leanvae.data.pictures import PictureSample
-from leanvae.data.sources import Clip, Picture
+from leanvae.data.samples import Sample
+from leanvae.media.item import Item
 from leanvae.training.build import load_held_out_lpips
 from leanvae.training.comparison import Comparison, animation, picture, write_comparisons
 from leanvae.training.config import LossConfig, LossTerm, TrainVideoConfig
@@ -30,8 +29,8 @@ def noise(*shape):
 
 
 def samples():
-    clip = ClipSample(Clip("a/clip.mp4", start=2.0), noise(5, 32, 48, 3), np.arange(5) / 10.0, "pyav")
-    return [clip, PictureSample(Picture("b/picture.png"), noise(32, 48, 3))]
+    clip = Sample(Item("a/clip.mp4", "clip", start=2.0), noise(5, 32, 48, 3), np.arange(5) / 10.0)
+    return [clip, Sample(Item("b/picture.png", "image"), noise(32, 48, 3))]
 
 
 class MeanDistance(torch.nn.Module):

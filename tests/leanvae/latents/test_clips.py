@@ -5,8 +5,8 @@ import pytest
 from pydantic import ValidationError
 
 from leanvae.data.buckets import Shape
-from leanvae.data.cutting import Cut, cut_picture
-from leanvae.latents.rule import ClipRule, place
+from leanvae.data.samples import Cut, cut_picture
+from leanvae.latents.clips import ClipRule, place
 
 
 def test_clips_touch_unless_told_otherwise():
