@@ -47,11 +47,8 @@ NOT_YET: set[tuple[str, str]] = {
     ("bench", "jobs"),
     ("evaluation", "bench"),
     ("evaluation", "jobs"),
-    ("inference", "model"),
     ("jobs", "litevae"),
     ("jobs", "media"),
-    ("naf", "inference"),
-    ("patchify", "inference"),
     ("peers", "bench"),
     ("reconstruct", "jobs"),
 }
@@ -162,7 +159,6 @@ def test_packages_import_only_from_their_left():
     assert sorted(wrong_imports()) == []
 
 
-@pytest.mark.xfail(reason="the renovation unties them", strict=True)
 def test_no_circle_of_imports():
     graph = {module_of(path): imported_modules(path) for path in SOURCES}
     for package in ("leanvae", "litevae"):

@@ -12,7 +12,6 @@ the single steps at the width of the fused tokens.
 """
 
 import argparse
-import copy
 import subprocess
 import sys
 import time
@@ -29,9 +28,9 @@ from leanvae.bench.memory import PeakMemory
 from leanvae.config import LeanVAEConfig
 from leanvae.inference.packed import pack, packed_linear
 from leanvae.model import LeanVAE
-from leanvae.naf import CausalDepthwiseConv, FeedForward
+from leanvae.naf import CausalDepthwiseConv
 from leanvae.ops import BLOCK_TOKENS, gradient_step, soft_threshold, tokenwise
-from leanvae.patchify import analyse, image_and_video_patches, stream_widths, synthesise
+from leanvae.patchify import from_bands, image_and_video_patches, stream_widths, to_bands
 
 Work = Callable[[], object]
 Key = TypeVar("Key")
@@ -161,17 +160,15 @@ def make_operations(dtype: torch.dtype, size: Sequence[int]) -> dict[str, tuple[
     """The steps of inference, prepared: name to (work, floating-point operations, bytes read and written)."""
     torch.manual_seed(0)
     vae: Any = LeanVAE().eval().to(dtype)
-    plain_embedding = copy.deepcopy(vae.encoder.embedding)
-    vae.compile()
-    embedding, projection = vae.encoder.embedding, vae.decoder.projection
+    layers = vae.compile().layers
+    embedding, projection = layers.encoder.embedding, layers.decoder.projection
     clip = (torch.rand(1, 3, *size) * 2 - 1).to(dtype)
-    x = vae.encoder(embedding.analyse(clip))[0]
+    x = layers.encoder(clip)
     z = vae.bottleneck.compress(x)
-    streams = dict(zip(vae.decoder.widths, x.split(list(vae.decoder.widths.values()), dim=-1), strict=True))
-    bands = analyse(clip)
-    conv, norm = CausalDepthwiseConv(x.shape[-1]).to(dtype), FeedForward(x.shape[-1]).to(dtype)
-    norm.prepare()
-    value, gate, contract, _eps = norm.prepared
+    streams = list(x.split(vae.decoder.widths, dim=-1))
+    bands = to_bands(clip)
+    conv, feedforward = CausalDepthwiseConv(x.shape[-1]).to(dtype), layers.encoder.fusion.feedforwards[0]
+    value, gate, contract = feedforward.value, feedforward.gate, feedforward.contract
     hidden = packed_linear(x, *value)
     num, dim = x.numel() // x.shape[-1], x.shape[-1]
     inner, channels, pixels = int(4 * 2 / 3 * dim), z.shape[-1], clip.numel()
@@ -184,9 +181,9 @@ def make_operations(dtype: torch.dtype, size: Sequence[int]) -> dict[str, tuple[
         return torch.ops.mkldnn._linear_pointwise.binary(block, gated, value.weight, value.bias, "mul")
 
     return {
-        "Haar transform by itself": (lambda: plain_embedding.analyse(clip), 7 * pixels, 2 * item * pixels),
+        "Haar transform by itself": (lambda: to_bands(clip), 7 * pixels, 2 * item * pixels),
         "patch embedding, transform folded in": (
-            lambda: embedding(embedding.analyse(clip)),
+            lambda: embedding(clip),
             2 * dim * (clip[:, :, 1:].numel() + clip[:, :, :1].numel()),
             item * (pixels + patch_weights) + tokens,
         ),
@@ -202,7 +199,11 @@ def make_operations(dtype: torch.dtype, size: Sequence[int]) -> dict[str, tuple[
             2 * num * inner * dim,
             tokens + item * (num * inner + dim * inner),
         ),
-        "feedforward as one": (lambda: norm(x, True), 6 * num * inner * dim, 2 * tokens + item * 3 * dim * inner),
+        "feedforward as one": (
+            lambda: feedforward(x, True),
+            6 * num * inner * dim,
+            2 * tokens + item * 3 * dim * inner,
+        ),
         "gradient step of the bottleneck": (
             lambda: tokenwise(partial(gradient_step, phi=phi, step=step), x, z),
             4 * num * dim * channels,
@@ -214,11 +215,11 @@ def make_operations(dtype: torch.dtype, size: Sequence[int]) -> dict[str, tuple[
             2 * tokens,
         ),
         "projection, inverse transform folded in": (
-            lambda: projection.synthesise(projection(streams)),
+            lambda: projection(streams),
             2 * dim * pixels,
             tokens + item * (pixels + patch_weights),
         ),
-        "inverse Haar transform by itself": (lambda: synthesise(bands), 7 * pixels, 2 * item * pixels),
+        "inverse Haar transform by itself": (lambda: from_bands(bands), 7 * pixels, 2 * item * pixels),
     }
 
 

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leanvae.inference.footprint import latent_frames
 from leanvae.latents.decoding import Decoded, Finished, Piece, Rejected
 from leanvae.latents.sources import Source
 from leanvae.media.video import cv2
 from leanvae.model import LeanVAE
+from leanvae.patchify import latent_frames
 from litevae.errors import NotFinite
 from litevae.memory import return_freed_memory
 from litevae.model import LiteVAE

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from leanvae.patchify import analyse
+from leanvae.patchify import to_bands
 from leanvae.training.config import LossConfig
 from litevae.losses import gaussian_high_frequency_l1, kl, l1, ldl, wavelet_charbonnier
 from litevae.perceptual import FeatureDistance, PerceptualDistance
@@ -81,7 +81,7 @@ def band_l1(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         Two scalars: low bands, high bands.
     """
     difference = prediction - target
-    bands = analyse(difference if difference.ndim == 5 else difference.unsqueeze(2))
+    bands = to_bands(difference if difference.ndim == 5 else difference.unsqueeze(2))
     parts = [part.abs() for part in (bands.image, bands.video) if part is not None]
     low = torch.stack([part[:, :3].mean() for part in parts]).sum()
     high = torch.stack([part[:, 3:].mean() for part in parts]).sum()

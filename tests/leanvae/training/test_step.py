@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from leanvae.config import ConfigError
 from leanvae.data.buckets import Shape
 from leanvae.model import LeanVAE
-from leanvae.patchify import analyse
+from leanvae.patchify import to_bands
 from leanvae.training.build import build_networks
 from leanvae.training.config import TrainVideoConfig
 from leanvae.training.engine import PlainEngine, frozen
@@ -160,7 +160,7 @@ def test_training_without_a_gan_learns():
 
 def test_band_l1_is_the_mean_absolute_band():
     x, y = torch.randn(2, 2, 3, 5, 8, 8, dtype=torch.float64).unbind()
-    bands_x, bands_y = analyse(x), analyse(y)
+    bands_x, bands_y = to_bands(x), to_bands(y)
     low, high = band_l1(x, y)
     image, video = (bands_x.image - bands_y.image).abs(), (bands_x.video - bands_y.video).abs()
     torch.testing.assert_close(low, image[:, :3].mean() + video[:, :3].mean())

@@ -1,13 +1,15 @@
 """Tiles of the video autoencoder: equal to the whole at any size, and as wide a halo as it takes."""
 
+import logging
+import math
 import random
 
 import pytest
 import torch
 
 from leanvae import LeanVAE, LeanVAEConfig
-from leanvae.inference.footprint import relative_cost
-from leanvae.inference.tiles import Span, decoder_halo, encoder_halo, tile_grid
+from leanvae.inference.plan import _layers
+from leanvae.inference.tiles import CONV_REACH, Span, StoppedMidway, decoder_halo, encoder_halo, tile_grid
 
 SMALL = {"low_channels": 4, "high_channels": 8, "num_stream_layers": 1, "num_fusion_layers": 2, "ista_layers": 1}
 VARIANTS = {
@@ -89,6 +91,49 @@ def test_tiles_have_the_gradients_of_the_whole():
         torch.testing.assert_close(tiled, whole, atol=1e-10, rtol=1e-8)
 
 
+class RunsOut:
+    """Stands for a forward pass that runs out of memory at some calls."""
+
+    def __init__(self, monkeypatch, module, fails_at):
+        self._forward, self._fails_at, self.num_calls = module.forward, fails_at, 0
+        monkeypatch.setattr(module, "forward", self)
+
+    def __call__(self, *arguments, **options):
+        self.num_calls += 1
+        if self.num_calls - 1 in self._fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._forward(*arguments, **options)
+
+
+@pytest.mark.parametrize("fails_at", [[0], [1], [4], [9], [4, 5], [12, 13]])
+def test_a_stream_of_tiles_that_runs_out_of_memory_midway_takes_fewer_frames(fails_at, monkeypatch, caplog):
+    """Its past is of the next frames where tiles are done, so the rest of them has to go on."""
+    vae = make()
+    x = noise(1, 3, 33, 40, 56)
+    with torch.inference_mode():
+        whole = vae.encode(x)
+        decoded = vae.decode(whole.mean)
+        for module, stream, pieces, expected in [
+            (vae.encoder, vae.encode_stream, x.split([17, 16], dim=2), whole.mean),
+            (vae.decoder, vae.decode_stream, whole.mean.split([5, 4], dim=2), decoded),
+        ]:
+            forward = RunsOut(monkeypatch, module, fails_at)
+            with caplog.at_level(logging.WARNING, logger="leanvae"):
+                outputs = list(stream(pieces, tile=(24, 24)))
+            assert forward.num_calls > fails_at[-1] + 1
+            assert caplog.text.count("out of memory") == len(fails_at)
+            caplog.clear()
+            tensors = [output if torch.is_tensor(output) else output.mean for output in outputs]
+            assert_equal(torch.cat(tensors, dim=2), expected)
+
+
+def test_a_stream_of_tiles_whose_past_is_lost_says_so(monkeypatch):
+    vae = make()
+    RunsOut(monkeypatch, vae.encoder, range(3, 100))
+    with torch.inference_mode(), pytest.raises(StoppedMidway, match="one latent frame of a tile at a time"):
+        list(vae.encode_stream([noise(1, 3, 9, 40, 56)], tile=(24, 24)))
+
+
 def test_published_halos_are_6_and_14_tokens():
     assert encoder_halo(LeanVAEConfig()) == 6
     assert decoder_halo(LeanVAEConfig()) == 14
@@ -137,6 +182,24 @@ def test_span_places_itself_within_another():
     assert span.moved(2).size == 1
     assert Span(4, 6, 10).within(Span(4, 6, 10).extended(2)) == slice(2, 4)
     assert span.last(2).within(span) == slice(1, 3)
+
+
+def relative_cost(config, name, size, tile):
+    """Multiply-adds of all NAF layers in tiles over those in whole frames, for tokens (height, width).
+
+    Every token passes every feedforward once; a tile's convolutions also work on the tokens that neighbours left.
+    """
+    grid = tile_grid(size, tile, encoder_halo(config) if name == "encode" else decoder_halo(config))
+    whole = tiled = 0
+    for num_before, width in _layers(config, name):
+        rows, columns = (
+            sum(span.moved(num_before).extended(CONV_REACH).size for span in spans if span.moved(num_before + 1).size)
+            for spans in grid
+        )
+        feedforward, convolution = 3 * width * int(4 * 2 / 3 * width), 27 * width
+        whole += math.prod(size) * (feedforward + convolution)
+        tiled += math.prod(size) * feedforward + rows * columns * convolution
+    return tiled / whole
 
 
 @pytest.mark.parametrize("name", ["encode", "decode"])

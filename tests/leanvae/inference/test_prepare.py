@@ -1,6 +1,7 @@
-"""A model prepared for inference: same results, whole graphs, and nothing left of it when the weights may change."""
+"""A model prepared for inference: same results, whole graphs, and nothing left of it when the weights change."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,19 +11,20 @@ from torch.utils._pytree import tree_leaves
 from leanvae import LeanVAE, LeanVAEConfig, load_vae
 from leanvae.config import LeanVAEConfig as Config
 from leanvae.inference.packed import can_pack, pack, packed_linear
-from leanvae.naf import FeedForward
-from leanvae.ops import in_blocks
-from leanvae.patchify import (
-    PatchEmbedding,
-    PatchProjection,
-    analyse,
+from leanvae.inference.prepare import (
+    FoldedEmbedding,
+    FoldedProjection,
+    PackedFeedForward,
     analysis_matrix,
     fold_analysis,
-    image_and_video_patches,
     synthesis_matrix,
-    to_patches,
 )
-from litevae.prepared import Preparable
+from leanvae.naf import FeedForward
+from leanvae.network import decode_frames, encode_frames
+from leanvae.ops import in_blocks
+from leanvae.patchify import PatchEmbedding, image_and_video_patches, to_bands, to_patches
+from leanvae.surroundings import WHOLE, Chunk
+from litevae.errors import InvalidInput
 
 SMALL = {"low_channels": 8, "high_channels": 16, "num_stream_layers": 1, "num_fusion_layers": 1, "ista_layers": 1}
 VARIANTS = {
@@ -112,9 +114,9 @@ def test_bfloat16_is_as_close_to_float64_as_without_preparation():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_packed_where_onednn_is(dtype):
     feedforward = FeedForward(24).to(dtype)
-    feedforward.prepare()
-    assert can_pack(feedforward.contract.weight) == feedforward.prepared.contract.is_mkldnn
-    assert feedforward.prepared.contract.shape == (24, 64)
+    packed = PackedFeedForward(feedforward)
+    assert can_pack(feedforward.contract.weight) == packed.contract.is_mkldnn
+    assert packed.contract.shape == (24, 64)
 
 
 @torch.no_grad()
@@ -130,9 +132,9 @@ def test_without_onednn_weights_stay_plain(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     plain = small_vae(torch.float32)
     prepared = copy.deepcopy(plain).compile()
-    assert not any(
-        module.prepared.contract.is_mkldnn for module in prepared.modules() if isinstance(module, FeedForward)
-    )
+    packed = [module for module in prepared.layers.modules() if isinstance(module, PackedFeedForward)]
+    assert packed
+    assert not any(module.contract.is_mkldnn for module in packed)
     clip = random_clip(1, 3, 5, 16, 16, dtype=torch.float32)
     with torch.no_grad():
         assert_close(prepared.encode(clip).mean, plain.encode(clip).mean, 1e-5)
@@ -156,10 +158,10 @@ def test_folded_transform_equals_the_transform(dtype, tolerance, index):
     patches = image_and_video_patches(config)[index]
     embedding = PatchEmbedding(config).to(dtype)
     frames = random_clip(1, 3, 1 + 8 * index, 32, 32, dtype=dtype)
-    bands = analyse(frames * config.data_scale)
+    bands = to_bands(frames * config.data_scale)
     with torch.no_grad():
         for name, linear in (embedding.image, embedding.video)[index].items():
-            part = patches.of_streams(bands[index])[name]
+            part = dict(zip(patches.channels, patches.of_streams(bands[index]), strict=True))[name]
             expected = linear(to_patches(part, patches.shape))
             pixels = to_patches(frames[:, :, index:], patches.pixels)
             folded = torch.nn.functional.linear(pixels, *fold_analysis(linear, patches, name, config))
@@ -181,23 +183,21 @@ def test_only_transforms_within_a_patch_are_folded():
         ({"patch_norm": True}, (False, True)),
         ({"wavelet": "db2"}, (False, False)),
     ]:
-        config = LeanVAEConfig(**SMALL, **fields)
-        parts = PatchEmbedding(config), PatchProjection(config)
-        for part in parts:
-            part.prepare()
-        assert tuple(part.prepared is not None for part in parts) == folds
+        layers = LeanVAE(LeanVAEConfig(**SMALL, **fields)).compile().layers
+        assert isinstance(layers.encoder.embedding, FoldedEmbedding) == folds[0]
+        assert isinstance(layers.decoder.projection, FoldedProjection) == folds[1]
 
 
 def is_prepared(vae):
-    return {module.prepared is not None for module in vae.modules() if isinstance(module, Preparable)}
+    return vae.layers is not vae
 
 
 def test_train_restores_the_weights():
     plain = small_vae(torch.float32)
     vae = copy.deepcopy(plain).compile()
-    assert is_prepared(vae) == {True}
-    assert is_prepared(vae.eval()) == {True}
-    assert is_prepared(vae.train()) == {False}
+    assert is_prepared(vae)
+    assert is_prepared(vae.eval())
+    assert not is_prepared(vae.train())
     clip = random_clip(1, 3, 5, 16, 16, dtype=torch.float32)
     vae(clip)[0].square().mean().backward()
     plain(clip)[0].square().mean().backward()
@@ -226,8 +226,100 @@ def test_other_weights_are_not_computed_with_what_was_prepared(change):
         assert torch.equal(vae.encode(clip.float()).mean, other.encode(clip.float()).mean)
     else:
         assert vae.double().encode(clip).mean.dtype == torch.float64
-    assert is_prepared(vae) == {False}
-    assert is_prepared(vae.compile()) == {True}
+    assert not is_prepared(vae)
+    assert is_prepared(vae.compile())
+
+
+def change_in_place(vae):
+    for parameter in vae.parameters():
+        parameter.mul_(1.1)
+
+
+def average_in(vae):
+    torch._foreach_lerp_(list(vae.parameters()), [torch.ones_like(weight) for weight in vae.parameters()], 0.1)
+
+
+def load_a_part(vae):
+    state = {name: 1.1 * weight for name, weight in vae.encoder.state_dict().items()}
+    vae.encoder.load_state_dict(state)
+
+
+def assign_a_part(vae):
+    state = {name: 1.1 * weight for name, weight in vae.decoder.state_dict().items()}
+    vae.decoder.load_state_dict(state, assign=True)
+
+
+def replace_data(vae):
+    vae.bottleneck.phi.data = 1.1 * vae.bottleneck.phi.data
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [change_in_place, average_in, load_a_part, assign_a_part, replace_data])
+def test_weights_that_change_unasked_are_prepared_again(change):
+    """As by an average that is copied in; the result is that of a model with these weights that was never prepared."""
+    vae = small_vae(torch.float32).compile()
+    clip = random_clip(1, 3, 5, 16, 16, dtype=torch.float32)
+    vae.encode(clip)
+    change(vae)
+    plain = small_vae(torch.float32)
+    plain.load_state_dict(vae.state_dict())
+    expected = plain.encode(clip)
+    assert_close(vae.encode(clip).mean, expected.mean, 1e-4)
+    assert_close(vae.decode(expected.mean), plain.decode(expected.mean), 1e-4)
+    assert is_prepared(vae)
+
+
+@torch.inference_mode()
+def test_weights_made_in_inference_mode_can_be_prepared():
+    plain = small_vae(torch.float32)
+    clip = random_clip(1, 3, 5, 16, 16, dtype=torch.float32)
+    assert_close(copy.deepcopy(plain).compile().encode(clip).mean, plain.encode(clip).mean, 1e-4)
+
+
+@torch.no_grad()
+def test_options_go_to_torch_compile():
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    plain = small_vae(torch.float32)
+    vae = copy.deepcopy(plain).compile(backend=counter)
+    clip = random_clip(1, 3, 5, 16, 16, dtype=torch.float32)
+    expected = plain.encode(clip).mean
+    assert_close(vae.encode(clip).mean, expected, 1e-4)
+    assert counter.frame_count == 1
+    vae.encode(clip, tile=(8, 8))  # tiles of so many sizes would be compiled anew each time
+    assert counter.frame_count == 1
+    assert_close(vae.decode(expected), plain.decode(expected), 1e-4)
+    assert counter.frame_count == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+def test_autocast_works_round_any_model(prepared):
+    vae = small_vae(torch.float32)
+    clip = random_clip(1, 3, 5, 16, 16, dtype=torch.float32)
+    expected = vae.encode(clip).mean
+    vae = vae.compile() if prepared else vae
+    with torch.autocast("cpu", torch.bfloat16):
+        latent = vae.encode(clip).mean
+        restored = vae.decode(latent)
+        vae.decode(expected)
+    assert_close(latent.float(), expected, 0.1)
+    assert restored.isfinite().all()
+    assert torch.equal(vae.encode(clip).mean, vae.encode(clip).mean)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+def test_another_dtype_than_the_weights_is_refused_with_both_names(prepared):
+    vae = small_vae(torch.bfloat16)
+    vae = vae.compile() if prepared else vae
+    message = r"has dtype torch.float32 and the model torch.bfloat16: convert one of them, as in x.to\(torch.bfloat16\)"
+    with pytest.raises(InvalidInput, match=f"input {message}"):
+        vae.encode(random_clip(1, 3, 5, 16, 16, dtype=torch.float32))
+    with pytest.raises(InvalidInput, match=f"latent {message}"):
+        vae.decode(torch.zeros(1, 4, 2, 2, 2))
+    with pytest.raises(InvalidInput, match=f"chunk {message}"):
+        next(vae.encode_stream([random_clip(1, 3, 5, 16, 16, dtype=torch.float32)]))
 
 
 def test_state_of_a_prepared_model_is_the_weights(tmp_path):
@@ -237,18 +329,27 @@ def test_state_of_a_prepared_model_is_the_weights(tmp_path):
     vae.save_pretrained(tmp_path)
     for name, weight in load_vae(tmp_path).state_dict().items():
         assert torch.equal(weight, plain.state_dict()[name])
-    assert is_prepared(copy.deepcopy(vae)) == {False}
+    assert not is_prepared(copy.deepcopy(vae))
 
 
-def recompilations(part, calls):
-    """Runs calls through one whole-graph compilation; returns how often it compiled anew after the first."""
+def recompilations(function, calls):
+    """Runs calls through one whole-graph compilation; returns how often it compiled anew after the first.
+
+    Args:
+        function: what is compiled; takes tensors and what lies around them.
+        calls: tensors, and a function that makes what lies around them, for each call.
+    """
     counter = CompileCounter()
     torch._dynamo.reset()
-    compiled = torch.compile(part, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     counts = []
-    for arguments in calls:
-        for ours, expected in zip(flat(compiled(*arguments)), flat(part(*arguments)), strict=True):
+    for tensor, make_around in calls:
+        around, same = make_around(), make_around()
+        for ours, expected in zip(flat(compiled(tensor, around)), flat(function(tensor, same)), strict=True):
             torch.testing.assert_close(ours, expected)
+        if isinstance(around, Chunk):
+            assert around.next_past
+            torch.testing.assert_close(around.next_past, same.next_past)
         counts.append(counter.frame_count)
     return counts[-1] - counts[0]
 
@@ -257,42 +358,36 @@ def flat(outputs):
     return [tensor for tensor in tree_leaves(outputs) if tensor is not None]
 
 
-def encoder_calls(vae, stream):
-    """Arguments of the encoder for clips of several sizes; in a stream, of the chunks after the first."""
+def chunk_after_another(widths, batch, height, width):
+    """Makes the surroundings of frames that follow others, before convolutions of these widths."""
+    past = [torch.randn(batch, 2, height, width, channels) for channels in widths]
+    return lambda: Chunk(past)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+def test_the_way_from_pixels_to_latent_compiles_once_for_all_sizes_without_graph_breaks(prepared, stream):
+    vae = small_vae(torch.float32)
+    layers = (vae.compile() if prepared else vae).layers
+    calls = []
     for frames, height, width in [(13, 72, 56), (21, 48, 40), (29, 40, 88)]:
         clip = random_clip(2, 3, frames, height, width, dtype=torch.float32)
-        if not stream:
-            yield vae.encoder.embedding.analyse(clip), None
-        else:
-            bands = vae.encoder.embedding.analyse(clip[:, :, 1:], starts_clip=False)
-            yield bands, start_of_clip(vae.encoder.causal_stacks, 2, height // 8, width // 8)
-
-
-def start_of_clip(stacks, batch, height, width):
-    return tuple(tuple(torch.zeros(batch, 2, height, width, stack.dim) for _ in stack.convs) for stack in stacks)
+        around = chunk_after_another([8, 16, 24], 2, height // 8, width // 8) if stream else lambda: WHOLE
+        calls.append((clip[:, :, int(stream) :], around))
+    encode = partial(encode_frames, layers, starts_clip=not stream)
+    assert recompilations(lambda pixels, around: encode(pixels, around=around), calls) == 0
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
-def test_encoder_compiles_once_for_all_sizes_without_graph_breaks(prepared, stream):
-    vae = small_vae(torch.float32)
-    vae = vae.compile() if prepared else vae
-    assert recompilations(vae.encoder, encoder_calls(vae, stream)) == 0
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
-def test_bottleneck_and_decoder_compile_once_for_all_sizes_without_graph_breaks(prepared, stream):
+def test_the_way_from_latent_to_pixels_compiles_once_for_all_sizes_without_graph_breaks(prepared, stream):
     vae = small_vae(torch.float32, decoder_norm="smc")
-    vae = vae.compile() if prepared else vae
-    recover, decode = [], []
+    layers = (vae.compile() if prepared else vae).layers
+    calls = []
     for frames, height, width in [(3, 5, 7), (5, 11, 6), (6, 3, 9)]:
-        pasts = [None, None]
-        if stream:
-            pasts = [start_of_clip(part.causal_stacks, 2, height, width) for part in (vae.bottleneck, vae.decoder)]
-        recover.append((torch.randn(2, frames, height, width, 4), pasts[0]))
-        decode.append((torch.randn(2, frames, height, width, 24), pasts[1], not stream))
-    assert recompilations(vae.bottleneck.recover, recover) == 0
-    assert recompilations(vae.decoder, decode) == 0
+        around = chunk_after_another([24] * 5 + [8, 16], 2, height, width) if stream else lambda: WHOLE
+        calls.append((torch.randn(2, 4, frames, height, width), around))
+    decode = partial(decode_frames, layers, starts_clip=not stream)
+    assert recompilations(lambda latent, around: decode(latent, around=around), calls) == 0
