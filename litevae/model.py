@@ -14,7 +14,7 @@ from litevae.encoder import build_encoder
 from litevae.errors import InvalidInput
 from litevae.normalization import denormalize, normalize_posterior
 from litevae.pixels import check_dtype, check_pixels, crop, pad_to_multiple
-from litevae.planner import Work, are_parts_wanted, make_plan, run_in_parts
+from litevae.planner import ImageLoad, are_parts_wanted, make_plan, run_in_parts
 from litevae.posterior import DiagonalGaussian
 from litevae.smc import FoldedConv, SelfModulatedConv
 from litevae.snapshot import Preparable, make_twin
@@ -73,8 +73,8 @@ class LiteVAE(Preparable):
         layers, padded = self.layers, pad_to_multiple(x, DOWNSAMPLING)
         if are_parts_wanted(x, tile, memory_limit):
             _, height, width = self.latent_shape(x.shape[2:])
-            work = Work("encode", self.config, len(x), height, width, x.element_size())
-            plan = make_plan(work, tile, memory_limit, approximate, x.device)
+            load = ImageLoad("encode", self.config, len(x), height, width, x.element_size())
+            plan = make_plan(load, tile, memory_limit, approximate, x.device)
             parameters = run_in_parts(layers._encode, padded, plan, in_step=DOWNSAMPLING)
         else:
             parameters = layers._encode(padded)
@@ -121,8 +121,8 @@ class LiteVAE(Preparable):
         layers = self.layers
         if are_parts_wanted(latent, tile, memory_limit):
             batch, _, height, width = latent.shape
-            work = Work("decode", self.config, batch, height, width, latent.element_size())
-            plan = make_plan(work, tile, memory_limit, approximate, latent.device)
+            load = ImageLoad("decode", self.config, batch, height, width, latent.element_size())
+            plan = make_plan(load, tile, memory_limit, approximate, latent.device)
             images = run_in_parts(layers._decode, latent, plan, out_step=DOWNSAMPLING)
         else:
             images = layers._decode(latent)
