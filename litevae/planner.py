@@ -140,7 +140,7 @@ def are_parts_wanted(x: Tensor, tile: Any, memory_limit: Any) -> bool:
 def make_plan(
     load: ImageLoad, tile: Any, memory_limit: str | int | None, approximate: bool, device: torch.device
 ) -> ImagePlan:
-    """How to do some work; `LiteVAE.encode` describes what may be asked for.
+    """Cuts work; `LiteVAE.encode` describes what may be asked for.
 
     Where nothing is asked for, the device's free memory is the limit, and the smallest plan the last resort.
 
