@@ -5,10 +5,11 @@ Weights are random: cost does not depend on them. The configurations of other pe
 of the diffusers class are left out.
 """
 
+import difflib
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,46 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from leanvae.bench.sizes import Grid, Size, choose
 from litevae.errors import InvalidInput, MissingPackage, extra
 
 Kind = Literal["image", "video"]
 
-ANY_LENGTH, EIGHTS = Grid(1, 1), Grid(8, 8)
+
+@dataclass(frozen=True, order=True)
+class Size:
+    """Frames, height and width in pixels; an image has one frame."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def num_pixels(self) -> int:
+        """Pixels of all frames together."""
+        return self.frames * self.height * self.width
+
+    def __str__(self) -> str:
+        area = f"{self.height}x{self.width}"
+        return area if self.frames == 1 else f"{self.frames}x{area}"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The lengths `first`, `first + step`, `first + 2 step`, ... that a model takes along an axis.
+
+    Of each it gives `lead` less back, which a user has to put in front.
+    """
+
+    first: int
+    step: int
+    lead: int = 0
+
+    def fit(self, length: int) -> int:
+        """The smallest of them that gives `length` back: what a user has to pad to."""
+        return self.first + max(0, -(-(length + self.lead - self.first) // self.step)) * self.step
+
+
+ANY_LENGTH, EIGHTS = Lengths(1, 1), Lengths(8, 8)
 # A convolution of diffusers' CogVideoX and Mochi that splits large inputs in time, at 1080p into parts shorter than its
 # kernel, which fails (0.42). It is counted as the convolution that it computes where that works.
 _SPLITTING_CONV = "CogVideoXSafeConv3d"
@@ -39,7 +74,7 @@ class Model:
         config: what that says beyond the defaults of its class.
         frames, height, width: the lengths that it takes; others are padded up to them.
         encode: pixels to latent, given the module, if not by `encode` below.
-        tiled_only: whether it works in tiles of the smallest size of its grids alone, which overlap by their steps.
+        tiled_only: whether it works in tiles of its smallest size alone, which overlap by their steps.
         is_ours: whether it is of this project.
         has_weights: whether its weights mean something, so that its reconstructions can be judged.
         note: what a reader of its figures should know.
@@ -50,9 +85,9 @@ class Model:
     build: Callable[[], nn.Module]
     source: str
     config: dict[str, Any] = field(default_factory=dict)
-    frames: Grid = ANY_LENGTH
-    height: Grid = EIGHTS
-    width: Grid = EIGHTS
+    frames: Lengths = ANY_LENGTH
+    height: Lengths = EIGHTS
+    width: Lengths = EIGHTS
     encode: Callable[[nn.Module, Tensor], Tensor] | None = None
     tiled_only: bool = False
     is_ours: bool = False
@@ -69,7 +104,7 @@ class Model:
         if not self.tiled_only:
             return 1
         axes = ((self.frames, size.frames), (self.height, size.height), (self.width, size.width))
-        return math.prod((length - grid.first) // grid.step + 1 for grid, length in axes)
+        return math.prod((length - lengths.first) // lengths.step + 1 for lengths, length in axes)
 
     def pixels_shape(self, size: Size, batch: int = 1) -> tuple[int, ...]:
         """Shape of its input at a size that it takes."""
@@ -97,7 +132,7 @@ def _lean(latent_channels: int, decoder_norm: Literal["layer", "smc"]) -> Model:
     suffix = "-smc" if decoder_norm == "smc" else ""
     source = "configs/lean_17f.yaml" if suffix else "LeanVAE paper; configs/lean_17f_published.yaml"
     name = f"leanvae-c{latent_channels}{suffix}"
-    return Model(name, "video", build, source, config, frames=Grid(1, 4), is_ours=True)
+    return Model(name, "video", build, source, config, frames=Lengths(1, 4), is_ours=True)
 
 
 def _lite(name: str, preset: str, note: str = "") -> Model:
@@ -176,8 +211,8 @@ _WAN_22 = {
     "is_residual": True,
     "scale_factor_spatial": 16,
 }
-_FOUR, _EIGHT = Grid(1, 4), Grid(1, 8)
-_THIRTY_TWO = {"height": Grid(32, 32), "width": Grid(32, 32)}
+_FOUR, _EIGHT = Lengths(1, 4), Lengths(1, 8)
+_THIRTY_TWO = {"height": Lengths(32, 32), "width": Lengths(32, 32)}
 
 REGISTRY: dict[str, Model] = {
     model.name: model
@@ -218,8 +253,8 @@ REGISTRY: dict[str, Model] = {
             "Wan-AI/Wan2.2-TI2V-5B-Diffusers, vae (without its latent statistics)",
             config=_WAN_22,
             frames=_FOUR,
-            height=Grid(16, 16),
-            width=Grid(16, 16),
+            height=Lengths(16, 16),
+            width=Lengths(16, 16),
         ),
         _diffusers(
             "hunyuanvideo",
@@ -248,7 +283,7 @@ REGISTRY: dict[str, Model] = {
             "video",
             "AutoencoderKLMochi",
             "genmo/mochi-1-preview, vae: the class's defaults",
-            frames=Grid(1, 6),
+            frames=Lengths(1, 6),
         ),
         _diffusers(
             "allegro",
@@ -256,9 +291,9 @@ REGISTRY: dict[str, Model] = {
             "AutoencoderKLAllegro",
             "rhymes-ai/Allegro, vae: the class's defaults",
             tiled_only=True,
-            frames=Grid(24, 16),
-            height=Grid(320, 200),
-            width=Grid(320, 240),
+            frames=Lengths(24, 16),
+            height=Lengths(320, 200),
+            width=Lengths(320, 240),
             note="works in tiles of 24x320x320 alone; smaller clips are padded to one",
         ),
         _diffusers(
@@ -273,7 +308,7 @@ REGISTRY: dict[str, Model] = {
             "video",
             "AutoencoderVidTok",
             "microsoft/VidTok, vidtok_kl_causal_488_4chn: the class's defaults",
-            frames=Grid(4, 4, lead=3),
+            frames=Lengths(4, 4, lead=3),
         ),
     ]
 }
@@ -302,6 +337,20 @@ def find_model(name: str) -> Model:
         return _users_model(name, make, "the user's own")
     choose("model", name, [*REGISTRY, "FOLDER of a checkpoint", "package.module:factory"])
     raise AssertionError
+
+
+def choose(kind: str, name: str, known: Iterable[str]) -> str:
+    """`name` if it is one of `known`.
+
+    Raises:
+        ValueError: it is not; the message lists what there is, and the nearest one.
+    """
+    known = list(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise InvalidInput(f"{kind} {name!r} is not known{hint}: there are {', '.join(known)}")
 
 
 def _users_model(name: str, build: Callable[[], nn.Module], source: str) -> Model:

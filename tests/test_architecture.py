@@ -49,7 +49,6 @@ NOT_YET: set[tuple[str, str]] = {
     ("evaluation", "jobs"),
     ("jobs", "litevae"),
     ("jobs", "media"),
-    ("peers", "bench"),
     ("reconstruct", "jobs"),
 }
 

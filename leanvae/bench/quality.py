@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leanvae.bench.settings import DEFAULT_FRAMES
-from leanvae.bench.sizes import Size
 from leanvae.jobs import Job, find_jobs
 from leanvae.media.video import MediaError, iter_frames, read_image
 from leanvae.metrics.frames import FrameMetrics
-from leanvae.peers import Model, decode, encode
+from leanvae.peers import Model, Size, decode, encode
 
 logger = logging.getLogger("leanvae")
 

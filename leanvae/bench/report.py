@@ -13,7 +13,8 @@ from leanvae.bench.jobs import Job, Result
 from leanvae.bench.measure import OUT_OF_MEMORY
 from leanvae.bench.run import Benchmark
 from leanvae.bench.settings import DEFAULT_FRAMES, HEADLINE, TABLE3_BATCH, TABLE3_SIDE
-from leanvae.bench.sizes import Size, resolution_name
+from leanvae.bench.sizes import resolution_name
+from leanvae.peers import Size
 from litevae.errors import InvalidInput
 from litevae.files import write_text
 

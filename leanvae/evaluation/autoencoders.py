@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from leanvae.bench.quality import reconstruct_frames
-from leanvae.bench.sizes import Grid
 from leanvae.checkpoint import load_vae
 from leanvae.evaluation.coder import Coder, Observe
 from leanvae.inference.plan import plan_reconstruction
 from leanvae.metrics.artefacts import Parts
 from leanvae.model import LeanVAE
-from leanvae.peers import REGISTRY, Model, diffusers_class
+from leanvae.peers import REGISTRY, Lengths, Model, diffusers_class
 from litevae.config import DOWNSAMPLING
 from litevae.errors import InvalidInput, MissingFile, NotFinite
 from litevae.model import LiteVAE
@@ -185,13 +184,13 @@ def _describe(name: str, vae: nn.Module) -> Model:
     blocks = getattr(config, "block_out_channels", None) or (0,) * 4
     side = getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(blocks) - 1)
     group = getattr(vae, "temporal_compression_ratio", None) or getattr(config, "scale_factor_temporal", None) or 4
-    space = Grid(side, side)
+    space = Lengths(side, side)
     return Model(
         name,
         "video" if is_video else "image",
         lambda: vae,
         f"diffusers.{name}",
-        frames=Grid(1, group) if is_video else Grid(1, 1),
+        frames=Lengths(1, group) if is_video else Lengths(1, 1),
         height=space,
         width=space,
         has_weights=True,

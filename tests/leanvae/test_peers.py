@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from leanvae import LeanVAE, LeanVAEConfig
 from leanvae.bench.modes import MODES, lacks_mode, runners
-from leanvae.bench.sizes import Size
-from leanvae.peers import REGISTRY, Model, decode, encode, find_model, latent_of
+from leanvae.peers import REGISTRY, Model, Size, decode, encode, find_model, latent_of
 
 SMALL = {"low_channels": 4, "high_channels": 8, "num_fusion_layers": 1, "ista_iterations": 1}
 FACTORY = """

@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leanvae.bench.flops import count, count_flops
-from leanvae.bench.sizes import Size
 from leanvae.config import LeanVAEConfig
-from leanvae.peers import REGISTRY
+from leanvae.peers import REGISTRY, Size
 
 CLIP = Size(17, 256, 256)
 
