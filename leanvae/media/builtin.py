@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanvae.media.video import av, cv2, read_image
+from leanvae.media.writer import Interpolation, to_yuv
 from litevae.errors import MissingFile
 
 logger = logging.getLogger(__name__)
@@ -156,13 +157,7 @@ def _write_clip(path: Path, frames: Iterator[NDArray[np.uint8]]) -> None:
             context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
             context.color_range = 1  # limited
             for index, image in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-                    format="yuv420p",
-                    dst_colorspace="ITU709",
-                    src_color_range="JPEG",
-                    dst_color_range="MPEG",
-                    interpolation="BICUBIC",
-                )
+                frame = to_yuv(image, interpolation=Interpolation.BICUBIC)  # other flags would change the clips
                 frame.pts = index
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
