@@ -70,3 +70,8 @@ def crop(x: Tensor, size: Sequence[int], step: Sequence[int]) -> Tensor:
 def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
     """Rounds frames `(N, 3, H, W)` in [0, 1] to bytes `(N, H, W, 3)`."""
     return (255 * frames).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+
+def from_bytes(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
+    """Brings bytes `(N, H, W, 3)` to float32 frames `(N, 3, H, W)` in [0, 1] on a device."""
+    return torch.from_numpy(images).to(device).movedim(-1, 1).float() / 255

@@ -2,27 +2,22 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from leanvae.coder import MEMORY_LIMIT_ON_CPU, VAE, frames_per_latent, to_model
 from leanvae.latents.decoding import Decoded, Finished, Piece, Rejected
 from leanvae.latents.sources import Source
-from leanvae.media.video import cv2
 from leanvae.model import LeanVAE
 from leanvae.patchify import latent_frames
 from litevae.errors import NotFinite
 from litevae.memory import return_freed_memory
-from litevae.model import LiteVAE
 from litevae.posterior import DiagonalGaussian
 
-VAE = LeanVAE | LiteVAE
-
-MEMORY_LIMIT_ON_CPU = "6GiB"
 _FLIPPED = "flipped_"
 _SECONDS_BETWEEN_RETURNS = 0.25  # of memory to the system
 
@@ -47,27 +42,6 @@ class EncodedClip:
 
 
 Encoded = EncodedClip | Finished | Rejected
-
-
-def frames_per_latent(vae: VAE) -> int:
-    """Frames that each latent frame but the first stands for."""
-    return vae.config.patch_size[0] if isinstance(vae, LeanVAE) else 1
-
-
-def to_model(clips: Sequence[NDArray[np.uint8]], vae: VAE) -> Tensor:
-    """Clips of bytes `(T, H, W, 3)` as the `(B, 3, T, H, W)` in [-1, 1] that a model takes, on its device."""
-    parameter = next(vae.parameters())
-    if parameter.device.type != "cpu":  # bytes are a quarter to move
-        x = torch.from_numpy(np.stack(clips)).to(parameter.device).movedim(-1, 1).contiguous().to(torch.float32)
-        return x.mul_(2 / 255).sub_(1).to(parameter.dtype)
-    num_frames, height, width, _ = clips[0].shape
-    x = np.empty((len(clips), 3, num_frames, height, width), np.float32)
-    for planes, clip in zip(x, clips, strict=True):
-        for index, frame in enumerate(clip):  # frame by frame, which stay in the cache: a third of the time
-            scaled = np.multiply(frame, np.float32(2 / 255), dtype=np.float32)
-            scaled -= 1
-            cv2.split(scaled, list(planes[:, index]))
-    return torch.from_numpy(x).to(parameter.dtype)
 
 
 class ClipEncoder:
