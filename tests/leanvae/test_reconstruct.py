@@ -256,7 +256,7 @@ def test_reconstruct_in_tiles_equals_whole_frames(
     _write_clip(tmp_path / "clip.mp4", 144, 120)
     whole = reconstruct(checkpoint, tmp_path / "clip.mp4", tmp_path / "a")["files"][0]
     plans = [ClipPlan(plan.load, 1, (8, 8)) for plan in plan_reconstruction(load_vae(checkpoint), 120, 144)]
-    monkeypatch.setattr("leanvae.reconstruct.plan_reconstruction", lambda *_: plans)
+    monkeypatch.setattr("leanvae.coder.plan_reconstruction", lambda *_: plans)
     tiled = reconstruct(checkpoint, tmp_path / "clip.mp4", tmp_path / "b")["files"][0]
     assert tiled == {**whole, "psnr": pytest.approx(whole["psnr"], abs=1e-4), "ssim": pytest.approx(whole["ssim"])}
 
