@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from leanvae.peers import Size
+from leanvae.peers.models import Size
 from litevae.files import flush_to_disk
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -19,7 +19,7 @@ from leanvae.bench.floor import synchronize
 from leanvae.bench.jobs import Job, Result
 from leanvae.bench.memory import PeakMemory, limit_memory
 from leanvae.bench.modes import runners
-from leanvae.peers import find_model
+from leanvae.peers.registry import find_model
 
 RESULT_PREFIX = "RESULT "
 OUT_OF_MEMORY = "out of memory"

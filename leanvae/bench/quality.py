@@ -14,7 +14,7 @@ from leanvae.bench.settings import DEFAULT_FRAMES
 from leanvae.jobs import Job, find_jobs
 from leanvae.media.video import MediaError, iter_frames, read_image
 from leanvae.metrics.frames import FrameMetrics
-from leanvae.peers import Model, Size, decode, encode
+from leanvae.peers.models import Model, Size, decode, encode
 
 logger = logging.getLogger("leanvae")
 

@@ -14,7 +14,7 @@ from leanvae.bench.measure import OUT_OF_MEMORY
 from leanvae.bench.run import Benchmark
 from leanvae.bench.settings import DEFAULT_FRAMES, HEADLINE, TABLE3_BATCH, TABLE3_SIDE
 from leanvae.bench.sizes import resolution_name
-from leanvae.peers import Size
+from leanvae.peers.models import Size
 from litevae.errors import InvalidInput
 from litevae.files import write_text
 

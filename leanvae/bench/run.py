@@ -22,7 +22,8 @@ from leanvae.bench.machine import describe_machine
 from leanvae.bench.modes import lacks_mode
 from leanvae.bench.plan import Estimator, common_side, plan
 from leanvae.bench.settings import COMMON_SHARE, COMMON_SIDES, DEFAULT_FRAMES, Settings
-from leanvae.peers import Model, Size, find_model
+from leanvae.peers.models import Model, Size
+from leanvae.peers.registry import find_model
 from litevae.errors import InvalidInput
 from litevae.files import write_text
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from leanvae.bench.jobs import Job
 from leanvae.bench.modes import MODES
-from leanvae.peers import Model, Size
+from leanvae.peers.models import Model, Size
 
 DEFAULT_RESOLUTIONS = ((64, 64), (128, 128), (256, 256), (512, 512), (768, 768), (1080, 1920), (2160, 3840))
 DEFAULT_FRAMES = 17

@@ -100,7 +100,7 @@ def _settings(args: argparse.Namespace) -> "Settings":
     from leanvae.bench.modes import MODES
     from leanvae.bench.settings import Settings, table3_models
     from leanvae.bench.sizes import parse_frames, parse_resolution
-    from leanvae.peers import REGISTRY, choose, find_model
+    from leanvae.peers.registry import REGISTRY, choose, find_model
 
     models = table3_models(args.full) if args.table3 else _split(args.models) or tuple(REGISTRY)
     for name in models:

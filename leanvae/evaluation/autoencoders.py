@@ -15,7 +15,8 @@ from leanvae.evaluation.coder import Coder, Observe
 from leanvae.inference.plan import plan_reconstruction
 from leanvae.metrics.artefacts import Parts
 from leanvae.model import LeanVAE
-from leanvae.peers import REGISTRY, Lengths, Model, diffusers_class
+from leanvae.peers.models import Lengths, Model
+from leanvae.peers.registry import REGISTRY, diffusers_class
 from litevae.config import DOWNSAMPLING
 from litevae.errors import InvalidInput, MissingFile, NotFinite
 from litevae.model import LiteVAE

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from leanvae.bench.flops import count, count_flops
 from leanvae.config import LeanVAEConfig
-from leanvae.peers import REGISTRY, Size
+from leanvae.peers.models import Size
+from leanvae.peers.registry import REGISTRY
 
 CLIP = Size(17, 256, 256)
 

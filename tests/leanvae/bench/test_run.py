@@ -130,7 +130,7 @@ def test_modes_that_a_model_lacks_are_left_out_with_the_reason(tmp_path: Path, m
 
 
 def test_the_default_measures_every_model_first_then_table_3(tmp_path: Path) -> None:
-    from leanvae.peers import REGISTRY
+    from leanvae.peers.registry import REGISTRY
 
     chosen = settings(tmp_path, models=tuple(REGISTRY), resolutions=None, frames=None, modes=None)
     ranks = chosen.jobs(REGISTRY.values(), common_side=96)

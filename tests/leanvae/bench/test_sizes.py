@@ -3,7 +3,8 @@
 import pytest
 
 from leanvae.bench.sizes import parse_frames, parse_resolution, resolution_name
-from leanvae.peers import Lengths, Size, choose
+from leanvae.peers.models import Lengths, Size
+from leanvae.peers.registry import choose
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from leanvae import LeanVAE, LeanVAEConfig
 from leanvae.bench.modes import MODES, lacks_mode, runners
-from leanvae.peers import REGISTRY, Model, Size, decode, encode, find_model, latent_of
+from leanvae.peers.models import Model, Size, decode, encode, latent_of
+from leanvae.peers.registry import REGISTRY, find_model
 
 SMALL = {"low_channels": 4, "high_channels": 8, "num_fusion_layers": 1, "ista_iterations": 1}
 FACTORY = """
