@@ -7,6 +7,7 @@ of the diffusers class are left out.
 
 import difflib
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,16 +16,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from leanvae.peers.models import Kind, Lengths, Model, latent_of
+from leanvae.checkpoint import load_vae
+from leanvae.config import LeanVAEConfig
+from leanvae.model import LeanVAE
+from leanvae.peers.models import ANY_LENGTH, Kind, Lengths, Model, latent_of
+from litevae.config import LiteVAEConfig
 from litevae.errors import InvalidInput, MissingPackage, extra
+from litevae.model import LiteVAE
+
+logger = logging.getLogger("leanvae")
 
 
 def _lean(latent_channels: int, decoder_norm: Literal["layer", "smc"]) -> Model:
     config = {"latent_channels": latent_channels, "decoder_norm": decoder_norm}
 
     def build() -> nn.Module:
-        from leanvae import LeanVAE, LeanVAEConfig
-
         return LeanVAE(LeanVAEConfig(**config))
 
     suffix = "-smc" if decoder_norm == "smc" else ""
@@ -35,8 +41,6 @@ def _lean(latent_channels: int, decoder_norm: Literal["layer", "smc"]) -> Model:
 
 def _lite(name: str, preset: str, note: str = "") -> Model:
     def build() -> nn.Module:
-        from litevae import LiteVAE, LiteVAEConfig
-
         return LiteVAE(LiteVAEConfig.preset(preset))
 
     source = f'LiteVAE paper, Tables 2, 23 and 24; LiteVAEConfig.preset("{preset}")'
@@ -221,18 +225,12 @@ def find_model(name: str) -> Model:
     if name in REGISTRY:
         return REGISTRY[name]
     if Path(name).exists():
-        from leanvae import load_vae
-
-        return _users_model(name, lambda: load_vae(name), "weights on disk")
+        is_video = isinstance(load_vae(name), LeanVAE)
+        return _users_model(name, lambda: load_vae(name), "weights on disk", "video" if is_video else "image")
     module, colon, factory = name.partition(":")
     if colon and all(part.isidentifier() for part in [*module.split("."), factory]):
-        if "" not in sys.path:
-            sys.path.insert(0, "")
-        try:
-            make = getattr(importlib.import_module(module), factory)
-        except (ModuleNotFoundError, AttributeError) as error:
-            raise InvalidInput(f"model {name!r} cannot be made: {error}") from error
-        return _users_model(name, make, "the user's own")
+        make = _find_factory(name, module, factory)
+        return _users_model(name, make, "the user's own", _kind_of(name, make()))
     choose("model", name, [*REGISTRY, "FOLDER of a checkpoint", "package.module:factory"])
     raise AssertionError
 
@@ -251,12 +249,56 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     raise InvalidInput(f"{kind} {name!r} is not known{hint}: there are {', '.join(known)}")
 
 
-def _users_model(name: str, build: Callable[[], nn.Module], source: str) -> Model:
-    """A model that is not in the registry: one of images if it does not take clips."""
-    probe = Model(name, "video", build, source, frames=_FOUR, has_weights=True)
+def _find_factory(name: str, module: str, factory: str) -> Callable[[], nn.Module]:
+    """What makes a user's model. What goes wrong inside the module itself keeps its traceback."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     try:
-        with torch.inference_mode():
-            latent_of(probe.build_on_meta().encode(torch.empty(1, 3, 5, 64, 64, device="meta")))  # pyright: ignore[reportCallIssue]
-    except (ValueError, RuntimeError, TypeError):
-        return Model(name, "image", build, source, has_weights=True)
-    return probe
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise InvalidInput(f"model {name!r} cannot be made: {error}") from error
+    if not hasattr(imported, factory):
+        raise InvalidInput(f"model {name!r} cannot be made: module {module!r} has no attribute {factory!r}")
+    return getattr(imported, factory)
+
+
+def _users_model(name: str, build: Callable[[], nn.Module], source: str, kind: Kind) -> Model:
+    """A model that is not in the registry."""
+    return Model(name, kind, build, source, frames=_FOUR if kind == "video" else ANY_LENGTH, has_weights=True)
+
+
+# What models say of a shape that they do not take. Anything else is a fault of theirs, and not caught.
+_REFUSALS = (ValueError, RuntimeError, IndexError, AssertionError)
+
+
+@torch.inference_mode()
+def _kind_of(name: str, vae: nn.Module) -> Kind:
+    """Tells whether a user's model takes clips or images, by encoding a small clip, and an image if that is refused.
+
+    Raises:
+        InvalidInput: it takes neither, or clips of one frame and no longer ones; the message has its reasons.
+    """
+    like = next(vae.parameters(), torch.empty(0))
+    vae.eval()
+
+    def refusal(*shape: int) -> Exception | None:
+        try:
+            latent_of(vae.encode(like.new_zeros(1, 3, *shape)))  # pyright: ignore[reportCallIssue]
+        except _REFUSALS as error:
+            return error
+        return None
+
+    of_clip = refusal(5, 64, 64)
+    if of_clip is None:
+        return "video"
+    if refusal(1, 64, 64) is None:
+        raise InvalidInput(f"model {name!r} takes a clip of 1 frame and not one of 5: {of_clip}") from of_clip
+    of_image = refusal(64, 64)
+    if of_image is not None:
+        raise InvalidInput(
+            f"model {name!r} takes neither a clip (1, 3, 5, 64, 64): {of_clip}; nor an image (1, 3, 64, 64): {of_image}"
+        ) from of_clip
+    logger.info("model %s is taken for one of images: of a clip it says: %s", name, str(of_clip).partition("\n")[0])
+    return "image"

@@ -1,5 +1,7 @@
 """The registry: every entry builds, and takes and gives the sizes that it says."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from leanvae import LeanVAE, LeanVAEConfig
 from leanvae.bench.modes import MODES, lacks_mode, runners
 from leanvae.peers.models import Model, Size, decode, encode, latent_of
 from leanvae.peers.registry import REGISTRY, find_model
+from litevae.errors import InvalidInput
 
 SMALL = {"low_channels": 4, "high_channels": 8, "num_fusion_layers": 1, "ista_iterations": 1}
 FACTORY = """
@@ -75,6 +78,113 @@ def test_models_of_users_are_found_by_folder_and_by_dotted_name(
     assert folder.has_weights
     assert dotted.has_weights
     assert dotted.fit(Size(17, 64, 64)) == Size(1, 64, 64)
+
+
+# Models of users: what each does is in its name.
+USERS_MODELS = """
+import torch
+from torch import nn
+
+class Images(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(3, 4, 2, stride=2)
+    def encode(self, x):
+        return self.down(x)
+
+class Clips(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv3d(3, 4, 1).half()
+    def encode(self, x):
+        assert x.dtype == torch.half
+        return self.down(x)
+
+class AssertsImages(Images):
+    def encode(self, x):
+        assert x.ndim == 4, "images alone"
+        return x
+
+class UnpacksImages(Images):
+    def encode(self, x):
+        batch, channels, height, width = x.shape
+        return x
+
+class LooksAtValues(Clips):
+    def encode(self, x):
+        return self.down(x) if x.abs().max().item() < 2 else x
+
+class WrongType(Clips):
+    def encode(self, x):
+        return self.down(x) + "1"
+
+class WrongName(Clips):
+    def encode(self, x):
+        return self.down(x).no_such_method()
+
+class WrongOnlyAfterTheFirstFrame(Clips):
+    def encode(self, x):
+        first = self.down(x[:, :, :1]) if x.ndim == 5 else x
+        if x.ndim == 5 and x.shape[2] > 1:
+            return first + self.down(x[:, :, 1:])[:, :3]
+        return first
+
+class WrongChannels(Images):
+    def encode(self, x):
+        return self.down(x[:, :2])
+"""
+
+
+@pytest.fixture
+def users_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "users_models.py").write_text(USERS_MODELS, encoding="utf-8")
+    (tmp_path / "broken_module.py").write_text("import math\nmath.no_such_name\n", encoding="utf-8")
+    (tmp_path / "needs_more.py").write_text("import nowhere_to_be_found\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("users_models", "broken_module", "needs_more"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("users_models")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Images", "image"),
+        ("AssertsImages", "image"),
+        ("UnpacksImages", "image"),
+        ("Clips", "video"),
+        ("LooksAtValues", "video"),
+    ],
+)
+def test_models_of_users_are_tried_on_a_clip_and_an_image(name: str, kind: str) -> None:
+    assert find_model(f"users_models:{name}").kind == kind
+
+
+@pytest.mark.usefixtures("users_models")
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("WrongType", TypeError, "unsupported operand"),
+        ("WrongName", AttributeError, "no_such_method"),
+        ("WrongOnlyAfterTheFirstFrame", InvalidInput, "takes a clip of 1 frame and not one of 5: The size of tensor"),
+        ("WrongChannels", InvalidInput, r"neither a clip \(1, 3, 5, 64, 64\): .*; nor an image .*to have 3 channels"),
+    ],
+)
+def test_failing_models_of_users_are_not_taken_for_image_models(
+    name: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        find_model(f"users_models:{name}")
+
+
+@pytest.mark.usefixtures("users_models")
+def test_what_fails_inside_a_users_module_keeps_its_own_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name") as caught:
+        find_model("broken_module:make")
+    assert not isinstance(caught.value, InvalidInput)
+    with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
+        find_model("needs_more:make")
 
 
 def test_latents_are_found_in_whatever_an_encoder_returns() -> None:
