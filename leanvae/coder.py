@@ -85,13 +85,12 @@ class Reconstruction(NamedTuple):
 
 
 class Reconstructor(Protocol):
-    """Encodes and decodes frames.
+    """Encodes and decodes frames."""
 
-    Attributes:
-        patch: side in pixels of the patches or blocks that it works on.
-    """
-
-    patch: int
+    @property
+    def patch(self) -> int:
+        """Side in pixels of the patches or blocks that it works on."""
+        ...
 
     def seams(self, frames: int, height: int, width: int) -> Seams:
         """Says where tiles and chunks of a clip or image of this size meet."""

@@ -1,19 +1,15 @@
 """The clips and images that are evaluated: which they are, and their frames."""
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
+from leanvae.coder import same_size
 from leanvae.data.cutting import Cut, cut_picture
 from leanvae.jobs import Job, find_jobs
-from leanvae.media.video import IMAGE_SUFFIXES, MediaError, iter_frames, read_image
+from leanvae.media.video import IMAGE_SUFFIXES, Frame, iter_frames, read_image
 from litevae.errors import InvalidInput
 
 
@@ -50,43 +46,21 @@ def find_inputs(inputs: Path, output: Path) -> list[Job]:
     ]
 
 
-@dataclass(frozen=True)
-class Source:
-    """A clip or an image, as models get it and as they are measured against it.
+def read_frames(job: Job, num_frames: int | None = None, resolution: tuple[int, int] | None = None) -> Iterator[Frame]:
+    """Reads a clip or an image as models get it and as they are measured against it.
 
-    Attributes:
+    Args:
         job: the file.
         num_frames: most frames of a clip, from its start; None takes all.
         resolution: (height, width) that frames are resized to cover and cut to, centrally; None leaves them as
             they are.
+
+    Raises:
+        MediaError: the file cannot be read, or its size changes on the way.
     """
-
-    job: Job
-    num_frames: int | None = None
-    resolution: tuple[int, int] | None = None
-
-    def images(self) -> Iterator[NDArray[np.uint8]]:
-        """Reads the frames, `(H, W, 3)`, all of one size; each call reads the file anew.
-
-        Raises:
-            MediaError: the file cannot be read, or its size changes on the way.
-        """
-        if self.job.is_video:
-            images = (frame.image for frame in islice(iter_frames(self.job.source), self.num_frames))
-        else:
-            images = iter((read_image(self.job.source),))
-        shape: tuple[int, ...] | None = None
-        for number, image in enumerate(images):
-            if shape is not None and image.shape != shape:
-                raise MediaError(
-                    self.job.source,
-                    f"the size changes from {shape[1]}x{shape[0]} to {image.shape[1]}x{image.shape[0]}"
-                    f" at frame {number}",
-                )
-            shape = image.shape
-            yield image if self.resolution is None else cut_picture(image, self.resolution, Cut())
-
-    def frames(self) -> Iterator[Tensor]:
-        """The frames as float32 `(3, H, W)` in [0, 1]."""
-        for image in self.images():
-            yield torch.from_numpy(image).movedim(-1, 0).float() / 255
+    if not job.is_video:
+        frames: Iterable[Frame] = [Frame(read_image(job.source), None, 0.0)]
+    else:
+        frames = same_size(islice(iter_frames(job.source), num_frames), job.source)
+    for frame in frames:
+        yield frame if resolution is None else replace(frame, image=cut_picture(frame.image, resolution, Cut()))
