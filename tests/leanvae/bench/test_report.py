@@ -3,14 +3,17 @@
 import argparse
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from leanvae import LeanVAE, LeanVAEConfig
+from leanvae.bench import quality
 from leanvae.bench import run as run_module
 from leanvae.bench.compare import compare_reports
 from leanvae.bench.jobs import Job
@@ -20,7 +23,10 @@ from leanvae.bench.run import Benchmark
 from leanvae.bench.settings import Settings
 from leanvae.bench.tables import print_report
 from leanvae.cli import bench as command
+from leanvae.media.video import Frame
 from leanvae.media.writer import write_png
+from leanvae.peers.models import Model
+from leanvae.peers.registry import find_model
 
 FLAGS = ["--models", "leanvae-c4,litevae-s", "--resolutions", "16", "32", "--frames", "5,9"]
 
@@ -125,6 +131,38 @@ def test_reconstruction_is_judged_for_models_with_weights(tmp_path: Path, capsys
     assert "PSNR" in capsys.readouterr().out
     with pytest.raises(ValueError, match="none of the models has weights"):
         command.run(parse(*FLAGS, "--output", str(tmp_path / "o"), "--reconstruction", str(tmp_path / "in")))
+
+
+def _saved_model(folder: Path) -> LeanVAE:
+    vae = LeanVAE(LeanVAEConfig(low_channels=4, high_channels=8, num_fusion_layers=1, ista_iterations=1))
+    vae.save_pretrained(folder)
+    return vae
+
+
+def test_a_clip_whose_size_changes_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _saved_model(tmp_path / "model")
+    (tmp_path / "in").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "in" / name).touch()
+
+    def frames(path: Path) -> Iterator[Frame]:
+        for width in (24, 24, 32 if path.name == "a.mp4" else 24):
+            yield Frame(np.full((16, width, 3), 90, np.uint8), None, 0.0)
+
+    monkeypatch.setattr(quality, "iter_frames", frames)
+    judged = quality.judge(find_model(str(tmp_path / "model")), tmp_path / "in", "cpu", torch.float32)
+    assert (judged["files"], judged["skipped"], judged["frames"]) == (1, 1, 3)
+
+
+def test_a_model_whose_output_is_not_finite_has_no_figures(tmp_path: Path) -> None:
+    vae = _saved_model(tmp_path / "model")
+    with torch.no_grad():
+        next(vae.decoder.parameters()).fill_(torch.nan)
+    (tmp_path / "in").mkdir()
+    write_png(tmp_path / "in" / "a.png", np.full((20, 30, 3), 90, np.uint8))
+    model = Model("broken", "video", lambda: vae, "here", has_weights=True)
+    judged = quality.judge(model, tmp_path / "in", "cpu", torch.float32)
+    assert (judged["files"], judged["psnr"], judged["ssim"]) == (1, None, None)
 
 
 @pytest.mark.parametrize(
