@@ -6,6 +6,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -15,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from leanvae.inference.plan import PIXELS_AT_ONCE, plan_reconstruction
+from leanvae.inference.plan import PIXELS_AT_ONCE, ClipPlan, Parts, make_plan, plan_reconstruction
+from leanvae.inference.stream import DecoderStream, EncoderStream
 from leanvae.media.video import Frame, MediaError, cv2
 from leanvae.model import LeanVAE
 from litevae.config import DOWNSAMPLING
@@ -105,26 +107,6 @@ class Reconstructor(Protocol):
         ...
 
 
-class Encoder(Protocol):
-    """A clip encoded as its frames arrive."""
-
-    def push(self, frames: Tensor) -> DiagonalGaussian | None:
-        """Encodes the latent frames that `(B, 3, t, H, W)` in [-1, 1] complete; None if there are none."""
-        ...
-
-    def finish(self) -> DiagonalGaussian | None:
-        """Encodes what is left at the clip's end."""
-        ...
-
-
-class Decoder(Protocol):
-    """The inverse."""
-
-    def push(self, latent: Tensor) -> Tensor:
-        """Decodes these latent frames to `(B, 3, t, H, W)`, padded."""
-        ...
-
-
 class FrameCoder:
     """LeanVAE or LiteVAE as tools use it, a `Reconstructor`. LiteVAE takes each frame of a clip as an image.
 
@@ -164,13 +146,13 @@ class FrameCoder:
         x = to_model(clips, self.vae)
         if isinstance(self.vae, LeanVAE):
             return self.vae.encode(x, tile=self._tile, chunk=self._chunk, memory_limit=self._limit)
-        return _ImageEncoder(self.vae, self._tile, self._limit).push(x)
+        return ImageEncoder(self.vae, self._tile, self._limit).push(x)
 
-    def encoder(self, height: int, width: int) -> Encoder:
-        """Opens a stream for one long clip of this size; `to_model` makes its frames. Use it in inference mode."""
+    def encoder(self) -> "EncoderStream | ImageEncoder":
+        """Opens a stream for clips of one size, whose frames `to_model` makes. Use it in inference mode."""
         if isinstance(self.vae, LeanVAE):
-            return _ClipEncoder(self.vae, self._tile, self._limit)
-        return _ImageEncoder(self.vae, self._tile, self._limit)
+            return EncoderStream(self.vae.layers, Parts(self._tile, None, self._limit))
+        return ImageEncoder(self.vae, self._tile, self._limit)
 
     @torch.inference_mode()
     def decode(self, latents: Iterable[Tensor], size: Sequence[int]) -> Iterator[Tensor]:
@@ -189,21 +171,24 @@ class FrameCoder:
         """
         missing, height, width = size
         if isinstance(self.vae, LeanVAE):
-            decoder: Decoder = _ClipDecoder(self.vae, self._tile, self._limit)
+            decoder = DecoderStream(self.vae.layers, Parts(self._tile, None, self._limit))
         else:
-            decoder = _ImageDecoder(self.vae, self._tile, self._limit)
+            decoder = ImageDecoder(self.vae, self._tile, self._limit)
         for latent in latents:
-            decoded = _true_frames(decoder.push(latent), missing, height, width)
-            missing -= len(decoded)
-            yield from finite_frames(decoded)
+            for part in decoder.split(latent):
+                frames = _true_frames(decoder.push(part), missing, height, width)
+                missing -= len(frames)
+                yield from finite_frames(frames)
 
     def seams(self, frames: int, height: int, width: int) -> Seams:
         """Says where tiles and chunks of a clip or image of this size meet."""
         size = (frames, height, width)
         if frames == 1 or not isinstance(self.vae, LeanVAE):
             return Seams.between(size, [self._tile])
-        first, chunk, tiles = self._plan(self.vae, height, width)
-        return Seams.between(size, set(tiles), first, chunk)
+        plans = self._plans(self.vae, height, width)
+        _, *patch = self.vae.config.patch_size
+        planned = {plan.tile and (plan.tile[0] * patch[0], plan.tile[1] * patch[1]) for plan in plans}
+        return Seams.between(size, [self._tile] if self._tile else planned, *_chunks(plans[0]))
 
     @torch.inference_mode()
     def reconstruct(self, frames: Iterable[Frame]) -> Iterator[Reconstruction]:
@@ -218,15 +203,15 @@ class FrameCoder:
         if not begin:
             return
         height, width = begin[0].image.shape[:2]
-        encoder: Encoder
-        decoder: Decoder
         if isinstance(self.vae, LeanVAE) and len(begin) > 1:
-            first, chunk, (tile, decoder_tile) = self._plan(self.vae, height, width)
-            encoder, decoder = _ClipEncoder(self.vae, tile), _ClipDecoder(self.vae, decoder_tile)
+            plans = self._plans(self.vae, height, width)
+            first, chunk = _chunks(plans[0])
+            encoder = EncoderStream(self.vae.layers, plan=plans[0])
+            decoder = DecoderStream(self.vae.layers, plan=plans[1])
         else:
             first = chunk = min(IMAGES_AT_ONCE, self._chunk or IMAGES_AT_ONCE)
-            parts = self.vae, self._tile, self._given_limit
-            encoder, decoder = _ImageEncoder(*parts), _ImageDecoder(*parts)
+            encoder = ImageEncoder(self.vae, self._tile, self._given_limit)
+            decoder = ImageDecoder(self.vae, self._tile, self._given_limit)
         waiting: deque[Frame] = deque()
 
         def posteriors() -> Iterator[DiagonalGaussian | None]:
@@ -247,22 +232,29 @@ class FrameCoder:
                 fresh = None
         assert not waiting, "a model gives back as many frames as it gets"
 
-    def _plan(self, vae: LeanVAE, height: int, width: int) -> tuple[int, int, tuple[Tile, Tile]]:
-        """Frames of the first and of each further chunk, and the tiles of encoder and decoder in pixels.
-
-        The first chunk is shorter, so that after the first frame, which stands alone, groups stay whole.
-        """
-        group, patch_height, patch_width = vae.config.patch_size
+    def _plans(self, vae: LeanVAE, height: int, width: int) -> tuple[ClipPlan, ClipPlan]:
+        """Plans to encode and decode a clip of this size."""
         plans = plan_reconstruction(vae, width, height, self._chunk, self._given_limit)
+        if self._tile is None:
+            return plans
         encoding, decoding = (
-            self._tile or (plan.tile and (plan.tile[0] * patch_height, plan.tile[1] * patch_width)) for plan in plans
+            replace(make_plan(plan.load, Parts(self._tile)), latent_frames=plan.latent_frames) for plan in plans
         )
-        chunk = group * (plans[0].latent_frames or 1)
-        return chunk - group + 1, chunk, (encoding, decoding)
+        return encoding, decoding
 
 
-class _ImageEncoder:
-    """Frames encoded as images of their own.
+def _chunks(plan: ClipPlan) -> tuple[int, int]:
+    """Frames of the first and of each further chunk.
+
+    The first is shorter, so that after the first frame, which stands alone, groups stay whole.
+    """
+    group = plan.load.config.patch_size[0]
+    chunk = group * (plan.latent_frames or 1)
+    return chunk - group + 1, chunk
+
+
+class ImageEncoder:
+    """Frames encoded as images of their own, with the methods of an `EncoderStream`.
 
     Of a LeanVAE it takes less memory than a stream of one frame, which keeps what the next ones would need.
     """
@@ -270,21 +262,29 @@ class _ImageEncoder:
     def __init__(self, vae: VAE, tile: Tile, memory_limit: int | str | None) -> None:
         self._vae, self._tile, self._limit = vae, tile, memory_limit
 
+    def split(self, frames: Tensor) -> Iterator[Tensor]:
+        """Gives the frames back: `push` takes any number."""
+        yield frames
+
     def push(self, frames: Tensor) -> DiagonalGaussian:
         """Encodes `(B, 3, t, H, W)` to `(B, Z, t, H', W')`."""
         posterior = self._vae.encode(_to_images(frames), tile=self._tile, memory_limit=self._limit)
         mean, logvar = (_to_clips(values, len(frames)) for values in (posterior.mean, posterior.logvar))
-        return DiagonalGaussian(mean, logvar)
+        return DiagonalGaussian(mean, logvar, tuple(frames.shape[2:]))
 
     def finish(self) -> None:
         """Nothing is left: no frame waits for others."""
 
 
-class _ImageDecoder:
-    """The inverse."""
+class ImageDecoder:
+    """The inverse, with the methods of a `DecoderStream`."""
 
     def __init__(self, vae: VAE, tile: Tile, memory_limit: int | str | None) -> None:
         self._vae, self._tile, self._limit = vae, tile, memory_limit
+
+    def split(self, latent: Tensor) -> Iterator[Tensor]:
+        """Gives the latent back: `push` takes any number."""
+        yield latent
 
     def push(self, latent: Tensor) -> Tensor:
         """Decodes `(B, Z, t, H', W')` to `(B, 3, t, H, W)`, padded."""
@@ -298,70 +298,9 @@ def _to_images(clips: Tensor) -> Tensor:
 
 
 def _to_clips(images: Tensor, batch: int) -> Tensor:
-    """`(B t, C, H, W)`, or of clips of one frame `(B t, C, 1, H, W)`, as `(B, C, t, H, W)`."""
+    """`(B t, C, H, W)`, or clips of one frame `(B t, C, 1, H, W)`, as `(B, C, t, H, W)`."""
     images = images.squeeze(2) if images.ndim == 5 else images
     return images.unflatten(0, (batch, -1)).transpose(1, 2)
-
-
-# A stream of LeanVAE draws its parts from an iterator. It gets each when that comes, and is asked for just the output
-# that follows from it.
-
-
-class _ClipEncoder:
-    """A clip encoded by `LeanVAE.encode_stream` as its frames arrive."""
-
-    def __init__(self, vae: LeanVAE, tile: Tile, memory_limit: int | str | None = None) -> None:
-        self._group = vae.config.patch_size[0]
-        self._arrived: deque[Tensor] = deque()
-        self._num_frames = self._num_encoded = 0
-        self._posteriors = vae.encode_stream(_drain(self._arrived), tile=tile, memory_limit=memory_limit)
-
-    def push(self, frames: Tensor) -> DiagonalGaussian | None:
-        """Encodes the latent frames that these frames complete; None if there are none."""
-        self._arrived.append(frames)
-        self._num_frames += frames.shape[2]
-        return self._take(1 + (self._num_frames - 1) // self._group)
-
-    def finish(self) -> DiagonalGaussian | None:
-        """Encodes what is left at the clip's end."""
-        return self._take(1 + -(-(self._num_frames - 1) // self._group))
-
-    def _take(self, num_latents: int) -> DiagonalGaussian | None:
-        """The posterior up to so many latent frames from the start."""
-        parts = []
-        while self._num_encoded < num_latents:
-            parts.append(next(self._posteriors))
-            self._num_encoded += parts[-1].mean.shape[2]
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        return DiagonalGaussian(
-            torch.cat([part.mean for part in parts], dim=2), torch.cat([part.logvar for part in parts], dim=2)
-        )
-
-
-class _ClipDecoder:
-    """A clip decoded by `LeanVAE.decode_stream` as its latent frames arrive."""
-
-    def __init__(self, vae: LeanVAE, tile: Tile, memory_limit: int | str | None = None) -> None:
-        self._group = vae.config.patch_size[0]
-        self._arrived: deque[Tensor] = deque()
-        self._num_missing = 1 - self._group  # the first latent frame is of one frame
-        self._frames = vae.decode_stream(_drain(self._arrived), tile=tile, memory_limit=memory_limit)
-
-    def push(self, latent: Tensor) -> Tensor:
-        """Decodes these latent frames."""
-        self._arrived.append(latent)
-        self._num_missing += self._group * latent.shape[2]
-        parts = []
-        while self._num_missing:
-            parts.append(next(self._frames))
-            self._num_missing -= parts[-1].shape[2]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def _drain(arrived: deque[Tensor]) -> Iterator[Tensor]:
-    while arrived:
-        yield arrived.popleft()
 
 
 def to_model(clips: Sequence[Clip], vae: nn.Module) -> Tensor:

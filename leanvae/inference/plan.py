@@ -280,7 +280,7 @@ def plan_reconstruction(
         for name in ("encode", "decode")
     )
     may_tile = why_inexact(vae.config) is None
-    pairs = list(zip(*(_plans(load, may_tile, False, most) for load in loads), strict=True))
+    pairs = list(zip(*(_plans(load, may_tile, not may_tile, most) for load in loads), strict=True))
 
     def memory(pair: tuple[ClipPlan, ClipPlan]) -> int:
         encoding, decoding = pair

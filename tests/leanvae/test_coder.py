@@ -12,7 +12,7 @@ from torch import Tensor
 from leanvae import LeanVAE, LeanVAEConfig
 from leanvae import coder as coder_module
 from leanvae.coder import VAE, FrameCoder, Seams, same_size, to_model
-from leanvae.inference.plan import Plan, plan_reconstruction
+from leanvae.inference.plan import ClipPlan, plan_reconstruction
 from leanvae.media.video import Frame, MediaError
 from litevae import LiteVAE, LiteVAEConfig
 from litevae.errors import InvalidInput, NotFinite
@@ -121,7 +121,7 @@ def test_a_clip_that_is_pushed_in_pieces_is_encoded_as_a_whole(vae: VAE, pieces:
     clip = _clip(18)
     coder = FrameCoder(vae)
     whole = coder.encode([clip])
-    stream = coder.encoder(20, 28)
+    stream = coder.encoder()
     with torch.inference_mode():
         ends = np.cumsum(pieces)
         pushed = [stream.push(to_model([piece], vae)) for piece in np.split(clip, ends[:-1])]
@@ -164,7 +164,7 @@ def test_bytes_become_the_models_range_and_type(vae: VAE) -> None:
 
 def test_a_single_frame_takes_no_stream(lean: LeanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream keeps two frames for each convolution, which no image needs: of a large one many gigabytes."""
-    monkeypatch.delattr(LeanVAE, "encode_stream")
+    monkeypatch.delattr(coder_module, "EncoderStream")
     (part,) = FrameCoder(lean).reconstruct(_frames(_clip(1)))
     assert len(part.output) == 1
 
@@ -181,12 +181,22 @@ def test_seams_are_where_parts_begin(lean: LeanVAE) -> None:
 
 def test_planned_tiles_leave_the_result_as_it_is(lean: LeanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = _clip(9, 72, 88)
-    plans = [Plan(plan.work, 1, (4, 8)) for plan in plan_reconstruction(lean, 88, 72)]
+    plans = [ClipPlan(plan.load, 1, (4, 8)) for plan in plan_reconstruction(lean, 88, 72)]
     monkeypatch.setattr(coder_module, "plan_reconstruction", lambda *_: plans)
     coder = FrameCoder(lean)
     assert coder.seams(9, 72, 88) == ({32, 64}, {64}, {1, 5})
     output = torch.cat([part.output for part in coder.reconstruct(_frames(clip))])
     torch.testing.assert_close(output, _whole(lean, clip)[1], atol=1e-4, rtol=0)
+
+
+def test_a_stream_that_runs_out_of_memory_makes_no_inexact_tiles() -> None:
+    """Wavelets longer than Haar read across the borders of tiles; fewer frames at a time are exact."""
+    vae = LeanVAE(LeanVAEConfig(**TINY, wavelet="db2"))
+    for plan in plan_reconstruction(vae, 640, 480):
+        smaller = plan.halved()
+        while smaller is not None:
+            assert smaller.tile is None
+            smaller = smaller.halved()
 
 
 def test_memory_limits_are_checked(lean: LeanVAE) -> None:
