@@ -16,11 +16,11 @@ from leanvae import LeanVAE, LeanVAEConfig
 from leanvae.bench import quality
 from leanvae.bench import run as run_module
 from leanvae.bench.compare import compare_reports
-from leanvae.bench.jobs import Job
+from leanvae.bench.jobs import BenchRow
 from leanvae.bench.plots import write_plots
 from leanvae.bench.report import make_report, memory_limits, read_report, table3_ratios, write_report
 from leanvae.bench.run import Benchmark
-from leanvae.bench.settings import Settings
+from leanvae.bench.settings import BenchSettings
 from leanvae.bench.tables import print_report
 from leanvae.cli import bench as command
 from leanvae.media.video import Frame
@@ -31,7 +31,7 @@ from leanvae.peers.registry import find_model
 FLAGS = ["--models", "leanvae-c4,litevae-s", "--resolutions", "16", "32", "--frames", "5,9"]
 
 
-def fake_result(job: Job, seconds: float, timeout: float | None) -> dict[str, Any]:
+def fake_result(job: BenchRow, seconds: float, timeout: float | None) -> dict[str, Any]:
     """What a process would find; the largest images run out of memory."""
     if job.model == "litevae-s" and job.height == 32 and job.batch == 1:
         return {"status": "out of memory", "reason": "too large", "wall_seconds": 1.0}
@@ -194,7 +194,7 @@ def test_sizes_that_a_model_fails_at_are_told(tmp_path: Path, monkeypatch: pytes
         raise RuntimeError("smaller than its kernel")
 
     monkeypatch.setattr(run_module, "count", fail)
-    settings = Settings(("leanvae-c4",), ((16, 16),), (5,), ("whole",), ("float32",), "cpu", tmp_path, 600.0)
+    settings = BenchSettings(("leanvae-c4",), ((16, 16),), (5,), ("whole",), ("float32",), "cpu", tmp_path, 600.0)
     bench = Benchmark(settings)
     bench.run()
     assert [entry["reason"] for entry in make_report(bench)["left_out"]] == ["its FLOPs cannot be counted"]
@@ -206,7 +206,7 @@ def test_sizes_that_a_model_fails_at_are_told(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_empty_run_makes_an_empty_report(tmp_path: Path) -> None:
-    settings = Settings(("leanvae-c4",), ((16, 16),), (5,), ("whole",), ("float32",), "cpu", tmp_path, 1.0)
+    settings = BenchSettings(("leanvae-c4",), ((16, 16),), (5,), ("whole",), ("float32",), "cpu", tmp_path, 1.0)
     bench = Benchmark(settings)
     bench.run()
     report = make_report(bench)
