@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from leanvae.checkpoint import load_vae
 from leanvae.latents.encoding import MEMORY_LIMIT_ON_CPU, VAE
@@ -17,6 +16,7 @@ from leanvae.latents.session import hash_checkpoint
 from leanvae.latents.store import Store, StoreError
 from leanvae.media.writer import VideoWriter
 from leanvae.model import LeanVAE
+from leanvae.progress import Progress
 from litevae.pixels import to_bytes
 
 _TIME_BASE = Fraction(1, 90_000)  # of MPEG; exact for the common frame rates
@@ -56,18 +56,19 @@ def decode_latents(
     output.mkdir(parents=True, exist_ok=True)
     entries = _find_entries(source, keys)
     num_decoded = 0
-    for key, read in tqdm(entries.items(), desc="decoding", unit="clip", disable=None):
-        target = output / f"{key}.mp4"
-        if target.exists():
-            continue
-        entry = read()
-        if entry.facts["checkpoint"] != known:
-            raise StoreError(
-                f"{source}: {key} was encoded with the checkpoint {entry.facts['checkpoint'][:12]}..., "
-                f"not with {checkpoint}, which is {known[:12]}..."
-            )
-        write_clip(vae, entry, target)
-        num_decoded += 1
+    with Progress("decoding", "clip", len(entries)) as progress:
+        for key, read in entries.items():
+            target = output / f"{key}.mp4"
+            if not target.exists():
+                entry = read()
+                if entry.facts["checkpoint"] != known:
+                    raise StoreError(
+                        f"{source}: {key} was encoded with the checkpoint {entry.facts['checkpoint'][:12]}..., "
+                        f"not with {checkpoint}, which is {known[:12]}..."
+                    )
+                write_clip(vae, entry, target)
+                num_decoded += 1
+            progress.add()
     return {"decoded": num_decoded, "present": len(entries) - num_decoded}
 
 

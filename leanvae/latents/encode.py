@@ -87,12 +87,12 @@ def encode_clips(
         orders = _orders(store, [source for source in sources if source.belongs_to(rank(), world_size())])
         with (
             ShardWriter(store, f"{rank():05d}", shard_bytes) as writer,
-            Progress(len(orders), is_shown=rank() == 0) as progress,
+            Progress("encoding", "file", len(orders), is_shown=rank() == 0) as progress,
         ):
             collector = _Collector(writer, progress, work, checkpoint, orders)
             for encoded in _encode(work, device, engine, stored_vae, orders):
                 collector.take(encoded)
-        done = gather((progress.clips, progress.frames))
+        done = gather((progress.counts["clips"], progress.counts["frames"]))
         barrier()
         run = _run_figures([sum(counts) for counts in zip(*done, strict=True)], time.monotonic() - started)
         return on_main(lambda: _close(store, sources, run, work if update_checkpoint else None))
@@ -185,7 +185,7 @@ class _Collector:
             state.entries.append(entry)
             state.num_bytes += sum(tensor.nbytes for tensor in entry.tensors.values())
             state.num_encoded += 1
-            self._progress.add_clip(len(encoded.times))
+            self._progress.count(clips=1, frames=len(encoded.times))
             if state.num_bytes > _BYTES_HELD_OF_A_SOURCE:
                 self._write(state)
         else:
@@ -206,7 +206,7 @@ class _Collector:
         self._writer.note(SourceRecord(source.id, source.name, modified, num_frames, num_clips, reason))
         del self._open[source.id]
         self._closed.add(source.id)
-        self._progress.add_source()
+        self._progress.add()
 
 
 def _run_figures(counts: Sequence[int], seconds: float) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from leanvae.checkpoint import load_vae
 from leanvae.data.config import SourceError
@@ -26,6 +25,7 @@ from leanvae.latents.session import hash_checkpoint
 from leanvae.latents.sources import Source, find_source
 from leanvae.latents.store import INDEX, SHARDS, SHARED_COLUMNS, STATISTICS, Store, StoreError
 from leanvae.metrics.frames import psnr
+from leanvae.progress import Progress
 
 
 def verify_store(
@@ -51,13 +51,16 @@ def verify_store(
     problems: list[str] = []
     num_clips: Counter[str] = Counter()
     keys: Counter[str] = Counter()
-    for shard in tqdm(store.shards(), desc="verifying", unit="shard", disable=None):
-        try:
-            for row in _check_shard(store, shard, manifest, problems):
-                num_clips[row["source_id"]] += 1
-                keys[row["key"]] += 1
-        except (StoreError, tarfile.TarError, KeyError) as error:
-            problems.append(f"{shard}: {error}")
+    shards = store.shards()
+    with Progress("verifying", "shard", len(shards)) as progress:
+        for shard in shards:
+            try:
+                for row in _check_shard(store, shard, manifest, problems):
+                    num_clips[row["source_id"]] += 1
+                    keys[row["key"]] += 1
+            except (StoreError, tarfile.TarError, KeyError) as error:
+                problems.append(f"{shard}: {error}")
+            progress.add()
     problems += [f"{key}: {count} times in the store" for key, count in keys.items() if count > 1]
     problems += _check_index(store)
     for record in store.sources().values():
@@ -68,7 +71,7 @@ def verify_store(
         samples = list(_compare_samples(store, manifest, load_vae(checkpoint), num_samples, device, problems))
     return {
         "store": store.address,
-        "shards": len(store.shards()),
+        "shards": len(shards),
         "clips": sum(keys.values()),
         "problems": problems,
         "samples": samples,
