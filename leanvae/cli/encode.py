@@ -16,7 +16,7 @@ from leanvae.cli.flags import (
 from litevae.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from leanvae.latents.engines import Work
+    from leanvae.latents.encoder import Work
     from leanvae.latents.rule import ClipRule
 
 SUMMARY = "Encode clips into a store of latents; also started by torchrun or deepspeed, or on a Ray cluster."
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 def _work(args: argparse.Namespace) -> "Work":
     import torch
 
-    from leanvae.latents.engines import Work
+    from leanvae.latents.encoder import Work
 
     for name in ("batch_size", "workers"):
         if getattr(args, name) < 1:

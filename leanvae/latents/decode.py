@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leanvae.checkpoint import load_vae
-from leanvae.latents.encoding import MEMORY_LIMIT_ON_CPU, VAE
+from leanvae.latents.encoder import MEMORY_LIMIT_ON_CPU, VAE
 from leanvae.latents.entry import TENSORS, Entry, read_entry
 from leanvae.latents.session import hash_checkpoint
 from leanvae.latents.store import Store, StoreError

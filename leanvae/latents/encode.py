@@ -15,9 +15,8 @@ from leanvae.data.quarantine import modification_time
 from leanvae.distributed import barrier, gather, joined_ranks, on_main, rank, world_size
 from leanvae.latents.decoders import Order
 from leanvae.latents.decoding import Finished, Rejected
-from leanvae.latents.encoding import VAE, Encoded, EncodedClip
-from leanvae.latents.engines import Work, encode_here, load_for_encoding
-from leanvae.latents.entry import Entry, make_entry
+from leanvae.latents.encoder import VAE, Encoded, EncodedClip, Work, encode_here, load_for_encoding, make_entry
+from leanvae.latents.entry import Entry
 from leanvae.latents.session import STATISTICS_FIELDS, hash_checkpoint, writing
 from leanvae.latents.shards import ShardWriter
 from leanvae.latents.sources import Source, list_sources

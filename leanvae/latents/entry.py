@@ -9,8 +9,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from leanvae.latents.encoding import EncodedClip
-from leanvae.latents.rule import ClipRule
 from litevae.errors import InvalidInput, MissingFile
 
 TENSORS, FACTS, THUMBNAIL = "safetensors", "json", "jpg"
@@ -41,40 +39,6 @@ class Entry:
         if self.thumbnail is not None:
             members[THUMBNAIL] = self.thumbnail
         return members
-
-
-def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> Entry:
-    """Puts together what the store keeps of a clip.
-
-    Args:
-        checkpoint: hash of the weights and the configuration that it was encoded with.
-    """
-    source, last = clip.source, clip.last
-    facts = {
-        "key": f"{source.id}_{clip.first:07d}",
-        "source": source.name,
-        "start": source.start,
-        "end": source.end,
-        "first_frame": clip.first,
-        "stride": rule.stride,
-        "fps": last.fps,
-        "times": clip.times,
-        "size": [len(clip.times), *last.placement.resolution],
-        "source_size": list(last.source_size),
-        "resized": list(last.placement.resized),
-        "crop": list(last.placement.crop),
-        "latent_shape": list(clip.tensors["mean"].shape),
-        "dtype": str(clip.tensors["mean"].dtype).removeprefix("torch."),
-        "flipped": len(clip.tensors) > 2,
-        "checkpoint": checkpoint,
-        "caption": _text(source.columns.get("caption")),
-        "columns": source.columns,
-    }
-    return Entry(facts, clip.tensors, clip.thumbnail)
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def read_tensors(data: bytes, name: str) -> dict[str, Tensor]:

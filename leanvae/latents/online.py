@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from leanvae.latents.decoders import decode_ahead
 from leanvae.latents.decoding import Decoded, Decoding, Piece, Rejected
-from leanvae.latents.encoding import VAE, ClipEncoder, EncodedClip, frames_per_latent
-from leanvae.latents.entry import make_entry
+from leanvae.latents.encoder import VAE, ClipEncoder, EncodedClip, frames_per_latent, make_entry
 from leanvae.latents.reading import epoch_order, make_item, process_place
 from leanvae.latents.rule import ClipRule
 from leanvae.latents.sources import list_sources

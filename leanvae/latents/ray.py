@@ -15,8 +15,7 @@ import numpy as np
 from leanvae.checkpoint import load_vae
 from leanvae.latents.decoders import Order
 from leanvae.latents.decoding import Decoded, Decoding, Piece, decode_source
-from leanvae.latents.encoding import VAE, Encoded
-from leanvae.latents.engines import Work, load_for_encoding, make_decoding, make_encoder
+from leanvae.latents.encoder import VAE, Encoded, Work, load_for_encoding, make_decoding, make_encoder
 from leanvae.media.video import cv2
 from litevae.errors import extra
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from leanvae.distributed import LOCK_FILE, barrier, lock_folder, on_main
-from leanvae.latents.encoding import VAE
+from leanvae.latents.encoder import VAE
 from leanvae.latents.store import FORMAT, INDEX, MANIFEST, Store, StoreError
 
 STATISTICS_FIELDS = {"latent_mean", "latent_std"}

@@ -18,7 +18,7 @@ from leanvae.checkpoint import load_vae
 from leanvae.data.config import SourceError
 from leanvae.latents.decode import decode_entry
 from leanvae.latents.decoding import Decoding, Piece, Rejected, decode_source
-from leanvae.latents.encoding import VAE, frames_per_latent
+from leanvae.latents.encoder import VAE, frames_per_latent
 from leanvae.latents.entry import FACTS, TENSORS, Entry, read_tensors
 from leanvae.latents.rule import ClipRule
 from leanvae.latents.session import hash_checkpoint

@@ -7,7 +7,7 @@ import torch
 
 from leanvae import LeanVAE, LeanVAEConfig
 from leanvae.latents.encode import encode_clips
-from leanvae.latents.engines import Work
+from leanvae.latents.encoder import Work
 from leanvae.latents.rule import ClipRule
 
 RULE = ClipRule(frames=5, every=4, resolutions=("32x32",))

@@ -22,7 +22,7 @@ from leanvae.latents import decoding, encode
 from leanvae.latents.decoders import decode_ahead
 from leanvae.latents.decoding import Decoding, Finished, Piece, Rejected, decode_source
 from leanvae.latents.encode import encode_clips
-from leanvae.latents.encoding import ClipEncoder, EncodedClip, to_model
+from leanvae.latents.encoder import ClipEncoder, EncodedClip, to_model
 from leanvae.latents.rule import ClipRule
 from leanvae.latents.sources import Source
 from leanvae.latents.store import Store, StoreError
