@@ -16,7 +16,7 @@ from leanvae.cli.flags import (
 from litevae.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from leanvae.latents.encoder import Work
+    from leanvae.latents.encoder import EncodeJob
     from leanvae.latents.rule import ClipRule
 
 SUMMARY = "Encode clips into a store of latents; also started by torchrun or deepspeed, or on a Ray cluster."
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     summary = encode_clips(
         args.input,
         args.output,
-        _work(args),
+        _job(args),
         device_of_rank(args.device),
         args.engine,
         parse_bytes(args.shard_size),
@@ -97,17 +97,17 @@ def run(args: argparse.Namespace) -> int:
     return 3 if summary["unfinished"] or (args.strict and summary["skipped"]) else 0
 
 
-def _work(args: argparse.Namespace) -> "Work":
+def _job(args: argparse.Namespace) -> "EncodeJob":
     import torch
 
-    from leanvae.latents.encoder import Work
+    from leanvae.latents.encoder import EncodeJob
 
     for name in ("batch_size", "workers"):
         if getattr(args, name) < 1:
             raise InvalidInput(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if not args.timeout > 0:
         raise InvalidInput(f"--timeout: expected seconds above 0, got {args.timeout:g}")
-    return Work(
+    return EncodeJob(
         args.checkpoint,
         _rule(args),
         getattr(torch, args.dtype),

@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks or describes a store, and prints JSON; returns 3 if it found something wrong."""
-    from leanvae.latents.verify import describe_store, verify_store
+    from leanvae.latents.verify import store_info, verify_store
 
     if args.action == "info":
-        print(json.dumps(describe_store(args.store), indent=2))
+        print(json.dumps(store_info(args.store), indent=2))
         return 0
 
     report = verify_store(args.store, args.checkpoint, args.samples, find_device(args.device))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leanvae.checkpoint import load_vae
 from leanvae.latents.encoder import MEMORY_LIMIT_ON_CPU, VAE
-from leanvae.latents.entry import TENSORS, Entry, read_entry
+from leanvae.latents.entry import TENSORS, StoreEntry, read_entry
 from leanvae.latents.session import hash_checkpoint
 from leanvae.latents.store import Store, StoreError
 from leanvae.media.writer import VideoWriter
@@ -72,7 +72,7 @@ def decode_latents(
     return {"decoded": num_decoded, "present": len(entries) - num_decoded}
 
 
-def _find_entries(source: str | Path, keys: Sequence[str]) -> dict[str, Callable[[], Entry]]:
+def _find_entries(source: str | Path, keys: Sequence[str]) -> dict[str, Callable[[], StoreEntry]]:
     """The wanted entries by key, each with what reads it."""
     if str(source).endswith(f".{TENSORS}"):
         return {Path(source).stem: partial(read_entry, Path(source))}
@@ -85,7 +85,7 @@ def _find_entries(source: str | Path, keys: Sequence[str]) -> dict[str, Callable
     return {key: partial(store.read_entry, rows[key]) for key in keys or rows}
 
 
-def write_clip(vae: VAE, entry: Entry, path: Path) -> None:
+def write_clip(vae: VAE, entry: StoreEntry, path: Path) -> None:
     """Decodes an entry to an mp4 file with the source's timestamps, counted from the clip's start."""
     facts = entry.facts
     _, height, width = facts["size"]
@@ -98,7 +98,7 @@ def write_clip(vae: VAE, entry: Entry, path: Path) -> None:
 
 
 @torch.inference_mode()
-def decode_entry(vae: VAE, entry: Entry) -> Iterator[Tensor]:
+def decode_entry(vae: VAE, entry: StoreEntry) -> Iterator[Tensor]:
     """Decodes the mean of an entry's posterior.
 
     Yields:

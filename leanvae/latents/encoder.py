@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leanvae.latents.decoders import Order, decode_ahead
 from leanvae.latents.decoding import Decoded, Decoding, Finished, Piece, Rejected
-from leanvae.latents.entry import Entry
+from leanvae.latents.entry import StoreEntry
 from leanvae.latents.rule import ClipRule
 from leanvae.latents.sources import Source
 from leanvae.media.video import cv2
@@ -33,7 +33,7 @@ _SECONDS_BETWEEN_RETURNS = 0.25  # of memory to the system
 
 
 @dataclass(frozen=True)
-class Work:
+class EncodeJob:
     """How clips are decoded and encoded.
 
     Attributes:
@@ -265,30 +265,30 @@ class _LongClip:
             yield self._arrived.popleft()
 
 
-def load_for_encoding(vae: VAE, work: Work, device: str) -> VAE:
+def load_for_encoding(vae: VAE, job: EncodeJob, device: str) -> VAE:
     """A model as `load_vae` gave it, prepared for inference on a device."""
-    return vae.to(device, work.compute_dtype).compile()
+    return vae.to(device, job.compute_dtype).compile()
 
 
-def make_decoding(work: Work, vae: VAE) -> Decoding:
+def make_decoding(job: EncodeJob, vae: VAE) -> Decoding:
     """What decoders need to know to serve a model."""
-    gpu = str(next(vae.parameters()).device) if work.nvdec else None
-    return Decoding(work.rule, frames_per_latent(vae), work.thumbnails, gpu)
+    gpu = str(next(vae.parameters()).device) if job.nvdec else None
+    return Decoding(job.rule, frames_per_latent(vae), job.thumbnails, gpu)
 
 
-def make_encoder(work: Work, vae: VAE) -> ClipEncoder:
+def make_encoder(job: EncodeJob, vae: VAE) -> ClipEncoder:
     """An encoder with a model."""
-    return ClipEncoder(vae, work.dtype, work.batch_size, work.flips, work.memory_limit)
+    return ClipEncoder(vae, job.dtype, job.batch_size, job.flips, job.memory_limit)
 
 
-def encode_here(work: Work, vae: VAE, orders: Sequence[Order]) -> Iterator[Encoded]:
+def encode_here(job: EncodeJob, vae: VAE, orders: Sequence[Order]) -> Iterator[Encoded]:
     """Encodes in this process what decoder processes send."""
-    ahead = 2 * (work.num_workers + work.batch_size)
-    decoded = decode_ahead(orders, make_decoding(work, vae), work.num_workers, ahead, work.timeout)
-    return make_encoder(work, vae).run(decoded)
+    ahead = 2 * (job.num_workers + job.batch_size)
+    decoded = decode_ahead(orders, make_decoding(job, vae), job.num_workers, ahead, job.timeout)
+    return make_encoder(job, vae).run(decoded)
 
 
-def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> Entry:
+def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> StoreEntry:
     """Puts together what the store keeps of a clip.
 
     Args:
@@ -315,7 +315,7 @@ def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> Entry:
         "caption": _text(source.columns.get("caption")),
         "columns": source.columns,
     }
-    return Entry(facts, clip.tensors, clip.thumbnail)
+    return StoreEntry(facts, clip.tensors, clip.thumbnail)
 
 
 def _text(value: Any) -> str | None:

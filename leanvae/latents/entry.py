@@ -15,7 +15,7 @@ TENSORS, FACTS, THUMBNAIL = "safetensors", "json", "jpg"
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoreEntry:
     """A clip in the store.
 
     Attributes:
@@ -56,7 +56,7 @@ def read_tensors(data: bytes, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def read_entry(path: Path) -> Entry:
+def read_entry(path: Path) -> StoreEntry:
     """Reads an entry that was taken out of a tar: `KEY.safetensors` with `KEY.json` beside it.
 
     Raises:
@@ -67,6 +67,6 @@ def read_entry(path: Path) -> Entry:
     if not facts.is_file():
         raise MissingFile(f"{facts}: missing; it belongs to {path}")
     try:
-        return Entry(json.loads(facts.read_text(encoding="utf-8")), read_tensors(path.read_bytes(), str(path)))
+        return StoreEntry(json.loads(facts.read_text(encoding="utf-8")), read_tensors(path.read_bytes(), str(path)))
     except json.JSONDecodeError as error:
         raise InvalidInput(f"{facts}: no valid JSON: {error}") from error

@@ -15,7 +15,7 @@ import numpy as np
 from leanvae.checkpoint import load_vae
 from leanvae.latents.decoders import Order
 from leanvae.latents.decoding import Decoded, Decoding, Piece, decode_source
-from leanvae.latents.encoder import VAE, Encoded, Work, load_for_encoding, make_decoding, make_encoder
+from leanvae.latents.encoder import VAE, Encoded, EncodeJob, load_for_encoding, make_decoding, make_encoder
 from leanvae.media.video import cv2
 from litevae.errors import extra
 
@@ -27,7 +27,7 @@ _SOURCES_PER_TASK = 8
 Batch = Any  # a dictionary of columns; Ray's own type also allows for tables
 
 
-def encode_with_ray(work: Work, vae: VAE, device: str, orders: Sequence[Order]) -> Iterator[Encoded]:
+def encode_with_ray(job: EncodeJob, vae: VAE, device: str, orders: Sequence[Order]) -> Iterator[Encoded]:
     """Encodes sources on the cluster that `RAY_ADDRESS` names, or on a local one.
 
     On GPUs each one gets an actor; on CPUs there is one actor for every two of them. A clip goes through the object
@@ -48,15 +48,15 @@ def encode_with_ray(work: Work, vae: VAE, device: str, orders: Sequence[Order]) 
     on_gpu = device.startswith("cuda")
     num_actors = int(resources.get("GPU", 1)) if on_gpu else max(1, int(resources["CPU"]) // 2)
     num_tasks = -(-len(orders) // _SOURCES_PER_TASK)
-    decoding = make_decoding(work, vae)
+    decoding = make_decoding(job, vae)
     results = (
         ray.data.from_items([{"order": order} for order in orders], override_num_blocks=num_tasks)
         .map_batches(lambda batch: _decode(batch, decoding), batch_size=1, batch_format="numpy", num_cpus=1)
         .map_batches(
             _Encoder,
-            batch_size=work.batch_size,
+            batch_size=job.batch_size,
             batch_format="numpy",
-            fn_constructor_args=(work, "cuda" if on_gpu else "cpu"),
+            fn_constructor_args=(job, "cuda" if on_gpu else "cpu"),
             compute=ray.data.ActorPoolStrategy(size=num_actors),
             num_gpus=1 if on_gpu else 0,
             num_cpus=0,
@@ -93,8 +93,8 @@ def _join_pieces(results: Iterator[Decoded]) -> Iterator[Decoded]:
 class _Encoder:
     """An actor with a model."""
 
-    def __init__(self, work: Work, device: str) -> None:
-        self._encoder = make_encoder(work, load_for_encoding(load_vae(work.checkpoint), work, device))
+    def __init__(self, job: EncodeJob, device: str) -> None:
+        self._encoder = make_encoder(job, load_for_encoding(load_vae(job.checkpoint), job, device))
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """Encodes a batch of clips; rows that are no clips pass through."""

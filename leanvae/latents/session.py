@@ -64,7 +64,7 @@ def writing(store: Store, made_with: dict[str, Any]) -> Iterator[None]:
 def _prepare(store: Store, made_with: dict[str, Any]) -> None:
     made_with = {"format": FORMAT, **made_with}
     if store.exists(MANIFEST):
-        differences = describe_differences(store.manifest(), made_with)
+        differences = find_differences(store.manifest(), made_with)
         if differences:
             raise StoreError(
                 f"{store.address}: made with other settings, and cannot be continued with these: {differences}; "
@@ -76,13 +76,13 @@ def _prepare(store: Store, made_with: dict[str, Any]) -> None:
     store.remove(INDEX)
 
 
-def describe_differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
+def find_differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
     """The keys in which two nested dictionaries differ, with both values."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found.append(describe_differences(old, new, f"{prefix}{key}."))
+            found.append(find_differences(old, new, f"{prefix}{key}."))
         elif old != new:
             found.append(f"{prefix}{key} was {_shortened(old)}, is {_shortened(new)}")
     return "; ".join(filter(None, found))

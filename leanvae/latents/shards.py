@@ -10,7 +10,7 @@ from io import BufferedWriter, BytesIO, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from leanvae.latents.entry import FACTS, TENSORS, Entry
+from leanvae.latents.entry import FACTS, TENSORS, StoreEntry
 from leanvae.latents.statistics import Moments
 from leanvae.latents.store import SHARDS, SHARED_COLUMNS, ShardFacts, SourceRecord, Store
 
@@ -46,7 +46,7 @@ class ShardWriter:
         elif self._shard is not None:
             self._shard.discard()
 
-    def add(self, entries: Sequence[Entry]) -> None:
+    def add(self, entries: Sequence[StoreEntry]) -> None:
         """Adds entries."""
         for entry in entries:
             if self._shard is None:
@@ -100,7 +100,7 @@ class _OpenShard:
     def num_bytes(self) -> int:
         return self._tar.offset
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: StoreEntry) -> None:
         facts = entry.facts
         row = {name: facts[name] for name in SHARED_COLUMNS}
         row |= {"source_id": entry.key.partition("_")[0], "shard": self._name}

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from leanvae.latents.entry import FACTS, TENSORS, Entry, read_tensors
+from leanvae.latents.entry import FACTS, TENSORS, StoreEntry, read_tensors
 from leanvae.latents.statistics import Moments
 from litevae.errors import InvalidInput
 from litevae.files import atomic_path
@@ -237,7 +237,7 @@ class Store:
         data, place = self._read_member(row, "")
         return read_tensors(data, f"{place}.{TENSORS}")
 
-    def read_entry(self, row: dict[str, Any]) -> Entry:
+    def read_entry(self, row: dict[str, Any]) -> StoreEntry:
         """The entry that a row of the index is of, without its thumbnail.
 
         Raises:
@@ -245,7 +245,7 @@ class Store:
         """
         data, place = self._read_member(row, "facts_")
         try:
-            return Entry(json.loads(data), self.read_tensors(row))
+            return StoreEntry(json.loads(data), self.read_tensors(row))
         except json.JSONDecodeError as error:
             raise StoreError(f"{place}.{FACTS}: no valid JSON: {error}") from error
 

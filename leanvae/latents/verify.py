@@ -19,7 +19,7 @@ from leanvae.data.config import SourceError
 from leanvae.latents.decode import decode_entry
 from leanvae.latents.decoding import Decoding, Piece, Rejected, decode_source
 from leanvae.latents.encoder import VAE, frames_per_latent
-from leanvae.latents.entry import FACTS, TENSORS, Entry, read_tensors
+from leanvae.latents.entry import FACTS, TENSORS, StoreEntry, read_tensors
 from leanvae.latents.rule import ClipRule
 from leanvae.latents.session import hash_checkpoint
 from leanvae.latents.sources import Source, find_source
@@ -151,7 +151,7 @@ def _compare_samples(
             problems.append(f"{entry.key}: {error}")
 
 
-def _psnr(vae: VAE, entry: Entry, rule: ClipRule) -> float | None:
+def _psnr(vae: VAE, entry: StoreEntry, rule: ClipRule) -> float | None:
     """Mean PSNR in decibels over a clip's frames; None where infinite."""
     facts = entry.facts
     source = find_source(facts["source"], facts["start"], facts["end"])
@@ -181,7 +181,7 @@ def _source_frames(source: Source, decoding: Decoding, first: int) -> Iterator[N
     raise StoreError(f"{source.name} holds no clip from frame {first} on")
 
 
-def describe_store(address: str | Path) -> dict[str, Any]:
+def store_info(address: str | Path) -> dict[str, Any]:
     """What a store holds: counts, shapes, reasons of skipped sources, and the latents' statistics.
 
     Raises:

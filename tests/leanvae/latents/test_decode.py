@@ -38,8 +38,8 @@ def odd_clip(tmp_path, write_clip):
     return path
 
 
-def test_entries_decode_to_the_reconstruction(odd_clip, checkpoint, make_work, tmp_path):
-    encode_clips([str(odd_clip)], tmp_path / "store", make_work(ClipRule()))
+def test_entries_decode_to_the_reconstruction(odd_clip, checkpoint, make_job, tmp_path):
+    encode_clips([str(odd_clip)], tmp_path / "store", make_job(ClipRule()))
     store, vae = Store(tmp_path / "store"), load_vae(checkpoint)
     (row,) = store.index().to_pylist()
     decoded = torch.cat(list(decode_entry(vae, store.read_entry(row))))
@@ -52,8 +52,8 @@ def test_entries_decode_to_the_reconstruction(odd_clip, checkpoint, make_work, t
     assert (decoded - expected).abs().max() < 1 / 255
 
 
-def test_stores_become_clips_of_the_sources_times(odd_clip, checkpoint, make_work, tmp_path):
-    encode_clips([str(odd_clip)], tmp_path / "store", make_work(ClipRule()))
+def test_stores_become_clips_of_the_sources_times(odd_clip, checkpoint, make_job, tmp_path):
+    encode_clips([str(odd_clip)], tmp_path / "store", make_job(ClipRule()))
     out = tmp_path / "out"
     assert decode_latents(checkpoint, tmp_path / "store", out) == {"decoded": 1, "present": 0}
     (path,) = out.iterdir()
@@ -67,11 +67,11 @@ def test_stores_become_clips_of_the_sources_times(odd_clip, checkpoint, make_wor
     assert path.stat().st_mtime_ns == changed
 
 
-def test_image_models_decode_frame_by_frame(odd_clip, make_work, tmp_path):
+def test_image_models_decode_frame_by_frame(odd_clip, make_job, tmp_path):
     small = {"extraction_channels": 4, "aggregation_channels": 4, "decoder_channels": 8, "num_res_blocks": 1}
     LiteVAE(LiteVAEConfig(**small)).save_pretrained(tmp_path / "lite")
-    work = make_work(ClipRule(), checkpoint=tmp_path / "lite")
-    encode_clips([str(odd_clip)], tmp_path / "store", work)
+    job = make_job(ClipRule(), checkpoint=tmp_path / "lite")
+    encode_clips([str(odd_clip)], tmp_path / "store", job)
     decode_latents(tmp_path / "lite", tmp_path / "store", tmp_path / "out")
     (path,) = (tmp_path / "out").iterdir()
     assert len(list(iter_frames(path))) == 11

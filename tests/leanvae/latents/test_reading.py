@@ -34,7 +34,7 @@ def test_items_are_samples_of_the_posterior(store):
         clips[5]
 
 
-def test_flips_are_the_encoded_mirror_images(store, clips, make_work, tmp_path):
+def test_flips_are_the_encoded_mirror_images(store, clips, make_job, tmp_path):
     flipping = LatentClips(store, mode=True, flip=True)
     seen = {False: 0, True: 0}
     for epoch in range(20):
@@ -42,7 +42,7 @@ def test_flips_are_the_encoded_mirror_images(store, clips, make_work, tmp_path):
         seen[item["flipped"]] += 1
         assert torch.equal(item["latent"], flipping.posterior(0, item["flipped"]).mean[0])
     assert min(seen.values()) > 2
-    encode_clips([f"{clips}/b.mp4"], tmp_path / "plain", make_work())
+    encode_clips([f"{clips}/b.mp4"], tmp_path / "plain", make_job())
     with pytest.raises(ValueError, match="holds no mirror images"):
         LatentClips(tmp_path / "plain", flip=True)
 
@@ -97,8 +97,8 @@ def test_loader_workers_share_the_clips(store, iterated):
     assert sorted(keys(loader)) == sorted(clips.facts(index)["key"] for index in range(5))
 
 
-def test_batches_have_one_shape_and_resume(clips, make_work, tmp_path):
-    encode_clips([str(clips)], tmp_path / "store", make_work(ClipRule(frames=3)))
+def test_batches_have_one_shape_and_resume(clips, make_job, tmp_path):
+    encode_clips([str(clips)], tmp_path / "store", make_job(ClipRule(frames=3)))
     data = LatentClips(tmp_path / "store")
     assert len(set(data.shapes)) == 2
     batches = ShapeBatches(data, batch_size=2)
