@@ -79,21 +79,23 @@ def run(args: argparse.Namespace) -> int:
     """
     keep_threads_from_spinning()
 
-    from leanvae.distributed import rank
+    from leanvae.distributed import joined_ranks, rank
     from leanvae.latents.encode import encode_clips
     from litevae.memory import parse_bytes
 
-    summary = encode_clips(
-        args.input,
-        args.output,
-        _job(args),
-        device_of_rank(args.device),
-        args.engine,
-        parse_bytes(args.shard_size),
-        args.update_checkpoint,
-    )
-    if rank() == 0:
-        print(json.dumps(summary))
+    shard_bytes = parse_bytes(args.shard_size)
+    with joined_ranks():  # until the summary is printed: without them, each process would take itself for the main one
+        summary = encode_clips(
+            args.input,
+            args.output,
+            _job(args),
+            device_of_rank(args.device),
+            args.engine,
+            shard_bytes,
+            args.update_checkpoint,
+        )
+        if rank() == 0:
+            print(json.dumps(summary))
     return 3 if summary["unfinished"] or (args.strict and summary["skipped"]) else 0
 
 

@@ -78,7 +78,7 @@ def encode_clips(
         import_module("leanvae.media.nvdec")  # says what is missing now, and not of each file
     if update_checkpoint and not Path(job.checkpoint, CONFIG_FILE).is_file():
         raise InvalidInput(f"--update-checkpoint: {job.checkpoint} is no folder with a {CONFIG_FILE}")
-    store, sources = Store(output), list_sources(inputs)
+    store, sources = Store(output), on_main(lambda: list_sources(inputs))
     stored_vae = load_vae(job.checkpoint)
     checkpoint = hash_checkpoint(stored_vae)
     started = time.monotonic()
