@@ -12,7 +12,7 @@ import torch
 
 from leanvae.distributed import LOCK_FILE, barrier, lock_folder, on_main
 from leanvae.latents.encoder import VAE
-from leanvae.latents.store import FORMAT, INDEX, MANIFEST, Store, StoreError
+from leanvae.latents.store import FORMAT, INDEX, MANIFEST, Store, StoreError, naming
 
 STATISTICS_FIELDS = {"latent_mean", "latent_std"}
 
@@ -44,7 +44,8 @@ def writing(store: Store, made_with: dict[str, Any]) -> Iterator[None]:
     def begin() -> None:
         store.fs.makedirs(store.root, exist_ok=True)
         if store.is_local:
-            descriptors.append(lock_folder(Path(store.root)))
+            with naming(store.path(LOCK_FILE)):
+                descriptors.append(lock_folder(Path(store.root)))
         _prepare(store, made_with)
 
     try:

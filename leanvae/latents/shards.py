@@ -5,14 +5,14 @@ import json
 import tarfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from io import BufferedWriter, BytesIO, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from leanvae.latents.entry import FACTS, TENSORS, StoreEntry
 from leanvae.latents.statistics import Moments
-from leanvae.latents.store import SHARDS, SHARED_COLUMNS, ShardFacts, SourceRecord, Store
+from leanvae.latents.store import SHARDS, SHARED_COLUMNS, ShardFacts, SourceRecord, Store, naming
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -41,10 +41,12 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.complete()
-        elif self._shard is not None:
-            self._shard.discard()
+        try:
+            if kind is None:
+                self.complete()
+        finally:
+            if self._shard is not None:
+                self._shard.discard()
 
     def add(self, entries: Sequence[StoreEntry]) -> None:
         """Adds entries."""
@@ -92,6 +94,7 @@ class _OpenShard:
         self._moments = Moments()
         with ExitStack() as stack:
             path = stack.enter_context(store.new_file(f"{SHARDS}/{name}.tar"))
+            self._path = store.path(f"{SHARDS}/{name}.tar") if store.is_local else str(path)
             self._file = stack.enter_context(_HashedFile(path))
             self._tar = stack.enter_context(tarfile.open(fileobj=self._file, mode="w|", format=tarfile.USTAR_FORMAT))
             self._stack = stack.pop_all()
@@ -111,18 +114,22 @@ class _OpenShard:
             if extension in _INDEXED:
                 prefix = _INDEXED[extension]
                 row |= {f"{prefix}offset": self._tar.offset + tarfile.BLOCKSIZE, f"{prefix}bytes": len(data)}
-            self._tar.addfile(info, BytesIO(data))
+            with naming(self._path):
+                self._tar.addfile(info, BytesIO(data))
         self._rows.append(row)
         self._moments.add(entry.tensors["mean"], entry.tensors["logvar"])
 
     def complete(self) -> None:
-        self._tar.close()
+        with naming(self._path):
+            self._tar.close()
+            self._file.flush()
         facts = ShardFacts(self._file.hash.hexdigest(), self._file.tell(), self._moments)
         self._store.write_shard_index(self._name, self._rows, facts)
         self._stack.close()
 
     def discard(self) -> None:
-        self._stack.__exit__(RuntimeError, RuntimeError("the shard is given up"), None)
+        with suppress(OSError):  # what is still to be written may not fit
+            self._stack.__exit__(RuntimeError, RuntimeError("the shard is given up"), None)
 
 
 class _HashedFile(BufferedWriter):

@@ -13,6 +13,7 @@ holds. A source is noted as done with after its last clip is in a tar, so that a
 the decoding of sources whose clips are there already.
 """
 
+import errno
 import io
 import json
 import os
@@ -21,11 +22,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
@@ -59,6 +61,20 @@ SOURCE_SCHEMA = pa.schema([
 
 class StoreError(InvalidInput):
     """A store is missing, damaged, or not the one that it should be; the message says which and how."""
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Names a file in errors that do not, such as those of a full disk or a network."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(error.errno or errno.EIO, reason, path) from error
 
 
 @dataclass(frozen=True)
@@ -106,16 +122,38 @@ class Store:
 
     def __init__(self, address: str | Path) -> None:
         self.address = str(address)
-        self.fs, self.root = fsspec.url_to_fs(self.address)
-        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self._fs, self.root = fsspec.url_to_fs(self.address)
+        self._opened_by = os.getpid()
+        self.is_local = isinstance(self._fs, LocalFileSystem)
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
+        return Store, (self.address,)
+
+    @property
+    def fs(self) -> AbstractFileSystem:
+        """The file system, opened in this process: connections and event loops do not survive a fork."""
+        if self._opened_by != os.getpid():
+            self._fs, _ = fsspec.url_to_fs(self.address)
+            self._opened_by = os.getpid()
+        return self._fs
 
     def path(self, name: str) -> str:
         """A file's path in the store's file system."""
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return self.fs.exists(self.path(name))
+        """Whether there is such a file.
+
+        Raises:
+            OSError: that cannot be found out; fsspec's own `exists` and `isdir` would take that for a no.
+        """
+        self.fs.invalidate_cache()
+        try:
+            with naming(self.path(name)):
+                self.fs.info(self.path(name))
+        except FileNotFoundError:
+            return False
+        return True
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """A file's content, or a part of it.
@@ -124,34 +162,43 @@ class Store:
             StoreError: there is no such file.
         """
         try:
-            return self.fs.cat_file(self.path(name), start=start, end=end)
+            with naming(self.path(name)):
+                return cast(bytes, self.fs.cat_file(self.path(name), start=start, end=end))
         except FileNotFoundError as error:
             raise StoreError(f"{self.address}: {name} is missing") from error
 
     def names(self, folder: str, suffix: str) -> list[str]:
         """Names of a folder's files without the suffix, sorted; hidden ones are left out."""
-        if not self.fs.isdir(self.path(folder)):
-            return []
-        self.fs.invalidate_cache(self.path(folder))
-        names = [str(path).rpartition("/")[2] for path in self.fs.ls(self.path(folder), detail=False)]
+        names = [path.rpartition("/")[2] for path in self._paths(folder)]
         return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix) and name[0] != ".")
+
+    def _paths(self, folder: str) -> list[str]:
+        """Paths of what a folder holds; none if it does not exist."""
+        self.fs.invalidate_cache()  # other ranks write, too
+        try:
+            with naming(self.path(folder)):
+                return [str(path) for path in self.fs.ls(self.path(folder), detail=False)]
+        except FileNotFoundError:
+            return []
 
     @contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
         """Yields a local path to write to; if the block succeeds, the file appears under its name, complete."""
         self.fs.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
         if self.is_local:
-            with atomic_path(self.path(name)) as temporary:
+            with naming(self.path(name)), atomic_path(self.path(name)) as temporary:
                 yield temporary
             return
         with tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
             file = Path(folder, "file")
-            yield file
+            with naming(str(file)):
+                yield file
             # Not every file system writes a file in one step, but all of them rename in one.
             folder_name, _, base = self.path(name).rpartition("/")
             arriving = f"{folder_name}/.{base}.{os.getpid()}.tmp"
-            self.fs.put_file(str(file), arriving)
-            self.fs.mv(arriving, self.path(name))
+            with naming(self.path(name)):
+                self.fs.put_file(str(file), arriving)
+                self.fs.mv(arriving, self.path(name))
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file: it appears complete or not at all."""
@@ -280,9 +327,7 @@ class Store:
         for shard in self.names(SHARDS, ".parquet"):
             if shard not in shards:
                 self.remove(f"{SHARDS}/{shard}.parquet")
-        for folder in ("", SHARDS, SOURCES):
-            if self.fs.isdir(self.path(folder)):
-                for path in self.fs.ls(self.path(folder), detail=False):
-                    name = str(path).rpartition("/")[2]
-                    if name.startswith(".") and ".tmp" in name:
-                        self.fs.rm_file(str(path))
+        for path in (path for folder in ("", SHARDS, SOURCES) for path in self._paths(folder)):
+            name = path.rpartition("/")[2]
+            if name.startswith(".") and ".tmp" in name:
+                self.fs.rm_file(path)
