@@ -13,7 +13,7 @@ from leanvae.cli.flags import (
     find_dtype,
     keep_threads_from_spinning,
 )
-from litevae.errors import InvalidInput
+from litevae.errors import InvalidInput, WorkIncomplete
 
 if TYPE_CHECKING:
     from leanvae.latents.encoder import EncodeJob
@@ -72,10 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encodes, and prints the summary as JSON.
+    """Encodes, and prints the summary as JSON; returns 0.
 
-    Returns:
-        0 if all the work was done; 3 if sources were lost, or skipped with `--strict`.
+    Raises:
+        WorkIncomplete: sources were lost, or skipped with `--strict`.
     """
     keep_threads_from_spinning()
 
@@ -96,7 +96,11 @@ def run(args: argparse.Namespace) -> int:
         )
         if rank() == 0:
             print(json.dumps(summary))
-    return 3 if summary["unfinished"] or (args.strict and summary["skipped"]) else 0
+    if summary["unfinished"]:
+        raise WorkIncomplete(f"{summary['unfinished']} of {summary['sources']} sources were lost: start it again")
+    if args.strict and summary["skipped"]:
+        raise WorkIncomplete(f"{len(summary['skipped'])} of {summary['sources']} sources were skipped, with --strict")
+    return 0
 
 
 def _job(args: argparse.Namespace) -> "EncodeJob":

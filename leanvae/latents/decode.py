@@ -17,6 +17,7 @@ from leanvae.latents.store import Store, StoreError
 from leanvae.media.writer import VideoWriter
 from leanvae.model import LeanVAE
 from leanvae.progress import Progress
+from litevae.errors import NotFinite
 from litevae.pixels import to_bytes
 
 _TIME_BASE = Fraction(1, 90_000)  # of MPEG; exact for the common frame rates
@@ -48,6 +49,7 @@ def decode_latents(
 
     Raises:
         StoreError: there is no such store or entry, it is damaged, or another checkpoint encoded it.
+        NotFinite: the model's output is not.
     """
     vae = load_vae(checkpoint)
     known = hash_checkpoint(vae)
@@ -105,7 +107,7 @@ def decode_entry(vae: VAE, entry: StoreEntry) -> Iterator[Tensor]:
         Frames `(t, 3, H, W)` of the clip's true size, float32 in [0, 1].
 
     Raises:
-        StoreError: they are not finite.
+        NotFinite: they are not.
     """
     parameter = next(vae.parameters())
     limit = MEMORY_LIMIT_ON_CPU if parameter.device.type == "cpu" else None
@@ -115,7 +117,7 @@ def decode_entry(vae: VAE, entry: StoreEntry) -> Iterator[Tensor]:
         frames = frames[:missing, :, :height, :width].float()
         missing -= len(frames)
         if not frames.isfinite().all():
-            raise StoreError(f"{entry.key}: the decoder's output is not finite: it needs another dtype (float32)")
+            raise NotFinite(f"{entry.key}: the decoder's output is not finite: it needs another dtype (float32)")
         yield ((frames + 1) / 2).clamp(0, 1)
 
 

@@ -12,6 +12,11 @@ from torch import Tensor
 from litevae.errors import InvalidInput, MissingFile
 
 TENSORS, FACTS, THUMBNAIL = "safetensors", "json", "jpg"
+_NEEDED_FACTS = set("key source start end first_frame stride fps times size source_size checkpoint".split())
+
+
+class StoreError(InvalidInput):
+    """A store is missing, damaged, or not the one that it should be; the message says which and how."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,48 @@ class StoreEntry:
         return members
 
 
-def read_tensors(data: bytes, name: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors member.
+def read_json(data: bytes, name: str) -> dict[str, Any]:
+    """Reads a JSON object.
 
     Raises:
-        ValueError: it holds something else; the message begins with `name`.
+        StoreError: it is something else; the message begins with `name`.
+    """
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise StoreError(f"{name}: no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise StoreError(f"{name}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def parse_facts(data: bytes, name: str) -> dict[str, Any]:
+    """Reads an entry's JSON member.
+
+    Raises:
+        StoreError: it holds something else; the message begins with `name`.
+    """
+    facts = read_json(data, name)
+    missing = _NEEDED_FACTS - facts.keys()
+    if missing:
+        raise StoreError(f"{name}: {', '.join(sorted(missing))} missing")
+    if len(facts["times"]) != facts["size"][0]:
+        raise StoreError(f"{name}: {len(facts['times'])} timestamps for {facts['size'][0]} frames")
+    return facts
+
+
+def read_tensors(data: bytes, name: str) -> dict[str, Tensor]:
+    """Reads a safetensors member.
+
+    Raises:
+        StoreError: it holds something else; the message begins with `name`.
     """
     try:
         tensors = load(data)
     except SafetensorError as error:
-        raise InvalidInput(f"{name}: no valid safetensors file: {error}") from error
+        raise StoreError(f"{name}: no valid safetensors file: {error}") from error
     if not {"mean", "logvar"} <= tensors.keys():
-        raise InvalidInput(f"{name}: expected the tensors 'mean' and 'logvar', found {sorted(tensors)}")
+        raise StoreError(f"{name}: expected the tensors 'mean' and 'logvar', found {sorted(tensors)}")
     return tensors
 
 
@@ -60,13 +95,11 @@ def read_entry(path: Path) -> StoreEntry:
     """Reads an entry that was taken out of a tar: `KEY.safetensors` with `KEY.json` beside it.
 
     Raises:
-        FileNotFoundError: one of the files is missing.
-        ValueError: one of them holds something else.
+        MissingFile: one of the files is missing.
+        StoreError: one of them holds something else.
     """
     facts = path.with_suffix(f".{FACTS}")
-    if not facts.is_file():
-        raise MissingFile(f"{facts}: missing; it belongs to {path}")
-    try:
-        return StoreEntry(json.loads(facts.read_text(encoding="utf-8")), read_tensors(path.read_bytes(), str(path)))
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"{facts}: no valid JSON: {error}") from error
+    for file, other in ((path, facts), (facts, path)):
+        if not file.is_file():
+            raise MissingFile(f"{file}: missing; it belongs to {other}")
+    return StoreEntry(parse_facts(facts.read_bytes(), str(facts)), read_tensors(path.read_bytes(), str(path)))

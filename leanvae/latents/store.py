@@ -31,9 +31,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from leanvae.latents.entry import FACTS, TENSORS, StoreEntry, read_tensors
+from leanvae.latents.entry import FACTS, TENSORS, StoreEntry, StoreError, parse_facts, read_json, read_tensors
 from leanvae.latents.statistics import Moments
-from litevae.errors import InvalidInput
 from litevae.files import atomic_path
 
 FORMAT = 1
@@ -57,10 +56,6 @@ SOURCE_SCHEMA = pa.schema([
     ("num_clips", pa.int64()), ("reason", pa.string()),
 ])
 # fmt: on
-
-
-class StoreError(InvalidInput):
-    """A store is missing, damaged, or not the one that it should be; the message says which and how."""
 
 
 @contextmanager
@@ -216,12 +211,7 @@ class Store:
         Raises:
             StoreError: it is missing or damaged.
         """
-        try:
-            return json.loads(self.read(name))
-        except ValueError as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"{self.address}: {name} is no valid JSON: {error}") from error
+        return read_json(self.read(name), f"{self.address}: {name}")
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file."""
@@ -233,9 +223,10 @@ class Store:
         Raises:
             StoreError: it is missing or damaged.
         """
+        data = io.BytesIO(self.read(name))
         try:
-            return pq.read_table(io.BytesIO(self.read(name)))
-        except pa.ArrowInvalid as error:
+            return pq.read_table(data)
+        except (pa.ArrowException, OSError) as error:
             raise StoreError(f"{self.address}: {name} is no valid Parquet file: {error}") from error
 
     def write_table(self, name: str, table: pa.Table) -> None:
@@ -247,21 +238,44 @@ class Store:
         """What the store was made with.
 
         Raises:
-            StoreError: there is no store here.
+            StoreError: there is no store here, or one of another format.
         """
         if not self.exists(MANIFEST):
             raise StoreError(f"{self.address}: no latent store: {MANIFEST} is missing")
-        return self.read_json(MANIFEST)
+        manifest = self.read_json(MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise StoreError(f"{self.address}: {MANIFEST}: expected format {FORMAT}, got {manifest.get('format')}")
+        return manifest
 
     def shards(self) -> list[str]:
         """Names of the shards."""
         return self.names(SHARDS, ".tar")
 
+    def shard_index(self, shard: str) -> pa.Table:
+        """A row for each clip of a shard.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        name = f"{SHARDS}/{shard}.parquet"
+        table = self.read_table(name).replace_schema_metadata()
+        if not table.schema.equals(INDEX_SCHEMA):
+            raise StoreError(f"{self.address}: {name} has other columns than the index of a shard")
+        return table
+
     def shard_facts(self, shard: str) -> ShardFacts:
-        """What a shard's index says of the shard itself."""
-        metadata = self.read_table(f"{SHARDS}/{shard}.parquet").schema.metadata or {}
-        facts = json.loads(metadata[_METADATA])
-        return ShardFacts(facts["sha256"], facts["bytes"], Moments.from_json(facts["moments"]))
+        """What a shard's index says of the shard itself.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        name = f"{SHARDS}/{shard}.parquet"
+        metadata = self.read_table(name).schema.metadata or {}
+        try:
+            facts = json.loads(metadata[_METADATA])
+            return ShardFacts(facts["sha256"], facts["bytes"], Moments.from_json(facts["moments"]))
+        except (KeyError, ValueError) as error:
+            raise StoreError(f"{self.address}: {name} does not say what shard it is of: {error!r}") from error
 
     def write_shard_index(self, shard: str, rows: Sequence[dict[str, Any]], facts: ShardFacts) -> None:
         """Writes a shard's index; the tar itself follows."""
@@ -276,7 +290,7 @@ class Store:
 
     def merge_indexes(self) -> pa.Table:
         """A row for each clip, from the shards' own indexes."""
-        tables = [self.read_table(f"{SHARDS}/{shard}.parquet").replace_schema_metadata() for shard in self.shards()]
+        tables = [self.shard_index(shard) for shard in self.shards()]
         return pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
 
     def read_tensors(self, row: dict[str, Any]) -> dict[str, Tensor]:
@@ -291,10 +305,7 @@ class Store:
             StoreError: the shard is not what the index says.
         """
         data, place = self._read_member(row, "facts_")
-        try:
-            return StoreEntry(json.loads(data), self.read_tensors(row))
-        except json.JSONDecodeError as error:
-            raise StoreError(f"{place}.{FACTS}: no valid JSON: {error}") from error
+        return StoreEntry(parse_facts(data, f"{place}.{FACTS}"), self.read_tensors(row))
 
     def _read_member(self, row: dict[str, Any], prefix: str) -> tuple[bytes, str]:
         name = f"{SHARDS}/{row['shard']}.tar"

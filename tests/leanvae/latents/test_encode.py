@@ -374,6 +374,9 @@ def test_command_tells_of_skipped_files(checkpoint, clips, tmp_path, capsys):
     assert summary == json.loads((tmp_path / "store" / "summary.json").read_text())
     assert len(summary["skipped"]) == 2
     assert main([*flags, "--strict"], command="encode_clips") == 3
+    out, error = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["clips"] == summary["clips"]
+    assert "error: 2 of 4 sources were skipped" in error
     assert main([*flags, "--frames", "9"], command="encode_clips") == 2
     assert "rule.frames was 5, is 9" in capsys.readouterr().err
     assert main(["store", "info", str(tmp_path / "store")]) == 0
