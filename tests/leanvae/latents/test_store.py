@@ -98,3 +98,17 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(
     assert main(flags, command="encode_clips") == 0
     assert verify_store(small_disk / "store", checkpoint)["problems"] == []
     assert not [path for path in (small_disk / "store").rglob("*") if ".tmp" in path.name]
+
+
+def test_clips_that_do_not_fit_are_named_and_come_with_the_same_command(small_disk, store, checkpoint, capsys):
+    fill = small_disk / "fill"
+    fill.write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - 6000))
+    flags = ["--checkpoint", str(checkpoint), "--input", str(store), "--output", str(small_disk)]
+    assert main(flags, command="decode_latents") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: [Errno 28] No space left on device:")
+    assert str(small_disk) in error
+    fill.unlink()
+    assert main(flags, command="decode_latents") == 0
+    assert len(list(small_disk.glob("*.mp4"))) == 5
+    assert not list(small_disk.glob(".*"))
