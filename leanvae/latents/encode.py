@@ -68,7 +68,9 @@ def encode_clips(
     Raises:
         SourceError: an input is missing or wrongly written.
         StoreError: the store was made with something else; the message says what differs.
-        ValueError: another run is writing to the store, or the model's output is not finite.
+        InvalidInput: another run is writing to the store.
+        NotFinite: the model's output is not finite.
+        OSError: a file cannot be written; it is named.
     """
     if engine == "ray" and world_size() > 1:
         raise InvalidInput("--engine ray: Ray starts its own processes; start one with plain python")
@@ -77,7 +79,7 @@ def encode_clips(
     if job.nvdec:
         import_module("leanvae.media.nvdec")  # says what is missing now, and not of each file
     if update_checkpoint and not Path(job.checkpoint, CONFIG_FILE).is_file():
-        raise InvalidInput(f"--update-checkpoint: {job.checkpoint} is no folder with a {CONFIG_FILE}")
+        raise InvalidInput(f"--update-checkpoint: {job.checkpoint} is not a folder with a {CONFIG_FILE}")
     store, sources = Store(output), on_main(lambda: list_sources(inputs))
     stored_vae = load_vae(job.checkpoint)
     checkpoint = hash_checkpoint(stored_vae)
@@ -98,7 +100,7 @@ def encode_clips(
 
 
 def _made_with(job: EncodeJob, vae: VAE, checkpoint: str) -> dict[str, Any]:
-    """What all entries of a store have in common."""
+    """Lists what all entries of a store have in common."""
     compute_dtype = job.compute_dtype or next(vae.parameters()).dtype
     return {
         "model": type(vae).__name__,

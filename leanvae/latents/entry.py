@@ -1,4 +1,4 @@
-"""An entry of the store: what a clip's members of the tar hold."""
+"""An entry of the store: what the members of a clip in a tar hold."""
 
 import json
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _NEEDED_FACTS = set("key source start end first_frame stride fps times size sour
 
 
 class StoreError(InvalidInput):
-    """A store is missing, damaged, or not the one that it should be; the message says which and how."""
+    """A store is missing, damaged or another one than expected; the message says which store and how."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class StoreEntry:
     """A clip in the store.
 
     Attributes:
-        facts: all that is known of it; the content of its JSON member.
+        facts: all that is known about it; the content of its JSON member.
         tensors: the safetensors member: `mean` and `logvar` `(Z, T', H', W')`, and perhaps those of its mirror image.
         thumbnail: the clip's first frame as JPEG, if there is one.
     """
@@ -35,11 +35,11 @@ class StoreEntry:
 
     @property
     def key(self) -> str:
-        """Its name in the tar."""
+        """The entry's name in the tar."""
         return self.facts["key"]
 
     def members(self) -> dict[str, bytes]:
-        """Content by extension."""
+        """Returns the content of its members by extension."""
         members = {TENSORS: save(self.tensors), FACTS: json.dumps(self.facts, default=str).encode()}
         if self.thumbnail is not None:
             members[THUMBNAIL] = self.thumbnail
@@ -50,12 +50,12 @@ def read_json(data: bytes, name: str) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        StoreError: it is something else; the message begins with `name`.
+        StoreError: the data are something else; the message begins with `name`.
     """
     try:
         content = json.loads(data)
     except ValueError as error:
-        raise StoreError(f"{name}: no valid JSON: {error}") from error
+        raise StoreError(f"{name}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise StoreError(f"{name}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -85,7 +85,7 @@ def read_tensors(data: bytes, name: str) -> dict[str, Tensor]:
     try:
         tensors = load(data)
     except SafetensorError as error:
-        raise StoreError(f"{name}: no valid safetensors file: {error}") from error
+        raise StoreError(f"{name}: not a valid safetensors file: {error}") from error
     if not {"mean", "logvar"} <= tensors.keys():
         raise StoreError(f"{name}: expected the tensors 'mean' and 'logvar', found {sorted(tensors)}")
     return tensors

@@ -1,4 +1,4 @@
-"""Reading of a store for diffusion training: by index, or in an order that resumes exactly."""
+"""A store is read here for diffusion training: by index, or in an order that resumes exactly."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -97,16 +97,16 @@ class LatentClips(Dataset[dict[str, Any]]):
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shape `(Z, T', H', W')` of each clip's latent."""
+        """The shape `(Z, T', H', W')` of each clip's latent."""
         return [tuple(shape) for shape in self._index["latent_shape"].to_pylist()]
 
     def facts(self, index: int) -> dict[str, Any]:
-        """A clip's row of the index, with `columns` as a dictionary of what its source came with."""
+        """Returns a clip's row of the index, with `columns`, what its source came with, as a dictionary."""
         row = self._index.slice(index, 1).to_pylist()[0]
         return {**row, "columns": json.loads(row["columns"])}
 
     def posterior(self, index: int, flipped: bool = False) -> DiagonalGaussian:
-        """A clip's posterior as the store holds it, `(1, Z, T', H', W')` in float32, with its true size."""
+        """Returns a clip's posterior as the store holds it, `(1, Z, T', H', W')` in float32, with its true size."""
         row = self._index.slice(index, 1).to_pylist()[0]
         return self._read(row, flipped)
 
@@ -168,25 +168,25 @@ class LatentClips(Dataset[dict[str, Any]]):
         self._finished_here = epoch
 
     def _position(self, epoch: int) -> int:
-        """How many clips of an epoch all ranks together have had."""
+        """Returns how many clips of an epoch all ranks together have had."""
         begun, position = _unpack(self._progress[1])
         return position if begun == epoch else 0
 
     def state_dict(self) -> dict[str, int]:
-        """Where the iteration is: the epoch, and how many clips of it all ranks together have had.
+        """Says where the iteration is: the epoch, and how many of its clips all ranks together have had.
 
-        Of an iteration in a loader's workers it knows the epoch only.
+        If a loader's workers iterate, only the epoch is known.
         """
         return {"epoch": self.epoch, "position": self._position(self.epoch)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where an iteration with the same seed was, on any number of ranks."""
+        """Continues where an iteration with the same seed was, on any number of ranks."""
         self._progress[1] = _pack(state["epoch"], state["position"])
         self._progress[0] = _pack(state["epoch"] - 1, _NO_WORKER)
 
 
 def _pack(epoch: int, number: int) -> int:
-    """An epoch and a number below 2^32 as one, which no process sees half written."""
+    """Puts an epoch and a number below 2^32 into one, which no process sees half written."""
     return epoch << 32 | number
 
 
@@ -195,7 +195,7 @@ def _unpack(packed: Tensor) -> tuple[int, int]:
 
 
 class ShapeBatches(Sampler[list[Key]]):
-    """Batches of clips whose latents have one shape, to be a `DataLoader`'s `batch_sampler`.
+    """Batches of clips whose latents have one shape, for a `DataLoader`'s `batch_sampler`.
 
     Each rank gets as many batches as the others, of the same shape at a time. An epoch has each clip once; where the
     last batch of a shape is not full, clips of that shape come again in it.
@@ -221,7 +221,7 @@ class ShapeBatches(Sampler[list[Key]]):
         self._position = 0
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Returns the number of batches of an epoch."""
         together = self._batch_size * self._clips.world_size
         return sum(-(-len(bucket) // together) for bucket in self._buckets)
 
@@ -236,19 +236,19 @@ class ShapeBatches(Sampler[list[Key]]):
         self.epoch, self._position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Where the iteration is: the epoch, and its batches so far.
+        """Says where the iteration is: the epoch, and its batches so far.
 
         A `DataLoader` with workers draws batches ahead: there, count those that it has yielded instead.
         """
         return {"epoch": self.epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where an iteration with the same seed, batch size and number of ranks was."""
+        """Continues where an iteration with the same seed, batch size and number of ranks was."""
         self.epoch, self._position = state["epoch"], state["position"]
 
 
 def make_item(latent: Tensor, facts: dict[str, Any], flipped: bool) -> dict[str, Any]:
-    """An item of a data set of latents; see `LatentClips`."""
+    """Builds an item of a data set of latents; see `LatentClips`."""
     return {
         "latent": latent,
         "size": torch.tensor(facts["size"]),
@@ -261,14 +261,14 @@ def make_item(latent: Tensor, facts: dict[str, Any], flipped: bool) -> dict[str,
 
 
 def epoch_order(num_clips: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The clips of an epoch in order: a permutation."""
+    """Orders the clips of an epoch: a permutation."""
     return np.random.default_rng([_ORDER, seed, epoch]).permutation(num_clips)
 
 
 def shape_batches(
     buckets: Sequence[NDArray[np.int64]], batch_size: int, seed: int, epoch: int
 ) -> list[NDArray[np.int64]]:
-    """The batches of an epoch in order, each from one bucket; a bucket's last one is filled up with its first clips."""
+    """Orders the batches of an epoch, each from one bucket, whose last batch is filled up with its first clips."""
     generator = np.random.default_rng([_ORDER, seed, epoch])
     batches: list[NDArray[np.int64]] = []
     for bucket in buckets:
@@ -279,7 +279,7 @@ def shape_batches(
 
 
 def process_place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Rank and number of ranks; those of this process where they are not given."""
+    """Returns the rank and the number of ranks, those of this process if they are not given."""
     if (rank is None) != (world_size is None):
         raise InvalidInput(f"rank and world_size: give both or none, got {rank} and {world_size}")
     if rank is None or world_size is None:

@@ -1,4 +1,4 @@
-"""Opening of a store for writing: one run at a time, with the same weights, rule and types as before."""
+"""A store is opened for writing here: by one run at a time, with the same weights, rule and types as before."""
 
 import fcntl
 import hashlib
@@ -18,7 +18,7 @@ STATISTICS_FIELDS = {"latent_mean", "latent_std"}
 
 
 def hash_checkpoint(vae: VAE) -> str:
-    """SHA-256 over a model's configuration and its weights as they are stored; the latents' statistics do not count."""
+    """Computes the SHA-256 of a model's configuration, without the latents' statistics, and its weights as stored."""
     digest = hashlib.sha256()
     # Without defaults, fields that configurations may gain leave the hash as it is.
     digest.update(vae.config.model_dump_json(exclude=STATISTICS_FIELDS, exclude_defaults=True).encode())
@@ -30,14 +30,15 @@ def hash_checkpoint(vae: VAE) -> str:
 
 @contextmanager
 def writing(store: Store, made_with: dict[str, Any]) -> Iterator[None]:
-    """Holds a store open for all ranks of a run; to be entered by all of them together.
+    """Holds a store open for all ranks of a run; all of them enter it together.
 
     Args:
-        made_with: everything that entries of the store must have in common.
+        store: the store.
+        made_with: everything that the store's entries must have in common.
 
     Raises:
         StoreError: the store was made with something else; the message says what differs.
-        ValueError: another run is writing to it.
+        InvalidInput: another run is writing to it.
     """
     descriptors: list[int] = []
 
@@ -78,7 +79,7 @@ def _prepare(store: Store, made_with: dict[str, Any]) -> None:
 
 
 def find_differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """The keys in which two nested dictionaries differ, with both values."""
+    """Lists the keys in which two nested dictionaries differ, with both values."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)

@@ -1,4 +1,4 @@
-"""Writing of shards: each becomes part of the store in one step."""
+"""Shards are written here; each becomes part of the store in one step."""
 
 import hashlib
 import json
@@ -17,16 +17,17 @@ from leanvae.latents.store import SHARDS, SHARED_COLUMNS, ShardFacts, SourceReco
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_INDEXED = {TENSORS: "", FACTS: "facts_"}  # members that the index tells the place of, with its columns' prefix
-_SECONDS_PER_SHARD = 120.0  # the most work that a kill costs
+_INDEXED = {TENSORS: "", FACTS: "facts_"}  # members whose place the index gives, with the prefix of its columns
+_SECONDS_PER_SHARD = 120.0  # the most work that a kill can cost
 
 
 class ShardWriter:
-    """Collects entries into shards; use it in a `with` block, whose regular end completes the last one.
+    """Writer of shards, to be used in a `with` block; the block's regular end completes the last shard.
 
     Args:
-        writer: name of the process among those that write to the store at a time.
-        shard_bytes: length at which a shard is complete; two minutes complete one, too.
+        store: the store.
+        writer: name of this process, unique among those that write to the store at the same time.
+        shard_bytes: length at which a shard is complete; it is also complete after two minutes.
     """
 
     def __init__(self, store: Store, writer: str, shard_bytes: int) -> None:
@@ -68,7 +69,7 @@ class ShardWriter:
             self.complete()
 
     def complete(self) -> None:
-        """Makes what was added part of the store, first the entries, then the sources that they complete."""
+        """Makes what was added part of the store: first the entries, then the sources that they complete."""
         if self._shard is None and not self._records:
             return
         if self._shard is not None:
@@ -84,7 +85,7 @@ class ShardWriter:
 
 
 class _OpenShard:
-    """A tar that is being written."""
+    """A tar being written."""
 
     def __init__(self, store: Store, name: str) -> None:
         self.started = time.monotonic()
@@ -133,7 +134,7 @@ class _OpenShard:
 
 
 class _HashedFile(BufferedWriter):
-    """A file that is written once, from its beginning to its end, and hashed on the way."""
+    """A file written once from start to end, and hashed on the way."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(FileIO(path, "wb"))

@@ -1,16 +1,16 @@
-"""The store on disk or at any fsspec address: shards with their indexes, and what is known of the sources.
+"""The store on disk or at any fsspec address: shards with their indexes, and what is known about the sources.
 
-    store.json              what the store was made with; nothing else may be added to it
+    store.json              what the store was made with; only clips made alike may be added
     shards/NAME.tar         entries, in WebDataset's form
     shards/NAME.parquet     a row for each of them; written before the tar appears under its name
-    sources/NAME.parquet    sources that are done with: their number of clips, or why they cannot be used
+    sources/NAME.parquet    finished sources: their number of clips, or why they cannot be used
     index.parquet           the rows of all shards; while a run is writing there is none
     statistics.json         mean and standard deviation of the latents' channels
     summary.json            what the last run did
 
-A tar appears under its name in one step, complete and with its index in place: the tars alone decide what the store
-holds. A source is noted as done with after its last clip is in a tar, so that a run that was killed repeats at most
-the decoding of sources whose clips are there already.
+A tar appears under its name in one step, complete and with its index in place, so the tars alone decide what the store
+holds. A source is noted as finished after its last clip is in a tar. So a run that was killed repeats at most the
+decoding of sources whose clips are already stored.
 """
 
 import errno
@@ -74,15 +74,15 @@ def naming(path: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """What is known of a source that is done with.
+    """A finished source.
 
     Attributes:
-        id: of the source.
+        id: the source's id.
         source: its name.
-        modified: time at which its file was last changed, in nanoseconds; -1 where unknown, or of no account.
-        num_frames: frames that it holds; 0 if it cannot be used.
-        num_clips: clips of it in the store.
-        reason: why it cannot be used, or None.
+        modified: time of its file's last change in nanoseconds; -1 if unknown or irrelevant.
+        num_frames: its number of frames; 0 if it cannot be used.
+        num_clips: its number of clips in the store.
+        reason: why it cannot be used; None if it can.
     """
 
     id: str
@@ -95,11 +95,11 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What a shard's index says of the shard itself.
+    """Facts about a shard, which its index holds.
 
     Attributes:
-        sha256: of the tar, in hexadecimal.
-        bytes: its length.
+        sha256: hash of the tar, in hexadecimal.
+        bytes: length of the tar.
         moments: sums over its latents.
     """
 
@@ -109,10 +109,10 @@ class ShardFacts:
 
 
 class Store:
-    """A store's files.
+    """The files of a store.
 
     Args:
-        address: path or fsspec address of its folder.
+        address: path or fsspec address of the folder.
     """
 
     def __init__(self, address: str | Path) -> None:
@@ -133,14 +133,14 @@ class Store:
         return self._fs
 
     def path(self, name: str) -> str:
-        """A file's path in the store's file system."""
+        """Returns a file's path in the store's file system."""
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file.
+        """Says whether a file exists.
 
         Raises:
-            OSError: that cannot be found out; fsspec's own `exists` and `isdir` would take that for a no.
+            OSError: the file system does not answer; fsspec's own `exists` and `isdir` would return False.
         """
         self.fs.invalidate_cache()
         try:
@@ -151,10 +151,10 @@ class Store:
         return True
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """A file's content, or a part of it.
+        """Reads a file, or the bytes from `start` to `end`.
 
         Raises:
-            StoreError: there is no such file.
+            StoreError: the file does not exist.
         """
         try:
             with naming(self.path(name)):
@@ -163,13 +163,13 @@ class Store:
             raise StoreError(f"{self.address}: {name} is missing") from error
 
     def names(self, folder: str, suffix: str) -> list[str]:
-        """Names of a folder's files without the suffix, sorted; hidden ones are left out."""
+        """Lists a folder's files by name without the suffix, sorted; hidden files are left out."""
         names = [path.rpartition("/")[2] for path in self._paths(folder)]
         return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix) and name[0] != ".")
 
     def _paths(self, folder: str) -> list[str]:
-        """Paths of what a folder holds; none if it does not exist."""
-        self.fs.invalidate_cache()  # other ranks write, too
+        """Lists the paths in a folder; none if it does not exist."""
+        self.fs.invalidate_cache()  # other ranks write too
         try:
             with naming(self.path(folder)):
                 return [str(path) for path in self.fs.ls(self.path(folder), detail=False)]
@@ -178,7 +178,7 @@ class Store:
 
     @contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
-        """Yields a local path to write to; if the block succeeds, the file appears under its name, complete."""
+        """Gives a local path to write to; the file appears under its name, complete, when the block succeeds."""
         self.fs.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
         if self.is_local:
             with naming(self.path(name)), atomic_path(self.path(name)) as temporary:
@@ -196,17 +196,17 @@ class Store:
                 self.fs.mv(arriving, self.path(name))
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file: it appears complete or not at all."""
+        """Writes a file, which appears complete or not at all."""
         with self.new_file(name) as temporary:
             temporary.write_bytes(data)
 
     def remove(self, name: str) -> None:
-        """Removes a file, if it is there."""
+        """Removes a file if it exists."""
         if self.exists(name):
             self.fs.rm_file(self.path(name))
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """The content of a JSON file.
+        """Reads a JSON file.
 
         Raises:
             StoreError: it is missing or damaged.
@@ -218,7 +218,7 @@ class Store:
         self.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def read_table(self, name: str) -> pa.Table:
-        """The content of a Parquet file.
+        """Reads a Parquet file.
 
         Raises:
             StoreError: it is missing or damaged.
@@ -227,7 +227,7 @@ class Store:
         try:
             return pq.read_table(data)
         except (pa.ArrowException, OSError) as error:
-            raise StoreError(f"{self.address}: {name} is no valid Parquet file: {error}") from error
+            raise StoreError(f"{self.address}: {name} is not a valid Parquet file: {error}") from error
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Writes a Parquet file."""
@@ -235,24 +235,24 @@ class Store:
             pq.write_table(table, temporary, compression="zstd")
 
     def manifest(self) -> dict[str, Any]:
-        """What the store was made with.
+        """Reads what the store was made with.
 
         Raises:
-            StoreError: there is no store here, or one of another format.
+            StoreError: there is no store here, or it has another format.
         """
         if not self.exists(MANIFEST):
-            raise StoreError(f"{self.address}: no latent store: {MANIFEST} is missing")
+            raise StoreError(f"{self.address}: not a latent store: {MANIFEST} is missing")
         manifest = self.read_json(MANIFEST)
         if manifest.get("format") != FORMAT:
             raise StoreError(f"{self.address}: {MANIFEST}: expected format {FORMAT}, got {manifest.get('format')}")
         return manifest
 
     def shards(self) -> list[str]:
-        """Names of the shards."""
+        """Lists the names of the shards."""
         return self.names(SHARDS, ".tar")
 
     def shard_index(self, shard: str) -> pa.Table:
-        """A row for each clip of a shard.
+        """Reads a shard's index, a row for each clip.
 
         Raises:
             StoreError: it is missing or damaged.
@@ -264,7 +264,7 @@ class Store:
         return table
 
     def shard_facts(self, shard: str) -> ShardFacts:
-        """What a shard's index says of the shard itself.
+        """Reads what a shard's index says about the shard itself.
 
         Raises:
             StoreError: it is missing or damaged.
@@ -275,7 +275,7 @@ class Store:
             facts = json.loads(metadata[_METADATA])
             return ShardFacts(facts["sha256"], facts["bytes"], Moments.from_json(facts["moments"]))
         except (KeyError, ValueError) as error:
-            raise StoreError(f"{self.address}: {name} does not say what shard it is of: {error!r}") from error
+            raise StoreError(f"{self.address}: {name} does not describe its shard: {error!r}") from error
 
     def write_shard_index(self, shard: str, rows: Sequence[dict[str, Any]], facts: ShardFacts) -> None:
         """Writes a shard's index; the tar itself follows."""
@@ -285,24 +285,24 @@ class Store:
         self.write_table(f"{SHARDS}/{shard}.parquet", table)
 
     def index(self) -> pa.Table:
-        """A row for each clip of the store, shard by shard; also while a run is writing."""
+        """Returns a row for each clip, shard by shard; also while a run is writing."""
         return self.read_table(INDEX) if self.exists(INDEX) else self.merge_indexes()
 
     def merge_indexes(self) -> pa.Table:
-        """A row for each clip, from the shards' own indexes."""
+        """Returns a row for each clip, from the shards' own indexes."""
         tables = [self.shard_index(shard) for shard in self.shards()]
         return pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
 
     def read_tensors(self, row: dict[str, Any]) -> dict[str, Tensor]:
-        """The tensors of the entry that a row of the index is of."""
+        """Reads the tensors of the entry that a row of the index describes."""
         data, place = self._read_member(row, "")
         return read_tensors(data, f"{place}.{TENSORS}")
 
     def read_entry(self, row: dict[str, Any]) -> StoreEntry:
-        """The entry that a row of the index is of, without its thumbnail.
+        """Reads the entry that a row of the index describes, without its thumbnail.
 
         Raises:
-            StoreError: the shard is not what the index says.
+            StoreError: the shard does not hold what the index says.
         """
         data, place = self._read_member(row, "facts_")
         return StoreEntry(parse_facts(data, f"{place}.{FACTS}"), self.read_tensors(row))
@@ -313,7 +313,7 @@ class Store:
         return self.read(name, start, start + row[f"{prefix}bytes"]), f"{self.address}: {name}: {row['key']}"
 
     def sources(self) -> dict[str, SourceRecord]:
-        """The sources that are done with, by id; of those noted twice, what counts is that they could be used."""
+        """Returns the finished sources by id; of a source noted twice, the note that it could be used counts."""
         records: dict[str, SourceRecord] = {}
         for name in self.names(SOURCES, ".parquet"):
             for row in self.read_table(f"{SOURCES}/{name}.parquet").to_pylist():
@@ -323,17 +323,17 @@ class Store:
         return records
 
     def write_sources(self, name: str, records: Sequence[SourceRecord]) -> None:
-        """Notes sources that are done with."""
+        """Notes finished sources."""
         table = pa.Table.from_pylist([asdict(record) for record in records], SOURCE_SCHEMA)
         self.write_table(f"{SOURCES}/{name}.parquet", table)
 
     def next_number(self, writer: str) -> int:
-        """The number of a writer's next shard."""
+        """Returns the number of a writer's next shard."""
         names = [*self.shards(), *self.names(SOURCES, ".parquet")]
         return 1 + max((int(name.rpartition("-")[2]) for name in names if name.startswith(f"{writer}-")), default=-1)
 
     def remove_leftovers(self) -> None:
-        """Removes what a run that was killed left behind; to be called while no run is writing."""
+        """Removes what a run that was killed left behind; call it only while no run is writing."""
         shards = set(self.shards())
         for shard in self.names(SHARDS, ".parquet"):
             if shard not in shards:

@@ -166,10 +166,10 @@ def damage_sources(store):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (damage_shard_index, "00000-000000.parquet is no valid Parquet file"),
+        (damage_shard_index, "00000-000000.parquet is not a valid Parquet file"),
         (write_other_shard_index, "has other columns than the index of a shard"),
-        (damage_index, "index.parquet is no valid Parquet file"),
-        (damage_sources, "sources/00000-000000.parquet is no valid Parquet file"),
+        (damage_index, "index.parquet is not a valid Parquet file"),
+        (damage_sources, "sources/00000-000000.parquet is not a valid Parquet file"),
         (damage_shard, "its SHA-256 differs"),
         (remove_shard, "0 clips in the store, 3 expected"),
         (remove_index, "index.parquet is missing"),

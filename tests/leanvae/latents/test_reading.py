@@ -219,7 +219,7 @@ def test_constant_channels_are_not_normalized(store):
 
 
 def test_stores_that_are_none_are_refused(tmp_path):
-    with pytest.raises(StoreError, match=r"no latent store: store\.json is missing"):
+    with pytest.raises(StoreError, match=r"not a latent store: store\.json is missing"):
         LatentClips(tmp_path)
 
 
