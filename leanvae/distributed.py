@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from litevae.errors import InvalidInput
+from litevae.errors import InvalidInput, MissingPackage
 
 logger = logging.getLogger("leanvae")
 
@@ -38,7 +39,7 @@ def world_size() -> int:
 
 
 @contextmanager
-def joined_ranks() -> Iterator[None]:
+def join_ranks() -> Iterator[None]:
     """Joins the other ranks that `torchrun` or `deepspeed` started, if one did, for work that needs no DeepSpeed.
 
     A rank ends at once when its launcher is killed, which leaves its ranks behind, be they at work or waiting for each
@@ -70,6 +71,42 @@ def _end_with_launcher(launcher: int | None) -> None:
         time.sleep(1.0)
     logger.error("the launcher has ended")
     os._exit(1)
+
+
+def start_processes(engine: str) -> torch.device:
+    """Joins the ranks that a launcher started, or makes a world of one, and returns this rank's device.
+
+    Works under `deepspeed`, `torchrun` and plain `python`.
+
+    Raises:
+        ValueError: `engine` is plain and there are several ranks.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if engine == "plain":
+        if world_size > 1:
+            raise InvalidInput(f"training.engine is plain: it runs in one process, not in {world_size} ranks")
+        return device
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise MissingPackage(
+            "training.engine is deepspeed, which is not installed: pip install 'leanvae[train]', "
+            "or --set training.engine=plain"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
 
 
 def barrier() -> None:
@@ -173,7 +210,7 @@ def _launchers() -> tuple[int, int] | None:
         return None
 
 
-def highest(values: list[int], device: torch.device) -> list[int]:
+def max_over_ranks(values: list[int], device: torch.device) -> list[int]:
     """The highest of each value over all ranks."""
     if not dist.is_initialized():
         return values

@@ -79,12 +79,12 @@ def run(args: argparse.Namespace) -> int:
     """
     keep_threads_from_spinning()
 
-    from leanvae.distributed import joined_ranks, rank
+    from leanvae.distributed import join_ranks, rank
     from leanvae.latents.encode import encode_clips
     from litevae.memory import parse_bytes
 
     shard_bytes = parse_bytes(args.shard_size)
-    with joined_ranks():  # until the summary is printed: without them, each process would take itself for the main one
+    with join_ranks():  # until the summary is printed: without them, each process would take itself for the main one
         summary = encode_clips(
             args.input,
             args.output,

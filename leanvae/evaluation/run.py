@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanvae.distributed import barrier, gather, joined_ranks, on_main, rank, world_size
+from leanvae.distributed import barrier, gather, join_ranks, on_main, rank, world_size
 from leanvae.evaluation.analysis import model_names
 from leanvae.evaluation.autoencoders import Cutting, is_of_diffusers, load_autoencoder
 from leanvae.evaluation.baselines import is_baseline, make_baseline
@@ -97,7 +97,7 @@ def evaluate(
         NotFinite: a model's output is infinite or NaN.
     """
     settings = settings or Settings()
-    with joined_ranks():
+    with join_ranks():
         jobs = find_inputs(Path(inputs), Path(output))
         names = _names(checkpoints)
         networks = load_feature_networks(weights, device)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from leanvae.checkpoint import load_vae
 from leanvae.data.quarantine import modification_time
-from leanvae.distributed import barrier, gather, joined_ranks, on_main, rank, world_size
+from leanvae.distributed import barrier, gather, join_ranks, on_main, rank, world_size
 from leanvae.latents.decoders import Order
 from leanvae.latents.decoding import Finished, Rejected
 from leanvae.latents.encoder import VAE, Encoded, EncodedClip, EncodeJob, encode_here, load_for_encoding, make_entry
@@ -35,7 +35,7 @@ EngineName = Literal["local", "ray"]
 _BYTES_HELD_OF_A_SOURCE = 2**29
 
 
-@joined_ranks()
+@join_ranks()
 def encode_clips(
     inputs: Sequence[str],
     output: str | Path,

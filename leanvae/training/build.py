@@ -20,11 +20,12 @@ from leanvae.data.sources import Item, Picture, list_items, split_held_out
 from leanvae.distributed import on_main, rank
 from leanvae.model import LeanVAE
 from leanvae.training.config import LossConfig, TrainConfig
-from leanvae.training.engine import build_engine
+from leanvae.training.deepspeed import DeepSpeedEngine
+from leanvae.training.engine import Engine, PlainEngine
 from leanvae.training.initial import freeze, frozen_names, load_initial
+from leanvae.training.losses import Perceptual
 from leanvae.training.state import items_digest
 from leanvae.training.step import TrainingStep
-from leanvae.training.terms import Perceptual
 from litevae.discriminators import build_discriminator
 from litevae.errors import InvalidInput, MissingFile
 from litevae.files import write_text
@@ -136,6 +137,18 @@ def build_networks(
     vae = build_engine(networks[0], config, device, config.curriculum.freeze)
     discriminator = build_engine(networks[1], config, device) if config.gan else None
     return TrainingStep(config, vae, discriminator, perceptual, average_model, device), average
+
+
+def build_engine(
+    module: nn.Module, config: TrainConfig, device: torch.device, freeze: Sequence[Sequence[str]] = ()
+) -> Engine:
+    """Puts a network on its device, with AdamW, under the engine that `training.engine` names.
+
+    Args:
+        freeze: patterns of the parameters that each phase freezes, for `set_frozen`.
+    """
+    build = PlainEngine if config.training.engine == "plain" else DeepSpeedEngine
+    return build(module, config, device, freeze)
 
 
 def build_autoencoder(config: TrainConfig, resumes: bool) -> LeanVAE | LiteVAE:

@@ -16,7 +16,7 @@ from pydantic import (
 from leanvae.config import LeanVAEConfig, merge
 from leanvae.data.buckets import Shape
 from leanvae.data.config import ClipDataConfig, DataConfig, ImageDataConfig
-from leanvae.training.phases import BatchRule, Curriculum, PhaseConfig, lay_out
+from leanvae.training.curriculum import BatchRule, Curriculum, PhaseConfig, lay_out
 from litevae.config import DOWNSAMPLING, LiteVAEConfig, StrictConfig
 from litevae.discriminators import DiscriminatorConfig
 

@@ -12,8 +12,8 @@ from leanvae.data.buckets import Shape
 from leanvae.data.schedule import Schedule
 from leanvae.training.build import check_passes, find_items, make_schedule
 from leanvae.training.config import TrainConfig
+from leanvae.training.losses import as_images
 from leanvae.training.state import resolved_config
-from leanvae.training.terms import as_images
 from litevae.discriminators import build_discriminator
 from litevae.recompute import recompute_activations
 

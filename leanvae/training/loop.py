@@ -16,7 +16,16 @@ from tqdm import tqdm
 from leanvae.config import load_config
 from leanvae.data.loader import Batch, Loader
 from leanvae.data.quarantine import check_bad_share
-from leanvae.distributed import StopRequests, gather, highest, lock_folder, on_main, rank, world_size
+from leanvae.distributed import (
+    StopRequests,
+    gather,
+    lock_folder,
+    max_over_ranks,
+    on_main,
+    rank,
+    start_processes,
+    world_size,
+)
 from leanvae.training.build import (
     build_networks,
     check_passes,
@@ -26,11 +35,10 @@ from leanvae.training.build import (
 )
 from leanvae.training.checkpoints import clean, complete_checkpoints, damage, find_checkpoint, is_best
 from leanvae.training.config import TrainConfig, TrainImageConfig, TrainVideoConfig
-from leanvae.training.engine import start_processes
+from leanvae.training.curriculum import ema_decay
 from leanvae.training.faults import FaultRecord, check_roll_back, checkpoint_to_restore
+from leanvae.training.listeners import RunRecord, check_wandb, write_summary
 from leanvae.training.profiling import StepTimes, StepTrace, memory_in_use
-from leanvae.training.record import RunRecord, write_summary
-from leanvae.training.schedule import ema_decay
 from leanvae.training.state import (
     RESOLVED_CONFIG,
     check_same_run,
@@ -42,7 +50,6 @@ from leanvae.training.state import (
 )
 from leanvae.training.step import update_average
 from leanvae.training.validation import Validation, read_validation_samples
-from leanvae.training.wandb_run import check_wandb
 from litevae.errors import NotFinite, TrainingDiverged
 from litevae.files import write_text
 
@@ -284,7 +291,7 @@ class Trainer:
         Raises:
             TooManyBadClips: the share of broken files is too large; on every rank at once.
         """
-        stop, num_rejected = highest([requests.pending(), len(batch.rejected)], self.device)
+        stop, num_rejected = max_over_ranks([requests.pending(), len(batch.rejected)], self.device)
         if num_rejected:
             for rejection in (item for part in gather(batch.rejected) for item in part):
                 if rejection.path not in self.bad_clips:

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from leanvae.config import LeanVAEConfig
 from leanvae.data.buckets import Shape
 from leanvae.distributed import world_size
-from leanvae.training import balance
 from leanvae.training.config import GANConfig, TrainConfig
+from leanvae.training.curriculum import learning_rate, perceptual_frames, posterior_noise, ramp
 from leanvae.training.engine import Engine, frozen
-from leanvae.training.schedule import learning_rate, perceptual_frames, posterior_noise, ramp
-from leanvae.training.terms import Perceptual, as_images, reconstruction_terms, weighted_sum
+from leanvae.training.losses import Perceptual, as_images, reconstruction_terms, weighted_sum
+from litevae.decoder import Decoder
 from litevae.losses import (
     adaptive_weight,
     gradient_norm,
@@ -70,6 +71,52 @@ def _moved(averages: Sequence[float], values: Sequence[float], decay: float) -> 
     return [decay * average + (1.0 - decay) * value for average, value in zip(before, values, strict=True)]
 
 
+class LastLayer:
+    """Remembers what a decoder's last convolution read in its last pass.
+
+    Args:
+        decoder: of the image autoencoder.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._finish = decoder.finish
+        self._input: Tensor | None = None
+        decoder.conv_out.conv.register_forward_pre_hook(self._remember)
+
+    def _remember(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._input = inputs[0].detach()
+
+    def weight_gradient(self, pixel_gradient: Tensor) -> Tensor:
+        """Gradient of the (demodulated) weight `(O, I, 3, 3)`, in float32.
+
+        Args:
+            pixel_gradient: of a loss at the decoder's output, `(B, 3, H, W)`; H and W those of the padded images.
+        """
+        assert self._input is not None
+        read = self._input.float()
+        bands = self._finish_backward(pixel_gradient.float(), read)
+        shape = (bands.shape[1], read.shape[1], 3, 3)
+        return conv2d_weight(read, shape, bands, padding=1)
+
+    def _finish_backward(self, pixel_gradient: Tensor, read: Tensor) -> Tensor:
+        """Gradient at the convolution's output; what follows it is linear, so that any output serves."""
+        height, width = read.shape[2:]
+        factor = pixel_gradient.shape[2] // height
+        output = read.new_zeros(len(read), 3 * factor**2, height, width, requires_grad=True)
+        with torch.enable_grad():
+            pixels = self._finish(output)
+        return torch.autograd.grad(pixels, output, pixel_gradient)[0]
+
+
+def gradients_over_ranks(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Averages gradients over all ranks, in one reduction; every rank must pass the same shapes."""
+    packed = torch.stack(list(gradients))
+    if dist.is_initialized():
+        dist.all_reduce(packed)
+        packed /= dist.get_world_size()
+    return list(packed.unbind())
+
+
 class TrainingStep:
     """Trains the autoencoder and the discriminator for a step at a time.
 
@@ -112,7 +159,7 @@ class TrainingStep:
         model: Any = vae.module
         self._latent_shape = model.latent_shape
         looks_at_gradients = config.gan is not None and config.gan.looks_at_gradients
-        self._last_layer = balance.LastLayer(model.decoder) if looks_at_gradients else None
+        self._last_layer = LastLayer(model.decoder) if looks_at_gradients else None
 
     def __call__(self, pixels: Tensor, indices: list[int], step: int) -> dict[str, float]:
         """Updates both networks.
@@ -247,7 +294,7 @@ class TrainingStep:
         """
         assert self._last_layer is not None
         at_pixels = [torch.autograd.grad(loss, pixels)[0] for loss in (reconstruction, adversarial)]
-        at_weight = balance.mean_over_ranks([self._last_layer.weight_gradient(gradient) for gradient in at_pixels])
+        at_weight = gradients_over_ranks([self._last_layer.weight_gradient(gradient) for gradient in at_pixels])
         weight: Tensor | float = gan_weight
         if self._gan()[0].weighting == "adaptive":
             weight = adaptive_weight(at_weight[:1], at_weight[1:], factor=gan_weight)

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from leanvae.distributed import gather, rank, world_size
+from leanvae.distributed import gather, rank, start_processes, world_size
 from leanvae.training import step as step_module
 from leanvae.training.build import build_networks, check_passes
 from leanvae.training.config import TrainImageConfig, TrainVideoConfig
-from leanvae.training.engine import PlainEngine, start_processes
+from leanvae.training.curriculum import ema_decay
+from leanvae.training.engine import PlainEngine
 from leanvae.training.faults import FaultRecord
-from leanvae.training.schedule import ema_decay
 from leanvae.training.state import restore, save_run
 from leanvae.training.step import update_average
 

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from leanvae.training.deepspeed_files import refusing_code
+from leanvae.training.deepspeed import refusing_code
 
 
 class Evil:

@@ -10,10 +10,10 @@ from leanvae.model import LeanVAE
 from leanvae.patchify import to_bands
 from leanvae.training.build import build_networks
 from leanvae.training.config import TrainVideoConfig
+from leanvae.training.curriculum import posterior_noise
 from leanvae.training.engine import PlainEngine, frozen
-from leanvae.training.schedule import posterior_noise
+from leanvae.training.losses import as_images, band_l1, select_frames
 from leanvae.training.step import LeCamAverages, TrainingStep, update_average
-from leanvae.training.terms import as_images, band_l1, select_frames
 from litevae.discriminators import build_discriminator
 from litevae.wavelet import dwt2d, dwt3d
 

@@ -15,8 +15,8 @@ from leanvae import load_vae
 from leanvae.config import ConfigError
 from leanvae.training.build import build_networks, check_passes
 from leanvae.training.config import TrainImageConfig
+from leanvae.training.curriculum import posterior_noise
 from leanvae.training.loop import train
-from leanvae.training.schedule import posterior_noise
 from litevae import LiteVAE
 from litevae.discriminators import build_discriminator
 from litevae.losses import charbonnier

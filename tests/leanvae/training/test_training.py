@@ -14,8 +14,8 @@ from leanvae.data.loader import TooManyBadClips
 from leanvae.distributed import lock_folder
 from leanvae.training.config import TrainVideoConfig
 from leanvae.training.engine import PlainEngine
+from leanvae.training.listeners import write_summary
 from leanvae.training.loop import duration, train
-from leanvae.training.record import write_summary
 from litevae.errors import TrainingDiverged
 
 SETTINGS = {

@@ -11,11 +11,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from leanvae.config import ConfigError
-from leanvae.training import wandb_run
+from leanvae.training import listeners
 from leanvae.training.comparison import Comparison
 from leanvae.training.config import TrainVideoConfig
+from leanvae.training.listeners import RunRecord, write_summary
 from leanvae.training.loop import train
-from leanvae.training.record import RunRecord, write_summary
 from leanvae.training.validation import Validation, ValidationResults
 
 SETTINGS = {
@@ -119,10 +119,10 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, wandb):
 
 
 def test_missing_wandb_is_told_before_the_run(monkeypatch):
-    monkeypatch.setattr(wandb_run.importlib.util, "find_spec", lambda name: None)
-    wandb_run.check_wandb(None)
+    monkeypatch.setattr(listeners.importlib.util, "find_spec", lambda name: None)
+    listeners.check_wandb(None)
     with pytest.raises(ConfigError, match=r"training\.wandb needs the package wandb: pip install 'leanvae\[wandb\]'"):
-        wandb_run.check_wandb(TrainVideoConfig.model_validate(WANDB).training.wandb)
+        listeners.check_wandb(TrainVideoConfig.model_validate(WANDB).training.wandb)
 
 
 @pytest.mark.integration
