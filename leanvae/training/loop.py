@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from leanvae.config import load_config
@@ -24,6 +23,7 @@ from leanvae.distributed import (
     on_main,
     rank,
     start_processes,
+    stop_processes,
     world_size,
 )
 from leanvae.training.build import (
@@ -109,8 +109,7 @@ def train(
     finally:
         if lock is not None and rank() == 0:
             os.close(lock)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        stop_processes()
 
 
 class Trainer:
@@ -291,7 +290,7 @@ class Trainer:
         Raises:
             TooManyBadClips: the share of broken files is too large; on every rank at once.
         """
-        stop, num_rejected = max_over_ranks([requests.pending(), len(batch.rejected)], self.device)
+        stop, num_rejected = max_over_ranks([requests.pending(), len(batch.rejected)])
         if num_rejected:
             for rejection in (item for part in gather(batch.rejected) for item in part):
                 if rejection.path not in self.bad_clips:

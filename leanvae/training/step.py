@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from leanvae.config import LeanVAEConfig
 from leanvae.data.buckets import Shape
-from leanvae.distributed import world_size
+from leanvae.distributed import mean_over_ranks, world_size
 from leanvae.training.config import GANConfig, TrainConfig
 from leanvae.training.curriculum import learning_rate, perceptual_frames, posterior_noise, ramp
 from leanvae.training.engine import Engine, frozen
@@ -31,17 +30,6 @@ from litevae.losses import (
 
 _GENERATOR_LOSSES = {"hinge": hinge_g_loss, "non_saturating": logistic_g_loss}
 _DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "logistic": logistic_d_loss}
-
-
-def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
-    """Averages scalars over all ranks, in one reduction; every rank must pass the same names."""
-    if not values:
-        return {}
-    packed = torch.stack([value.detach().double() for value in values.values()])
-    if dist.is_initialized():
-        dist.all_reduce(packed)
-        packed /= dist.get_world_size()
-    return dict(zip(values, packed.tolist(), strict=True))
 
 
 @dataclass
@@ -106,15 +94,6 @@ class LastLayer:
         with torch.enable_grad():
             pixels = self._finish(output)
         return torch.autograd.grad(pixels, output, pixel_gradient)[0]
-
-
-def gradients_over_ranks(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Averages gradients over all ranks, in one reduction; every rank must pass the same shapes."""
-    packed = torch.stack(list(gradients))
-    if dist.is_initialized():
-        dist.all_reduce(packed)
-        packed /= dist.get_world_size()
-    return list(packed.unbind())
 
 
 class TrainingStep:
@@ -194,7 +173,9 @@ class TrainingStep:
         values = {name: torch.stack(values).mean() for name, values in logs.items()}
         # No norm of a gradient is finite unless all of it is; nor is the mean of a rank's that is not.
         sizes = {f"gradient_{number}": engine.gradient_size() for number, engine in enumerate(engines)}
-        means = mean_over_ranks(values | sizes)
+        reported = values | sizes
+        packed = torch.stack([value.double() for value in reported.values()])
+        means = dict(zip(reported, mean_over_ranks(packed).tolist(), strict=True))
         finite = all(map(math.isfinite, means.values()))
         for engine in engines:
             if finite:
@@ -294,7 +275,8 @@ class TrainingStep:
         """
         assert self._last_layer is not None
         at_pixels = [torch.autograd.grad(loss, pixels)[0] for loss in (reconstruction, adversarial)]
-        at_weight = gradients_over_ranks([self._last_layer.weight_gradient(gradient) for gradient in at_pixels])
+        at_weight = torch.stack([self._last_layer.weight_gradient(gradient) for gradient in at_pixels])
+        at_weight = mean_over_ranks(at_weight).unbind()
         weight: Tensor | float = gan_weight
         if self._gan()[0].weighting == "adaptive":
             weight = adaptive_weight(at_weight[:1], at_weight[1:], factor=gan_weight)
