@@ -60,7 +60,11 @@ def _moved(averages: Sequence[float], values: Sequence[float], decay: float) -> 
 
 
 class LastLayer:
-    """Remembers what a decoder's last convolution read in its last pass.
+    """What a decoder's last convolution read in its last pass, from which its weight's gradients follow.
+
+    The losses are differentiated at the pixels; the weight's gradient follows from that and from what the convolution
+    read (LiteVAE, Equation 2). So no pass goes back through the network, which DeepSpeed would take for the step's own,
+    and no weight is read, which ZeRO-3 keeps in parts.
 
     Args:
         decoder: of the image autoencoder.
@@ -74,11 +78,15 @@ class LastLayer:
     def _remember(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._input = inputs[0].detach()
 
+    def forget(self) -> None:
+        """Free what was read."""
+        self._input = None
+
     def weight_gradient(self, pixel_gradient: Tensor) -> Tensor:
-        """Gradient of the (demodulated) weight `(O, I, 3, 3)`, in float32.
+        """Return the gradient of the (demodulated) weight `(O, I, 3, 3)`, in float32.
 
         Args:
-            pixel_gradient: of a loss at the decoder's output, `(B, 3, H, W)`; H and W those of the padded images.
+            pixel_gradient: of a loss at the decoder's output, `(B, 3, H, W)`; H and W are those of the padded images.
         """
         assert self._input is not None
         read = self._input.float()
@@ -87,7 +95,7 @@ class LastLayer:
         return conv2d_weight(read, shape, bands, padding=1)
 
     def _finish_backward(self, pixel_gradient: Tensor, read: Tensor) -> Tensor:
-        """Gradient at the convolution's output; what follows it is linear, so that any output serves."""
+        """Return the gradient at the convolution's output; what follows is linear, so that any output serves."""
         height, width = read.shape[2:]
         factor = pixel_gradient.shape[2] // height
         output = read.new_zeros(len(read), 3 * factor**2, height, width, requires_grad=True)
@@ -155,20 +163,11 @@ class TrainingStep:
         """
         size = self._set_batch(pixels, step)
         rates = self._set_learning_rates(step)
-        micro_batches = [
-            (self._to_pixels(pixels[start : start + size]), indices[start : start + size])
-            for start in range(0, len(pixels), size)
-        ]
         logs: dict[str, list[Tensor]] = {}
         gan_weight = self.gan_weight(step)
-        reconstructions = []
-        # The autoencoder's pass through the discriminator must leave no gradients there.
-        with frozen(self.discriminator.module) if self.discriminator else nullcontext(), self.vae.training():
-            for target, places in micro_batches:
-                reconstructions.append(self._train_vae(target, places, step, gan_weight, logs))
-        if gan_weight:
-            for (target, _), reconstruction in zip(micro_batches, reconstructions, strict=True):
-                self._train_discriminator(target, reconstruction, logs)
+        for start in range(0, len(pixels), size):
+            part = slice(start, start + size)
+            self._train_on(pixels[part], indices[part], step, gan_weight, logs)
         engines = [engine for engine in (self.vae, self.discriminator if gan_weight else None) if engine]
         values = {name: torch.stack(values).mean() for name, values in logs.items()}
         # No norm of a gradient is finite unless all of it is; nor is the mean of a rank's that is not.
@@ -205,6 +204,17 @@ class TrainingStep:
                 if engine:
                     engine.set_batch(*batch)
         return len(pixels) // passes
+
+    def _train_on(
+        self, pixels: Tensor, indices: list[int], step: int, gan_weight: float, logs: dict[str, list[Tensor]]
+    ) -> None:
+        """Accumulate both networks' gradients over a micro-batch, of which nothing but figures is kept."""
+        target = self._to_pixels(pixels)
+        # The autoencoder's pass through the discriminator must leave no gradients there.
+        with frozen(self.discriminator.module) if self.discriminator else nullcontext(), self.vae.training():
+            reconstruction = self._train_vae(target, indices, step, gan_weight, logs)
+        if gan_weight:
+            self._train_discriminator(target, reconstruction, logs)
 
     def _train_vae(
         self, target: Tensor, indices: list[int], step: int, gan_weight: float, logs: dict[str, list[Tensor]]
@@ -244,6 +254,8 @@ class TrainingStep:
             # The same gradients for the network: of the pixels as found already, and of the KL term.
             kl_weight, divergence = terms["kl"]
             loss = (prediction * at_pixels).sum() + kl_weight * divergence
+        if self._last_layer:
+            self._last_layer.forget()
         self.vae.backward(loss)
         return prediction.detach()
 
@@ -329,7 +341,7 @@ class TrainingStep:
 
     def _to_pixels(self, pixels: Tensor) -> Tensor:
         """uint8 pixels to float32 in [-1, 1], on the device."""
-        return pixels.to(self.device).float() / 127.5 - 1.0
+        return pixels.to(self.device).float().div_(127.5).sub_(1.0)
 
 
 def update_average(average: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -> None:

@@ -1,8 +1,12 @@
 """The training step against the same step written out in plain torch."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from leanvae.config import ConfigError
 from leanvae.data.buckets import Shape
@@ -116,6 +120,52 @@ def test_step_equals_plain_torch(micro_batch_size):
         logs = take_step(clips_of(step), [0, 1, 2, 3], step)
         for name, value in expected.items():
             assert logs[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (step, name)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the floating-point tensors that are made inside and still held, and remembers the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage):
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size):
+        self.now -= size
+
+
+@pytest.mark.parametrize("gan", [None, GAN], ids=["alone", "gan"])
+def test_memory_is_bounded_by_one_micro_batch(gan):
+    """However many there are of them in a step: neither targets nor reconstructions of others wait on the device.
+
+    From the second on, there are gradients to add to, which the first makes.
+    """
+    peaks = {}
+    for passes in (2, 8):
+        config = make_config(gan, batch_size=passes, micro_batch_size=1)
+        take_step = make_step(config)
+        pixels = torch.zeros(passes, 3, 5, 32, 32, dtype=torch.uint8)
+        take_step(pixels, list(range(passes)), 0)  # makes the optimizers' state
+        with LiveBytes() as live:
+            take_step(pixels, list(range(passes)), 1)
+        peaks[passes] = live.peak
+    one_sample = 4 * pixels[0].numel()
+    assert peaks[8] <= peaks[2] + one_sample / 4, (peaks, one_sample)
 
 
 def test_generator_pass_leaves_no_gradient_in_the_discriminator():
