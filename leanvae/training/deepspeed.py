@@ -21,7 +21,9 @@ from leanvae.distributed import barrier, on_main
 from leanvae.training.checkpoints import temporary_folder
 from leanvae.training.config import TrainConfig
 from leanvae.training.engine import GradientWatch, Groups, adam
-from litevae.errors import InvalidInput
+from litevae.errors import InvalidInput, MissingPackage
+
+_TESTED = "deepspeed>=0.19,<0.20"
 
 
 class DeepSpeedEngine:
@@ -50,11 +52,13 @@ class DeepSpeedEngine:
             self._engine: Any = initialize(model=module, optimizer=optimizer, config=settings)[0]
         except ValidationError as error:
             raise ConfigError(f"deepspeed block: {describe_errors(error)}") from error
+        check_attributes(self._engine)
+        self._stage: int = self._engine.zero_optimization_stage()
         self.module: nn.Module = self._engine.module
         self._watch = GradientWatch(self.module)
         self.dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
         self._masters: dict[int, Tensor] = {}
-        if self.dtype != torch.float32 and not self._engine.zero_optimization_stage():
+        if self.dtype != torch.float32 and not self._stage:
             # Without ZeRO, the parameters do not know the float32 weights that the optimizer keeps of them.
             wrapped = self._engine.optimizer
             for halves, masters in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
@@ -67,7 +71,7 @@ class DeepSpeedEngine:
         self._engine.set_train_micro_batch_size(batch // (dist.get_world_size() * passes))
         self._engine.set_train_batch_size(batch)
         self._engine.micro_steps = 0  # by which the engine knows the last pass of a step
-        if hasattr(self._engine.optimizer, "gradient_accumulation_steps"):
+        if _is_sharded(self._engine):
             self._engine.optimizer.gradient_accumulation_steps = passes  # ZeRO's copy
 
     def backward(self, loss: Tensor) -> None:
@@ -96,10 +100,11 @@ class DeepSpeedEngine:
     def _forget_gradients(self) -> None:
         # ZeRO-3, and ZeRO-1 and 2 when offloaded, write each gradient over that of the step before, which weights that
         # a step does not use would get.
-        optimizer = self._engine.optimizer
-        offloaded = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
-        kept = [getattr(optimizer, "grad_partitions_flat_buffer", None)]
-        kept += [group.grad for name in offloaded for group in getattr(optimizer, name, ())]
+        if not _is_sharded(self._engine):
+            return
+        kept = [group.grad for group in getattr(self._engine.optimizer, _GROUPS[self._stage])]
+        if self._stage == 3:
+            kept.append(self._engine.optimizer.grad_partitions_flat_buffer)
         for gradients in kept:
             if gradients is not None:
                 gradients.zero_()
@@ -120,8 +125,7 @@ class DeepSpeedEngine:
         """A weight in float32: whole also under ZeRO-3, and the optimizer's precise one in bfloat16."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        stage = self._engine.zero_optimization_stage()
-        if stage == 3 or (stage and self.dtype != torch.float32):
+        if self._stage == 3 or (self._stage and self.dtype != torch.float32):
             full = safe_get_full_fp32_param(parameter)
             assert full is not None
             return full.detach()
@@ -131,7 +135,7 @@ class DeepSpeedEngine:
         self._engine.save_checkpoint(str(folder), tag=self._TAG, save_latest=False)
 
     def load(self, folder: Path, ranks: int) -> None:
-        if not self._engine.zero_optimization_stage() or ranks == dist.get_world_size():
+        if not self._stage or ranks == dist.get_world_size():
             self._load(folder)
             return
         # The shards of other ranks: DeepSpeed's universal checkpoints hold whole tensors, which each rank slices.
@@ -150,6 +154,51 @@ class DeepSpeedEngine:
             path, _ = self._engine.load_checkpoint(str(folder), tag=self._TAG)
         if path is None:
             raise InvalidInput(f"{folder}: DeepSpeed found no complete checkpoint of this run's ZeRO stage")
+
+
+# Float32 weights that a rank's optimizer updates, by ZeRO stage.
+_GROUPS = {
+    1: "single_partition_of_fp32_groups",
+    2: "single_partition_of_fp32_groups",
+    3: "fp32_partitioned_groups_flat",
+}
+
+
+def _is_sharded(engine: Any) -> bool:
+    """Whether ZeRO's own optimizer is at work, which it is not if `data_types` asks for float32 sums in stage 1."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    return engine.zero_optimization_stage() > 0 and not isinstance(engine.optimizer, BF16_Optimizer)
+
+
+def check_attributes(engine: Any) -> None:
+    """Check that DeepSpeed has the private attributes that this file uses at the engine's ZeRO stage.
+
+    A missing one would otherwise be noticed days into a run, or never.
+
+    Raises:
+        MissingPackage: this version of DeepSpeed has not.
+    """
+    import deepspeed
+
+    stage = engine.zero_optimization_stage()
+    of_optimizer: tuple[str, ...] = ()
+    if _is_sharded(engine):
+        of_optimizer = ("gradient_accumulation_steps", _GROUPS[stage])
+        of_optimizer += ("grad_partitions_flat_buffer",) if stage == 3 else ()
+    elif not stage and engine.bfloat16_enabled():
+        of_optimizer = ("fp16_groups", "fp32_groups")
+    for owner, names in (
+        (engine, ("basic_optimizer", "micro_steps")),
+        (engine._config, ("load_universal_checkpoint",)),
+        (engine.optimizer, of_optimizer),
+    ):
+        for name in names:
+            if not hasattr(owner, name):
+                raise MissingPackage(
+                    f"DeepSpeed {deepspeed.__version__} has no {type(owner).__name__}.{name}, which training at ZeRO "
+                    f"stage {stage} uses: pip install '{_TESTED}'"
+                )
 
 
 def convert_to_universal(source: Path, target: Path) -> None:
