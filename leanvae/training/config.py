@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from leanvae.config import LeanVAEConfig, merge
+from leanvae.config import LeanVAEConfig
 from leanvae.data.buckets import Shape
 from leanvae.data.config import ClipDataConfig, DataConfig, ImageDataConfig
 from leanvae.training.curriculum import BatchRule, Curriculum, PhaseConfig, lay_out
@@ -374,21 +374,49 @@ class TrainVideoConfig(TrainConfig):
         return self
 
 
-# What differs from video: the paper's rates, batch and discriminator, and LDM's hinge loss. It gives no weights of
-# the losses: pixels count once and the GAN waits until half of the default steps, which are ours.
-_IMAGE_DEFAULTS: dict[str, Any] = {
-    "losses": {"l1": 1.0, "lpips": 1.0, "low_bands": 0.0, "high_bands": 0.0, "kl": 1e-7},
-    "gan": {
-        "weight": 0.1,
-        "generator_loss": "hinge",
-        "start_step": 50_000,
-        "lecam": 0.0,
-        "learning_rate": 1e-4,
-        "discriminator": {"kind": "unet"},
-    },
-    "optimizer": {"learning_rate": 1e-4, "final_learning_rate": 1e-4, "warmup_steps": 0},
-    "training": {"batch_size": 16, "output": "runs/image"},
-}
+# What differs for images: the paper's rates, batch and discriminator, and LDM's hinge loss. The paper gives no weights
+# for the losses: pixels count once and the GAN waits for a quarter of the default steps, which are ours.
+
+
+class ImageLossConfig(LossConfig):
+    """`LossConfig` with the defaults of LiteVAE: pixels and LPIPS count once."""
+
+    l1: LossTerm = _term(1.0)
+    lpips: LossTerm = _term(1.0)
+    low_bands: LossTerm = _term(0.0)
+    high_bands: LossTerm = _term(0.0)
+
+
+class ImageDiscriminatorConfig(DiscriminatorConfig):
+    """`DiscriminatorConfig` with the default of LiteVAE: a UNet."""
+
+    kind: Literal["patch", "unet", "stylegan"] = "unet"
+
+
+class ImageGANConfig(GANConfig):
+    """`GANConfig` with the defaults of LiteVAE."""
+
+    weight: NonNegativeFloat = 0.1
+    generator_loss: Literal["non_saturating", "hinge"] = "hinge"
+    start_step: NonNegativeInt = 50_000
+    lecam: NonNegativeFloat = 0.0
+    learning_rate: PositiveFloat = 1e-4
+    discriminator: ImageDiscriminatorConfig = ImageDiscriminatorConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class ImageOptimizerConfig(OptimizerConfig):
+    """`OptimizerConfig` with the defaults of LiteVAE: a constant rate."""
+
+    learning_rate: PositiveFloat = 1e-4
+    final_learning_rate: NonNegativeFloat = 1e-4
+    warmup_steps: NonNegativeInt = 0
+
+
+class ImageTrainingConfig(TrainingConfig):
+    """`TrainingConfig` with the batch of LiteVAE."""
+
+    batch_size: PositiveInt = 16
+    output: str = "runs/image"
 
 
 class TrainImageConfig(TrainConfig):
@@ -400,14 +428,13 @@ class TrainImageConfig(TrainConfig):
 
     model: LiteVAEConfig = LiteVAEConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     data: ImageDataConfig = ImageDataConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    losses: ImageLossConfig = ImageLossConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    gan: ImageGANConfig | None = ImageGANConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    optimizer: ImageOptimizerConfig = ImageOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    training: ImageTrainingConfig = ImageTrainingConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     default_steps: ClassVar[int] = 200_000
     small_config: ClassVar[str] = "configs/lite_demo_cpu.yaml"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_images(cls, tree: Any) -> Any:
-        return merge(_IMAGE_DEFAULTS, tree) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _latents_are_whole(self) -> Self:
