@@ -22,7 +22,7 @@ from leanvae.model import LeanVAE
 from leanvae.training.config import LossConfig, TrainConfig
 from leanvae.training.deepspeed import DeepSpeedEngine
 from leanvae.training.engine import Engine, PlainEngine
-from leanvae.training.initial import freeze, frozen_names, load_initial
+from leanvae.training.initial import check_freeze, freeze, load_initial
 from leanvae.training.losses import Perceptual
 from leanvae.training.state import items_digest
 from leanvae.training.step import TrainingStep
@@ -164,12 +164,11 @@ def build_autoencoder(config: TrainConfig, resumes: bool) -> LeanVAE | LiteVAE:
         if rank() == 0:
             level = logging.INFO if fit.is_complete else logging.WARNING
             logger.log(level, "initial weights from %s: %s", training.initial_weights, fit)
+    check_freeze(model, training.freeze, config.curriculum.freeze)
     if training.freeze:
         share = freeze(model, training.freeze)
         if rank() == 0:
             logger.info("training.freeze: %.1f %% of the autoencoder's numbers stay as they are", 100 * share)
-    for number, patterns in enumerate(config.curriculum.freeze):
-        frozen_names(model, patterns, f"phases.{number}.freeze")
     if training.activation_checkpointing:
         recompute_activations(model)
     if training.compile:

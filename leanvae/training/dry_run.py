@@ -12,6 +12,7 @@ from leanvae.data.buckets import Shape
 from leanvae.data.schedule import Schedule
 from leanvae.training.build import check_passes, find_items, make_schedule
 from leanvae.training.config import TrainConfig
+from leanvae.training.initial import check_freeze
 from leanvae.training.losses import as_images
 from leanvae.training.state import resolved_config
 from litevae.discriminators import build_discriminator
@@ -62,6 +63,7 @@ def _memory(config: TrainConfig, world_size: int) -> Iterator[str]:
     with torch.device("meta"):
         vae = build_vae(config.model)
         discriminator = build_discriminator(config.gan.discriminator) if config.gan else None
+    check_freeze(vae, config.training.freeze, config.curriculum.freeze)
     if config.training.activation_checkpointing:
         recompute_activations(vae)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)

@@ -141,6 +141,26 @@ def frozen_names(model: nn.Module, patterns: Sequence[str], field: str = "traini
     return frozen
 
 
+def check_freeze(model: nn.Module, always: Sequence[str], phases: Sequence[Sequence[str]]) -> None:
+    """Check before a run that every phase leaves something to train, which would else be noticed when it begins.
+
+    Args:
+        model: the network.
+        always: `training.freeze`.
+        phases: `freeze` of each phase.
+
+    Raises:
+        ConfigError: a pattern matches no parameter, or a phase and `training.freeze` together leave nothing to train.
+    """
+    frozen = frozen_names(model, always)
+    left = {name for name, _ in model.named_parameters()}.difference(frozen)
+    for number, patterns in enumerate(phases):
+        field = f"phases.{number}.freeze"
+        if left.issubset(frozen_names(model, patterns, field)):
+            both = f"{', '.join(patterns)} and training.freeze ({', '.join(always)})"
+            raise ConfigError(f"{field}: {both} together leave nothing to train")
+
+
 def freeze(model: nn.Module, patterns: Sequence[str]) -> float:
     """Keeps parameters as they are: no gradient is computed for them, and no optimizer takes them.
 
