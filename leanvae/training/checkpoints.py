@@ -25,6 +25,11 @@ MANIFEST_FILE = "manifest.json"
 FIGURES_FILE = "held_out.json"  # of the averaged weights, where they were evaluated
 _BLOCK = 2**24  # bytes read at a time
 _ALMOST_NOTHING = 2**20  # bytes free on a full disk
+# What torch (whose writers raise RuntimeError) and safetensors say.
+_OF_WRITING = re.compile(
+    r"inline_container\.cc|PytorchStreamWriter|iostream error|write\(\): fd |I/O error|"
+    r"Parent directory .* does not exist"
+)
 _NAME = re.compile(r"step_(\d{8,})(?:_(\d+))?")
 
 
@@ -52,7 +57,9 @@ def temporary_folder(folder: Path) -> Path:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Removes what was written of a checkpoint when that fails, and says where and why.
+    """Remove what was written of a checkpoint if writing fails, and say where and why.
+
+    Errors of another kind, as of a GPU or of another rank, keep their type.
 
     Raises:
         OSError: with the checkpoint's folder; torch and safetensors have errors of their own for a full disk.
@@ -60,11 +67,20 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_of_writing(error):
+            raise
         free = shutil.disk_usage(folder.parent).free
         number = getattr(error, "errno", None) or (errno.ENOSPC if free < _ALMOST_NOTHING else errno.EIO)
         shutil.rmtree(temporary_folder(folder), ignore_errors=True)
         message = f"{os.strerror(number)}: this checkpoint cannot be written, those before it are intact ({error})"
         raise OSError(number, message, str(folder)) from error
+
+
+def _is_of_writing(error: Exception) -> bool:
+    """Whether it is a file that could not be written."""
+    if isinstance(error, OSError):
+        return not isinstance(error, ConnectionError)  # with another rank
+    return _OF_WRITING.search(str(error)) is not None
 
 
 def commit(folder: Path, keep: int, keep_every: int | None = None) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -30,6 +32,9 @@ from litevae.pretrained import WEIGHTS_FILE, save_pretrained
 logger = logging.getLogger("leanvae")
 
 RESOLVED_CONFIG = "train.yaml"
+# Errors that say nothing about the files that were being read.
+_OF_MACHINES = (torch.OutOfMemoryError, dist.DistError, ConnectionError)
+_SAID_BY_MACHINES = r"CUDA error|NCCL|gloo/|DefaultCPUAllocator"
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def restore(folder: Path, take_step: TrainingStep, average: dict[str, Tensor]) -
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Tells of which part of a checkpoint an error in reading it is."""
+    """Name the part of a checkpoint that cannot be read; errors of a device or of another rank stay as they are."""
     try:
         yield
     except (
@@ -205,6 +210,8 @@ def _naming(path: Path) -> Iterator[None]:
         UnpicklingError,
         SafetensorError,
     ) as error:
+        if isinstance(error, _OF_MACHINES) or re.search(_SAID_BY_MACHINES, str(error)):
+            raise
         raise ConfigError(
             f"{path} is damaged ({type(error).__name__}: {error}): name an older checkpoint with --resume"
         ) from error

@@ -3,6 +3,8 @@
 import os
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from leanvae.training import checkpoints as C
 
@@ -107,6 +109,47 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, spoil, reason):
         (tmp_path / f"step_{step:08d}" / C.MANIFEST_FILE).write_text("[]")
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
         C.find_checkpoint(tmp_path, "auto")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 598"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        RuntimeError("write(): fd 3 failed with No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_written_is_told_with_the_folder_and_leaves_nothing(tmp_path, error):
+    """As seen of torch 2.13 and safetensors 0.8 on a full disk."""
+    folder = C.new_checkpoint(tmp_path, 3)
+    C.temporary_folder(folder).mkdir()
+    with pytest.raises(OSError, match="step_00000003") as caught, C.writing(folder):
+        raise error
+    assert caught.value.__cause__ is error
+    assert caught.value.filename == str(folder)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1."),
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:13719"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        KeyError("module"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_that_are_not_of_writing_keep_their_type(tmp_path, error):
+    with pytest.raises(type(error)) as caught, C.writing(C.new_checkpoint(tmp_path, 3)):
+        raise error
+    assert caught.value is error
 
 
 def test_checkpoints_without_a_manifest_pass_for_whole(tmp_path):
