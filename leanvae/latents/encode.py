@@ -1,6 +1,5 @@
 """Encoding of sources into a latent store: what is left of the work, who does it, and what came of it."""
 
-import json
 import logging
 import time
 from collections import defaultdict
@@ -24,8 +23,7 @@ from leanvae.latents.statistics import merge_moments
 from leanvae.latents.store import INDEX, STATISTICS, SUMMARY, SourceRecord, Store, StoreError
 from leanvae.progress import Progress
 from litevae.errors import InvalidInput
-from litevae.files import write_text
-from litevae.pretrained import CONFIG_FILE
+from litevae.pretrained import CONFIG_FILE, update_config
 
 logger = logging.getLogger("leanvae")
 
@@ -256,7 +254,4 @@ def write_statistics(checkpoint: Path, mean: Sequence[float], std: Sequence[floa
     """
     if min(std) <= 0:
         raise StoreError(f"latent_std: channel {list(std).index(min(std))} is constant: {checkpoint} stays as it is")
-    file = checkpoint / CONFIG_FILE
-    tree = json.loads(file.read_text(encoding="utf-8"))
-    tree |= {"latent_mean": list(mean), "latent_std": list(std)}
-    write_text(file, json.dumps(tree, indent=2) + "\n")
+    update_config(checkpoint, {"latent_mean": list(mean), "latent_std": list(std)})

@@ -11,16 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from safetensors import SafetensorError
 
 from litevae.errors import InvalidInput, MissingFile
 from litevae.files import flush_to_disk, write_text
+from litevae.pretrained import CONFIG_FILE, STATISTICS, config_text
 
 logger = logging.getLogger("leanvae")
 
 LATEST = "latest"
 BEST = "best"
 STATE_FILE = "trainer.json"
+RESOLVED_CONFIG = "train.yaml"
 MANIFEST_FILE = "manifest.json"
 FIGURES_FILE = "held_out.json"  # of the averaged weights, where they were evaluated
 _BLOCK = 2**24  # bytes read at a time
@@ -159,9 +162,10 @@ def size_and_sum(path: Path) -> tuple[int, int]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; `None` if they are as they were written.
+    """Return what is wrong with a checkpoint's files; None if they are as the run wrote them.
 
-    One without a manifest, of before there were any, passes for whole.
+    Statistics of latents, which `encode_clips --update-checkpoint` puts into `config.json`, do not count. Checkpoints
+    older than manifests are assumed intact.
     """
     manifest = folder / MANIFEST_FILE
     if not manifest.exists():
@@ -170,7 +174,7 @@ def damage(folder: Path) -> str | None:
         expected = json.loads(manifest.read_text(encoding="utf-8"))
         for name, (size, total) in expected.items():
             found = size_and_sum(folder / name)
-            if found != (size, total):
+            if found != (size, total) and not (name == CONFIG_FILE and _sum_as_trained(folder) == (size, total)):
                 length = f"has {found[0]} bytes, not {size}" if found[0] != size else "has changed"
                 return f"{name} {length}"
     except OSError as error:
@@ -178,6 +182,18 @@ def damage(folder: Path) -> str | None:
     except (ValueError, AttributeError, TypeError) as error:
         return f"{MANIFEST_FILE} is no list of files: {error}"
     return None
+
+
+def _sum_as_trained(folder: Path) -> tuple[int, int] | None:
+    """Return length and CRC-32 that `config.json` had before statistics were put into it; None if unknown."""
+    try:
+        tree = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        trained = yaml.safe_load((folder / RESOLVED_CONFIG).read_text(encoding="utf-8"))["model"]
+        kept = {name: value for name, value in tree.items() if name not in STATISTICS or name in trained}
+        text = config_text(kept | {name: trained[name] for name in STATISTICS if name in trained})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return None
+    return len(text.encode()), zlib.crc32(text.encode())
 
 
 def clean(root: Path) -> None:

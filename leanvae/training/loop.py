@@ -33,14 +33,13 @@ from leanvae.training.build import (
     load_held_out_lpips,
     make_schedule,
 )
-from leanvae.training.checkpoints import clean, complete_checkpoints, damage, find_checkpoint, is_best
+from leanvae.training.checkpoints import RESOLVED_CONFIG, clean, complete_checkpoints, damage, find_checkpoint, is_best
 from leanvae.training.config import TrainConfig, TrainImageConfig, TrainVideoConfig
 from leanvae.training.curriculum import ema_decay
 from leanvae.training.faults import FaultRecord, check_roll_back, checkpoint_to_restore
 from leanvae.training.listeners import RunRecord, check_wandb, write_summary
 from leanvae.training.profiling import StepTimes, StepTrace, memory_in_use
 from leanvae.training.state import (
-    RESOLVED_CONFIG,
     check_same_run,
     items_digest,
     read_state,

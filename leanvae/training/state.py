@@ -21,7 +21,15 @@ from torch import Tensor
 from leanvae.config import ConfigError
 from leanvae.data.sources import Clip, Item
 from leanvae.distributed import barrier, on_main, rank, world_size
-from leanvae.training.checkpoints import FIGURES_FILE, STATE_FILE, commit, new_checkpoint, temporary_folder, writing
+from leanvae.training.checkpoints import (
+    FIGURES_FILE,
+    RESOLVED_CONFIG,
+    STATE_FILE,
+    commit,
+    new_checkpoint,
+    temporary_folder,
+    writing,
+)
 from leanvae.training.config import TrainConfig
 from leanvae.training.faults import FaultRecord
 from leanvae.training.step import LeCamAverages, TrainingStep
@@ -31,7 +39,6 @@ from litevae.pretrained import WEIGHTS_FILE, save_pretrained
 
 logger = logging.getLogger("leanvae")
 
-RESOLVED_CONFIG = "train.yaml"
 # Errors that say nothing about the files that were being read.
 _OF_MACHINES = (torch.OutOfMemoryError, dist.DistError, ConnectionError)
 _SAID_BY_MACHINES = r"CUDA error|NCCL|gloo/|DefaultCPUAllocator"

@@ -240,17 +240,3 @@ def test_reconstruct_command_prints_the_measures_and_where_they_are(
     assert "1 reconstructed, 0 skipped" in out
     assert f"{tmp_path}/out/metrics.json" in out
     assert "[1/1] a.png: " in err
-
-
-@pytest.mark.parametrize(("number", "lines"), [("0", 1), ("1", 0)])
-def test_only_the_main_rank_prints_the_summary_of_an_encode(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: str, lines: int
-) -> None:
-    """After the work, when the ranks have left their process group."""
-    from leanvae.latents import encode
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", number)
-    monkeypatch.setattr(encode, "encode_clips", lambda *_: {"unfinished": 0, "skipped": []})
-    assert cli.main(["encode_clips", "--checkpoint", "c", "--input", "i", "--output", "o", "--device", "cpu"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == lines

@@ -1,12 +1,19 @@
 """The folder of checkpoints: `latest` always names a complete one."""
 
+import json
 import os
+import re
 
 import pytest
 import torch
+import yaml
 from safetensors import SafetensorError
 
+from leanvae import LeanVAEConfig
 from leanvae.training import checkpoints as C
+from leanvae.training.config import TrainVideoConfig
+from leanvae.training.state import resolved_config
+from litevae.pretrained import config_text, save_pretrained, update_config
 
 
 def write(root, step, content="x", keep=3, keep_every=None):
@@ -109,6 +116,63 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, spoil, reason):
         (tmp_path / f"step_{step:08d}" / C.MANIFEST_FILE).write_text("[]")
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
         C.find_checkpoint(tmp_path, "auto")
+
+
+FIRST, SECOND = ({"latent_mean": [x, 0.1], "latent_std": [1 / 3, 2.5]} for x in (0.25, -1e-7))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A function that writes a checkpoint with a model's configuration, given statistics that it was trained with."""
+
+    def write(**statistics):
+        config = LeanVAEConfig(latent_channels=2, low_channels=4, high_channels=4, **statistics)
+        folder = C.new_checkpoint(tmp_path, 1)
+        save_pretrained("LeanVAE", config, {}, C.temporary_folder(folder))
+        train_config = TrainVideoConfig(model=config)
+        (C.temporary_folder(folder) / C.RESOLVED_CONFIG).write_text(resolved_config(train_config))
+        C.commit(folder, 3)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("before", [{}, FIRST])
+def test_statistics_of_latents_are_no_damage(trained, before):
+    """However often they are written, and as the version before wrote them."""
+    folder = trained(**before)
+    for statistics in (SECOND, FIRST):
+        update_config(folder, statistics)
+        assert json.loads((folder / "config.json").read_text()).items() >= statistics.items()
+        assert C.damage(folder) is None
+    tree = json.loads((folder / "config.json").read_text()) | SECOND
+    (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
+    assert C.damage(folder) is None
+
+
+def test_a_configuration_without_the_fields_of_statistics_gains_them_undamaged(trained):
+    """As of a run before there were any."""
+    folder = trained()
+    for name, read, write in (("config.json", json.loads, config_text), ("train.yaml", yaml.safe_load, yaml.safe_dump)):
+        tree = read((folder / name).read_text())
+        for field in FIRST:
+            del (tree["model"] if name == "train.yaml" else tree)[field]
+        (folder / name).write_text(write(tree))
+    (folder / C.MANIFEST_FILE).unlink()
+    folder.rename(C.temporary_folder(folder))
+    C.commit(folder, 3)
+    update_config(folder, FIRST)
+    assert C.damage(folder) is None
+
+
+def test_other_changes_of_the_configuration_are_damage(trained):
+    folder = trained()
+    update_config(folder, {**FIRST, "low_channels": 8})
+    assert re.fullmatch(r"config\.json has \d+ bytes, not \d+", C.damage(folder))
+    (folder / "config.json").write_text("{")
+    assert "config.json has 1 bytes" in C.damage(folder)
+    (folder / "config.json").unlink()
+    assert "config.json cannot be read" in C.damage(folder)
 
 
 @pytest.mark.parametrize(
