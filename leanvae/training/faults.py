@@ -5,7 +5,8 @@ the networks go back to an older checkpoint while the numbers go on, so that jus
 the GAN, which most often is at fault, counts less from then on.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -69,6 +70,29 @@ class FaultRecord:
             lost=(*self.lost, (restored_step + 1, step)),
             gan_factor=self.gan_factor * gan_factor,
         )
+
+
+def bad_values(logs: Mapping[str, float]) -> str:
+    """Return what is wrong with a bad step, in words."""
+    values = [f"{name} is {value}" for name, value in logs.items() if not math.isfinite(value)]
+    return ", ".join(values) or "a gradient is not finite"
+
+
+def reason_to_go_back(
+    config: FaultConfig, record: FaultRecord, step: int, files: Mapping[int, Sequence[str]]
+) -> str | None:
+    """Return why the networks should go back to an older checkpoint; None if they should not.
+
+    Args:
+        config: how many bad steps in a row are too many.
+        record: the record after the step.
+        step: its number, from 1.
+        files: of the bad steps in a row.
+    """
+    if record.bad_in_a_row < config.max_bad_steps:
+        return None
+    listed = ", ".join(sorted({file for part in files.values() for file in part}))
+    return f"steps {step - record.bad_in_a_row + 1} to {step} are not finite; their files: {listed}"
 
 
 def check_roll_back(config: FaultConfig, record: FaultRecord, reason: str) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from leanvae.data.buckets import Shape
+
 logger = logging.getLogger("leanvae")
 
 
@@ -62,6 +64,28 @@ class StepTrace:
             self._profile.export_chrome_trace(str(self._path))
             logger.info("trace written to %s", self._path)
             self._profile = None
+
+
+def step_costs(bucket: Shape, size: int, times: StepTimes, device: torch.device) -> dict[str, float]:
+    """Return a step's times, sizes, rates and memory, by the names that they have in `metrics.jsonl`.
+
+    Args:
+        bucket: shape of its samples.
+        size: their number, over all ranks.
+        times: seconds that it took.
+        device: this rank's.
+    """
+    return {
+        "seconds_per_step": times.whole,
+        "step_seconds": times.step,
+        "data_wait_share": times.wait / times.whole,
+        "frames": bucket.frames,
+        "height": bucket.height,
+        "width": bucket.width,
+        "samples_per_second": size / times.whole,
+        "frames_per_second": size * bucket.frames / times.whole,
+        "memory_mib": memory_in_use(device) / 2**20,
+    }
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -26,6 +26,8 @@ from leanvae.training.checkpoints import (
     RESOLVED_CONFIG,
     STATE_FILE,
     commit,
+    complete_checkpoints,
+    damage,
     new_checkpoint,
     temporary_folder,
     writing,
@@ -144,6 +146,13 @@ def read_state(folder: Path) -> RunState:
     """Where a run stood when it wrote a checkpoint."""
     with _naming(folder / STATE_FILE):
         return RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+
+
+def updates_of_checkpoints(root: Path) -> Iterator[tuple[Path, int]]:
+    """Yield checkpoints that are not damaged, the newest first, and the updates that their weights have had."""
+    for folder in reversed(complete_checkpoints(root)):
+        if damage(folder) is None:
+            yield folder, FaultRecord.from_json(read_state(folder).faults).updates
 
 
 def check_same_run(folder: Path, config: TrainConfig, take_step: TrainingStep, clips: str) -> None:

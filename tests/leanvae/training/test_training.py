@@ -15,8 +15,8 @@ from leanvae.distributed import lock_folder
 from leanvae.latents.encode import write_statistics
 from leanvae.training.config import TrainVideoConfig
 from leanvae.training.engine import PlainEngine
-from leanvae.training.listeners import write_summary
-from leanvae.training.loop import duration, train
+from leanvae.training.listeners import duration, write_summary
+from leanvae.training.loop import train
 from litevae.errors import TrainingDiverged
 
 SETTINGS = {
