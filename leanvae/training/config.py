@@ -32,6 +32,7 @@ _KEYS_OF_OURS = {
     "scheduler": "optimizer",
     "activation_checkpointing": "training.activation_checkpointing",
 }
+_EXAMPLES = {"bf16": "{enabled: true}", "zero_optimization": "{stage: 2}"}
 # The other top-level keys of DeepSpeed's configuration; it takes unknown ones for nothing, which hides misspelt ones.
 _DEEPSPEED_KEYS = frozenset(
     """aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile
@@ -295,8 +296,12 @@ class TrainConfig(StrictConfig):
                 raise ValueError(f"deepspeed.{key} is set by {field}: remove it from the deepspeed block")
         if "fp16" in self.deepspeed:
             raise ValueError("deepspeed.fp16: training in float16 is not supported, use bf16")
-        zero = self.deepspeed.get("zero_optimization")
-        if self.training.compile and isinstance(zero, dict) and zero.get("stage") == 3:
+        for key in ("bf16", "zero_optimization"):
+            if not isinstance(value := self.deepspeed.get(key, {}), dict):
+                raise ValueError(f"deepspeed.{key} is {value!r}: it must be a mapping, as in {_EXAMPLES[key]}")
+        if (stage := self.deepspeed.get("zero_optimization", {}).get("stage", 0)) not in range(4):
+            raise ValueError(f"deepspeed.zero_optimization.stage is {stage!r}: it must be 0, 1, 2 or 3")
+        if self.training.compile and stage == 3:
             raise ValueError(
                 "training.compile: torch.compile does not see the weights that ZeRO-3 gathers on its way through the "
                 "network: use a lower deepspeed.zero_optimization.stage"

@@ -19,6 +19,7 @@ from leanvae.data.loader import Batch, Loader
 from leanvae.data.quarantine import check_bad_share
 from leanvae.distributed import (
     StopRequests,
+    barrier,
     gather,
     lock_folder,
     max_over_ranks,
@@ -135,6 +136,7 @@ def open_run(
     if rank() == 0:
         lpips = load_held_out_lpips(config.losses, take_step.perceptual, device)
         validation = Validation(config, read_validation_samples(config, held_out), lpips, device)
+    barrier()  # here, and not in DeepSpeed's group, the others wait while the main rank decodes
     step, faults = 0, FaultRecord()
     if checkpoint:
         check_same_run(checkpoint, config, take_step, digest)

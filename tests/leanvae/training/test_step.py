@@ -244,6 +244,9 @@ def test_averages_move_by_the_decay():
     ("fields", "message"),
     [
         ({"deepspeed": {"train_batch_size": 3}}, r"deepspeed\.train_batch_size is set by training\.batch_size"),
+        ({"deepspeed": {"zero_optimization": 2}}, r"zero_optimization is 2: it must be a mapping, as in \{stage: 2\}"),
+        ({"deepspeed": {"bf16": None}}, r"deepspeed\.bf16 is None: it must be a mapping, as in \{enabled: true\}"),
+        ({"deepspeed": {"zero_optimization": {"stage": "two"}}}, r"stage is 'two': it must be 0, 1, 2 or 3"),
         ({"data": {"num_frames": 7}}, "num_frames"),
         ({"data": {"resolution": [60, 64]}}, "divisible by"),
         ({"losses": {"l2": 1}}, "l2"),
