@@ -37,7 +37,7 @@ _NAME = re.compile(r"step_(\d{8,})(?:_(\d+))?")
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Checkpoints of a run by age; a folder bears such a name only once all of it is on the disk."""
+    """Return a run's checkpoints by age; a folder has such a name only once all of it is on the disk."""
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         if (match := _NAME.fullmatch(path.name)) and path.is_dir():
@@ -46,7 +46,7 @@ def complete_checkpoints(root: Path) -> list[Path]:
 
 
 def new_checkpoint(root: Path, step: int) -> Path:
-    """A free name for the checkpoint after `step` steps; a resumed run may come by a step again."""
+    """Return a free name for the checkpoint after `step` steps; a resumed run may reach a step again."""
     name, revision = f"step_{step:08d}", 0
     while (folder := root / (f"{name}_{revision}" if revision else name)).exists():
         revision += 1
@@ -54,7 +54,7 @@ def new_checkpoint(root: Path, step: int) -> Path:
 
 
 def temporary_folder(folder: Path) -> Path:
-    """Where a checkpoint is written before it takes its name."""
+    """Return where a checkpoint is written before it takes its name."""
     return folder.with_name(f".{folder.name}.tmp")
 
 
@@ -80,21 +80,21 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _is_of_writing(error: Exception) -> bool:
-    """Whether it is a file that could not be written."""
+    """Return whether the error says that a file could not be written."""
     if isinstance(error, OSError):
         return not isinstance(error, ConnectionError)  # with another rank
     return _OF_WRITING.search(str(error)) is not None
 
 
 def commit(folder: Path, keep: int, keep_every: int | None = None) -> None:
-    """Gives a written checkpoint its name, points `latest` to it and `best` to the best, and removes old ones.
+    """Give a written checkpoint its name, point `latest` to it and `best` to the best, and remove old ones.
 
-    Killed at any moment, `latest` names a complete checkpoint.
+    Whenever the process is killed, `latest` names a complete checkpoint.
 
     Args:
-        folder: the checkpoint's name, which must be free; its content stands in `temporary_folder(folder)`.
-        keep: how many of the newest checkpoints stay.
-        keep_every: checkpoints after a multiple of so many steps stay for good.
+        folder: the checkpoint's name, which must be free; its content is in `temporary_folder(folder)`.
+        keep: number of the newest checkpoints that stay.
+        keep_every: checkpoints after a multiple of this number of steps stay for good.
     """
     root = folder.parent
     written = temporary_folder(folder)
@@ -109,7 +109,7 @@ def commit(folder: Path, keep: int, keep_every: int | None = None) -> None:
     flush_to_disk(root)
     for old in complete_checkpoints(root)[:-keep]:
         if old not in (folder, best) and not (keep_every and _step(old) and _step(old) % keep_every == 0):
-            # Killed half-way, it must not stay behind under a complete one's name.
+            # If this is killed half-way, the rest must not have a complete checkpoint's name.
             shutil.rmtree(old.rename(temporary_folder(old)))
 
 
@@ -121,20 +121,20 @@ def _point(link: Path, folder: Path) -> None:
 
 
 def best_checkpoint(root: Path) -> Path | None:
-    """The checkpoint with the highest PSNR of held-out files, the older of equals; `None` if none was evaluated."""
+    """Return the checkpoint with the highest held-out PSNR, the older of equals; None if none was evaluated."""
     figures = {folder: held_out_psnr(folder) for folder in complete_checkpoints(root)}
     evaluated = {folder: psnr for folder, psnr in figures.items() if psnr is not None}
     return max(evaluated, key=evaluated.__getitem__, default=None)
 
 
 def is_best(root: Path, psnr: float | None) -> bool:
-    """Whether a PSNR of held-out files is above that of every checkpoint."""
+    """Return whether a PSNR of held-out files is above that of every checkpoint."""
     others = [held_out_psnr(folder) for folder in complete_checkpoints(root)]
     return psnr is not None and all(other is None or psnr > other for other in others)
 
 
 def held_out_psnr(folder: Path) -> float | None:
-    """PSNR in dB of held-out files with a checkpoint's averaged weights; `None` if it is not known."""
+    """Return the PSNR in dB of held-out files with a checkpoint's averaged weights; None if it is not known."""
     try:
         return json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))["psnr"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -152,7 +152,7 @@ def _step(folder: Path) -> int:
 
 
 def size_and_sum(path: Path) -> tuple[int, int]:
-    """A file's length in bytes and its CRC-32."""
+    """Return a file's length in bytes and its CRC-32."""
     size = total = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -180,7 +180,7 @@ def damage(folder: Path) -> str | None:
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
     except (ValueError, AttributeError, TypeError) as error:
-        return f"{MANIFEST_FILE} is no list of files: {error}"
+        return f"{MANIFEST_FILE} is not a list of files: {error}"
     return None
 
 
@@ -197,23 +197,23 @@ def _sum_as_trained(folder: Path) -> tuple[int, int] | None:
 
 
 def clean(root: Path) -> None:
-    """Removes what a run that was killed while it wrote has left behind."""
+    """Remove what a run left behind when it was killed while writing."""
     for path in root.glob(".step_*.tmp"):
         shutil.rmtree(path)
 
 
 def find_checkpoint(root: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from.
+    """Return the checkpoint to go on from; None to begin.
 
     Args:
         root: folder of the run's checkpoints.
-        resume: `auto` takes the newest of the run that is not damaged, if there is one, and warns of those that
-            are; `none` starts anew; else a checkpoint's path.
+        resume: `auto` takes the run's newest checkpoint that is not damaged, if there is one, and warns of damaged
+            ones; `none` begins; anything else is a checkpoint's path.
 
     Raises:
-        ValueError: `none` where there are checkpoints, which a new run would overwrite; or `auto` where all are
+        InvalidInput: `none`, but there are checkpoints, which a new run would overwrite; or `auto`, but all are
             damaged.
-        FileNotFoundError: the path is no training checkpoint.
+        MissingFile: the path is not a training checkpoint.
     """
     existing = complete_checkpoints(root)
     if resume == "none":
@@ -235,7 +235,7 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
     folder = Path(resume)
     if not (folder / STATE_FILE).is_file():
         raise MissingFile(
-            f"--resume {resume}: {STATE_FILE} is missing, so it is no training checkpoint; name one, as in "
+            f"--resume {resume}: {STATE_FILE} is missing, so it is not a training checkpoint; name one, as in "
             f"RUN/checkpoints/{LATEST}"
         )
     return folder.resolve()

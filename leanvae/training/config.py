@@ -47,7 +47,7 @@ class LossTerm(StrictConfig):
     """A term of the loss: a number, or a mapping with these fields.
 
     Attributes:
-        weight: what it is multiplied with; 0 leaves it out.
+        weight: its factor; 0 leaves it out.
         start_step: first step in which it counts.
     """
 
@@ -64,7 +64,7 @@ class LossTerm(StrictConfig):
         return {"weight": self.weight, "start_step": self.start_step} if self.start_step else self.weight
 
     def at(self, step: int) -> float:
-        """The weight in a step."""
+        """Return the weight in a step."""
         return self.weight if step >= self.start_step else 0.0
 
 
@@ -89,9 +89,9 @@ class LossConfig(StrictConfig):
         ldl: locally discriminative learning, of each frame (LiteVAE, Table 15); takes another pass, of the averaged
             weights.
         kl: KL divergence to a standard normal, summed over the latent.
-        perceptual: `auto` uses the perceptual terms whose backbone's weights are found and warns of the others,
-            `required` insists on them, `none` goes without.
-        lpips_backbone: file of VGG16's weights; the torch cache is searched without it.
+        perceptual: `auto` uses the perceptual terms whose backbone's weights are found and warns of the others;
+            `required` insists on them; `none` leaves them out.
+        lpips_backbone: file of VGG16's weights; without it the torch cache is searched.
         vgg_backbone: file of VGG19's weights, likewise.
     """
 
@@ -165,12 +165,12 @@ class OptimizerConfig(StrictConfig):
 
 
 class FaultConfig(StrictConfig):
-    """What to do about bad steps: those whose loss or gradient is not finite, which update nothing.
+    """What to do about bad steps, whose loss or gradient is not finite and which update nothing.
 
     Attributes:
-        max_bad_steps: so many in a row, and the networks go back to an older checkpoint.
-        max_rollbacks: how often they may in all; then the run stops.
-        gan_weight_factor: what each time the weight of the adversarial loss is multiplied with, where it counted.
+        max_bad_steps: number in a row after which the networks go back to an older checkpoint.
+        max_rollbacks: how often they may go back in all; then the run stops.
+        gan_weight_factor: factor applied to the GAN's weight at each rollback, if the GAN counted there.
     """
 
     max_bad_steps: PositiveInt = 5
@@ -183,8 +183,8 @@ class WandbConfig(StrictConfig):
 
     Attributes:
         project: its project.
-        entity: user or team; without it, the account's default.
-        name: of the run; without it, Weights & Biases makes one up.
+        entity: user or team; None takes the account's default.
+        name: name of the run; None lets Weights & Biases make one up.
     """
 
     project: str = Field(min_length=1)
@@ -263,7 +263,7 @@ class TrainingConfig(StrictConfig):
         return value
 
     def is_logged(self, step: int) -> bool:
-        """Whether a step, counted from 0, is among those whose figures are shown: the first, then every few."""
+        """Return whether a step, counted from 0, is shown: the first, then one in `log_every`."""
         return step == 0 or (step + 1) % self.log_every == 0
 
 
@@ -321,17 +321,17 @@ class TrainConfig(StrictConfig):
 
     @property
     def stretches(self) -> tuple[PhaseConfig, ...]:
-        """The phases; at least one."""
+        """The phases, at least one."""
         return self.phases or (PhaseConfig(steps=self.training.max_steps or self.default_steps),)
 
     def shapes(self, phase: PhaseConfig) -> tuple[Shape, ...]:
-        """The buckets of a phase."""
+        """Return the buckets of a phase."""
         if phase.buckets:
             return phase.buckets
         return self.data.shapes_at(phase.resolution) if phase.resolution else self.data.shapes
 
     def batch_rule(self, phase: PhaseConfig) -> BatchRule:
-        """How large the batches of a phase are."""
+        """Return how large the batches of a phase are."""
         training = self.training
         return BatchRule(
             patch_size=self.patch_size,
@@ -344,7 +344,7 @@ class TrainConfig(StrictConfig):
 
     @property
     def curriculum(self) -> Curriculum:
-        """What depends on the number of a step alone."""
+        """What depends only on the number of a step."""
         rules, shapes = map(self.batch_rule, self.stretches), map(self.shapes, self.stretches)
         return lay_out(self.stretches, list(rules), list(shapes), self.training.max_steps)
 

@@ -122,7 +122,7 @@ class DeepSpeedEngine:
         return {name: self._full_weight(parameter) for name, parameter in self._groups.named}
 
     def _full_weight(self, parameter: nn.Parameter) -> Tensor:
-        """A weight in float32: whole also under ZeRO-3, and the optimizer's precise one in bfloat16."""
+        """Return a weight in float32, whole also under ZeRO-3; in bfloat16, the optimizer's precise copy."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         if self._stage == 3 or (self._stage and self.dtype != torch.float32):
@@ -165,7 +165,7 @@ _GROUPS = {
 
 
 def _is_sharded(engine: Any) -> bool:
-    """Whether ZeRO's own optimizer is at work, which it is not if `data_types` asks for float32 sums in stage 1."""
+    """Return whether ZeRO's own optimizer is at work; with float32 sums (`data_types`) at stage 1 it is not."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     return engine.zero_optimization_stage() > 0 and not isinstance(engine.optimizer, BF16_Optimizer)
@@ -202,11 +202,11 @@ def check_attributes(engine: Any) -> None:
 
 
 def convert_to_universal(source: Path, target: Path) -> None:
-    """Makes whole tensors of the shards of all ranks, which any number of ranks can load, with DeepSpeed's own program.
+    """Join the shards of all ranks to whole tensors, which any number of ranks can load, by DeepSpeed's own program.
 
     Args:
         source: folder of one engine's files, of ZeRO stage 1, 2 or 3.
-        target: the universal checkpoint; what is in its parent is removed first.
+        target: the universal checkpoint; the content of its parent is removed first.
     """
     from deepspeed.checkpoint import ds_to_universal
 
@@ -226,9 +226,9 @@ def convert_to_universal(source: Path, target: Path) -> None:
 
 @contextmanager
 def refusing_code() -> Iterator[None]:
-    """Lets DeepSpeed unpickle tensors, plain containers and a few classes of its own, but no code.
+    """Let DeepSpeed unpickle tensors, plain containers and a few classes of its own, but no code.
 
-    It tells torch.load to unpickle everything; torch has a variable of the environment against that.
+    It tells torch.load to unpickle everything, which an environment variable of torch's overrides.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

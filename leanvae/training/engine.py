@@ -23,48 +23,48 @@ class Engine(Protocol):
     dtype: torch.dtype
 
     def __call__(self, *args: Any) -> Any:
-        """Forward pass through the network."""
+        """Pass through the network."""
 
     def set_batch(self, batch: int, passes: int) -> None:
-        """Tells the samples of all ranks in the next steps, and the passes that gradients are accumulated over."""
+        """Set the samples of all ranks in the next steps, and the passes over which gradients are accumulated."""
 
     def backward(self, loss: Tensor) -> None:
-        """Backward pass of one accumulation step's mean loss; the weights stay as they are."""
+        """Accumulate the gradients of one pass's mean loss; the weights stay as they are."""
 
     def gradient_size(self) -> Tensor:
-        """Sum of the norms of what this rank's backward passes brought; not finite if any of it is not."""
+        """Return the sum of the norms of this rank's gradients; it is finite only if all of them are."""
         ...
 
     def update(self) -> None:
-        """Updates the weights after the last backward pass of a step; to be called by all ranks together."""
+        """Update the weights after the last backward pass of a step; all ranks together."""
 
     def skip_update(self) -> None:
-        """Forgets the gradients instead; weights and optimizer state stay untouched."""
+        """Drop the gradients instead; weights and optimizer state stay as they are."""
 
     def set_learning_rate(self, rate: float) -> None:
-        """Sets the rate of the next update."""
+        """Set the rate of the next update."""
 
     def set_frozen(self, patterns: Sequence[str]) -> None:
-        """Keeps parameters as they are in the next steps: those that a phase freezes by these patterns."""
+        """Keep the parameters that match a phase's patterns as they are in the next steps."""
 
     def training(self) -> AbstractContextManager[None]:
-        """Forward and backward passes happen inside of it; frozen parameters are out of the graph there."""
+        """Open a block for forward and backward passes, in which frozen parameters are out of the graph."""
         ...
 
     def full_weights(self) -> dict[str, Tensor]:
-        """All weights that are trained, in float32, the same on every rank; to be called by all ranks together."""
+        """Return all weights that are trained, in float32, the same on every rank; all ranks together."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes weights and optimizer state; to be called by all ranks together."""
+        """Write weights and optimizer state; all ranks together."""
 
     def load(self, folder: Path, ranks: int) -> None:
-        """Reads what `save` of so many ranks wrote; to be called by all ranks together."""
+        """Read what `save` wrote on this number of ranks; all ranks together."""
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Takes the parameters out of the graph, so that a pass through them leaves their gradients alone.
+    """Take the parameters out of the graph, so that a pass through them leaves their gradients alone.
 
     Under ZeRO it has to happen before the forward pass, and the pass must go through the bare module: its engine
     would expect a backward pass of its own.
@@ -80,7 +80,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that are not frozen, with their names."""
+    """Return the parameters that are not frozen, with their names."""
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
@@ -111,7 +111,7 @@ class Groups:
 
     @contextmanager
     def out_of_graph(self) -> Iterator[None]:
-        """Takes the frozen groups out of the graph; not for longer, as DeepSpeed saves what needs no gradient apart."""
+        """Take the frozen groups out of the graph, but not for good: DeepSpeed saves what needs no gradient apart."""
         frozen = [p for group, off in zip(self.parameters, self._frozen, strict=True) if off for p in group]
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -134,7 +134,7 @@ def adam(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
 
 
 class GradientWatch:
-    """Keeps the norms of the gradients of this rank's parameters, before an engine reduces, shards or moves them."""
+    """The norms of this rank's gradients, taken before an engine reduces, shards or moves them."""
 
     def __init__(self, module: nn.Module) -> None:
         self._norms: list[Tensor] = []
@@ -146,7 +146,7 @@ class GradientWatch:
         self._norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
 
     def take(self) -> Tensor:
-        """The sum of the norms since the last call."""
+        """Return the sum of the norms since the last call."""
         norms, self._norms = self._norms, []
         return torch.stack(norms).sum()
 
@@ -181,7 +181,7 @@ class PlainEngine:
         return self._watch.take()
 
     def update(self) -> None:
-        # As under DeepSpeed, weights that a step does not use, as an image none of those for frames, have a gradient
+        # As under DeepSpeed, weights that a step does not use (an image uses none of those for frames) have a gradient
         # of zero, with which the optimizer goes on.
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:

@@ -1,8 +1,8 @@
 """What a run does about steps whose loss or gradient is not finite: pure functions of what has happened so far.
 
 A step's number never goes back: data, rates and noise depend on it. A bad step updates nothing. After several in a row
-the networks go back to an older checkpoint while the numbers go on, so that just the updates in between are lost, and
-the GAN, which most often is at fault, counts less from then on.
+the networks go back to an older checkpoint while the numbers go on, so only the updates in between are lost. The GAN,
+the most frequent cause, counts less from then on.
 """
 
 import math
@@ -25,7 +25,7 @@ class FaultRecord:
         bad_in_a_row: bad steps since the last good one or the last roll-back.
         skipped: numbers, from 1, of all bad steps.
         lost: first and last step of each stretch whose updates a roll-back took back.
-        gan_factor: what the weight of the adversarial loss is multiplied with.
+        gan_factor: factor applied to the weight of the adversarial loss.
     """
 
     updates: int = 0
@@ -36,32 +36,32 @@ class FaultRecord:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> "FaultRecord":
-        """What `to_json` made."""
+        """Read what `to_json` made."""
         return cls(**{**tree, "skipped": tuple(tree["skipped"]), "lost": tuple(map(tuple, tree["lost"]))})
 
     def to_json(self) -> dict[str, Any]:
-        """As plain containers."""
+        """Return plain containers."""
         return asdict(self)
 
     @property
     def roll_backs(self) -> int:
-        """How often the run has gone back."""
+        """Number of times that the run has gone back."""
         return len(self.lost)
 
     def after(self, step: int, bad: bool) -> "FaultRecord":
-        """The record after a step, whose number counts from 1."""
+        """Return the record after a step, whose number counts from 1."""
         if bad:
             return replace(self, bad_in_a_row=self.bad_in_a_row + 1, skipped=(*self.skipped, step))
         return replace(self, bad_in_a_row=0, updates=self.updates + 1)
 
     def rolled_back(self, restored: "FaultRecord", restored_step: int, step: int, gan_factor: float) -> "FaultRecord":
-        """The record after a roll-back.
+        """Return the record after a roll-back.
 
         Args:
             restored: the record in the checkpoint that the networks went back to.
             restored_step: number of that checkpoint's step.
             step: number of the last step taken, which stays.
-            gan_factor: by how much less the GAN counts from now on.
+            gan_factor: factor applied to the GAN's weight from now on, beside the earlier ones.
         """
         return replace(
             self,
@@ -96,7 +96,7 @@ def reason_to_go_back(
 
 
 def check_roll_back(config: FaultConfig, record: FaultRecord, reason: str) -> None:
-    """Raises `TrainingDiverged`, with the reason for going back, if the run has done so as often as it may."""
+    """Raise `TrainingDiverged`, with the reason for going back, if the run has done so as often as it may."""
     if record.roll_backs >= config.max_rollbacks:
         raise TrainingDiverged(
             f"{reason}; the run has gone back {record.roll_backs} times already, as often as "
@@ -106,11 +106,11 @@ def check_roll_back(config: FaultConfig, record: FaultRecord, reason: str) -> No
 
 
 def checkpoint_to_restore(newest_first: Iterable[tuple[T, int]], updates: int) -> T | None:
-    """The newest checkpoint whose weights are older than those of now; else the newest that is as old.
+    """Return the newest checkpoint whose weights are older than the present ones; else the newest as old as those.
 
     Args:
         newest_first: checkpoints and the updates that their weights have had.
-        updates: those of the weights of now, which bad steps leave alone.
+        updates: those of the present weights, which bad steps leave alone.
     """
     as_old = None
     for checkpoint, its_updates in newest_first:

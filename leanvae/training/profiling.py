@@ -19,7 +19,7 @@ class StepTimes:
     Attributes:
         wait: for its data, of all ranks.
         step: forward and backward passes and updates.
-        whole: these and all else.
+        whole: both, and everything else.
     """
 
     wait: float
@@ -28,11 +28,11 @@ class StepTimes:
 
 
 class StepTrace:
-    """Records steps with torch's profiler; a context manager around the loop.
+    """Steps recorded by torch's profiler; a context manager around the loop.
 
     Args:
         path: the trace, a JSON file.
-        steps: first and last step, from 1; `None` records nothing.
+        steps: first and last step, from 1; None records nothing.
     """
 
     def __init__(self, path: Path, steps: tuple[int, int] | None) -> None:
@@ -41,7 +41,7 @@ class StepTrace:
         self._profile: profile | None = None
 
     def begin(self, step: int) -> None:
-        """To be called before each step, with its number: starts with the first of the steps, ends behind the last."""
+        """Start before the first of the steps and end after the last; called before each step, with its number."""
         if self._steps is None:
             return
         first, last = self._steps
@@ -89,7 +89,7 @@ def step_costs(bucket: Shape, size: int, times: StepTimes, device: torch.device)
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the most that torch has had on a GPU so far, or what this process has in memory now."""
+    """Return bytes: the most that torch has had on a GPU so far, or what this process has in memory now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import psutil

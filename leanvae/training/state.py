@@ -48,7 +48,7 @@ _SAID_BY_MACHINES = r"CUDA error|NCCL|gloo/|DefaultCPUAllocator"
 
 @dataclass(frozen=True)
 class RunState:
-    """The small things that a checkpoint remembers beside weights and optimizers (`trainer.json`).
+    """Small facts in a checkpoint, beside weights and optimizers (`trainer.json`).
 
     Attributes:
         step: steps taken.
@@ -70,14 +70,14 @@ class RunState:
 
 
 def items_digest(items: Sequence[Item]) -> str:
-    """A short hash of a list of clips or images."""
+    """Return a short hash of a list of clips or images."""
     places = [(item.start, item.end) if isinstance(item, Clip) else (item.offset, item.size) for item in items]
     text = "\n".join(f"{item.path}\t{start}\t{end}" for item, (start, end) in zip(items, places, strict=True))
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def resolved_config(config: TrainConfig) -> str:
-    """A configuration with all its defaults, as YAML."""
+    """Return a configuration with all its defaults, as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -91,7 +91,7 @@ def save_run(
     faults: FaultRecord,
     figures: Mapping[str, float | None] | None,
 ) -> None:
-    """Writes a checkpoint: averaged weights, both engines, and where the run stands; all ranks together.
+    """Write a checkpoint: averaged weights, both engines, and where the run stands; all ranks together.
 
     Args:
         root: folder of the checkpoints.
@@ -101,11 +101,11 @@ def save_run(
         step: steps taken.
         clips: digest of the training files.
         faults: bad steps so far.
-        figures: of held-out files, by metric, where they were evaluated after this step; read on the main rank.
+        figures: of held-out files, by metric, if they were evaluated after this step; read on the main rank.
 
     Raises:
         NotFinite: nothing is written then.
-        OSError: it cannot be written, as on a full disk; the checkpoints before are as they were.
+        OSError: it cannot be written, as on a full disk; earlier checkpoints are intact.
     """
     on_main(lambda: _check_finite(average, step))
 
@@ -143,7 +143,7 @@ def save_run(
 
 
 def read_state(folder: Path) -> RunState:
-    """Where a run stood when it wrote a checkpoint."""
+    """Return where a run stood when it wrote a checkpoint."""
     with _naming(folder / STATE_FILE):
         return RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
 
@@ -156,13 +156,13 @@ def updates_of_checkpoints(root: Path) -> Iterator[tuple[Path, int]]:
 
 
 def check_same_run(folder: Path, config: TrainConfig, take_step: TrainingStep, clips: str) -> None:
-    """Refuses a checkpoint that does not fit, and warns of what else is no more as it was.
+    """Refuse a checkpoint that does not fit, and warn of everything else that has changed.
 
     Args:
         folder: the checkpoint.
-        config: the configuration of now.
-        take_step: tells the perceptual losses of now.
-        clips: digest of the training files of now.
+        config: the present configuration.
+        take_step: has the present perceptual losses.
+        clips: digest of the present training files.
 
     Raises:
         ConfigError: the checkpoint is damaged, or of another model or engine.
@@ -185,7 +185,7 @@ def check_same_run(folder: Path, config: TrainConfig, take_step: TrainingStep, c
 
 
 def restore(folder: Path, take_step: TrainingStep, average: dict[str, Tensor]) -> RunState:
-    """Sets networks, optimizers and averages to what a checkpoint holds; all ranks together.
+    """Set networks, optimizers and averages to what a checkpoint holds; all ranks together.
 
     Args:
         folder: the checkpoint, of any number of ranks.
@@ -242,7 +242,7 @@ def _check_finite(average: dict[str, Tensor], step: int) -> None:
 
 
 def _refuse_others(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses a checkpoint whose state does not fit the networks or the engines."""
+    """Refuse a checkpoint whose state does not fit the networks or the engines."""
     discriminators = [tree["gan"] and tree["gan"]["discriminator"] for tree in (before, now)]
     for name, there, here in (
         ("model", before["model"], now["model"]),
@@ -256,7 +256,7 @@ def _refuse_others(folder: Path, before: dict[str, Any], now: dict[str, Any]) ->
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Settings that differ, as `block.field: old -> new`."""
+    """Return the settings that differ, as `block.field: old -> new`."""
     changes = [
         f"{block}.{field}: {(before[block] or {}).get(field)} -> {value}"
         for block in ("data", "losses", "gan", "optimizer", "training")

@@ -45,11 +45,11 @@ class LeCamAverages:
     fake: list[float] = field(default_factory=list)
 
     def of_output(self, output: int) -> tuple[float, float]:
-        """Averages `(real, fake)` of an output, 0 before the first step."""
+        """Return the averages `(real, fake)` of an output, 0 before the first step."""
         return (self.real[output], self.fake[output]) if self.real else (0.0, 0.0)
 
     def update(self, real: Sequence[float], fake: Sequence[float], decay: float) -> None:
-        """Takes in a step's means by output, which must already be those of all ranks."""
+        """Take in a step's means by output, which must already be those of all ranks."""
         self.real = _moved(self.real, real, decay)
         self.fake = _moved(self.fake, fake, decay)
 
@@ -105,7 +105,7 @@ class LastLayer:
 
 
 class TrainingStep:
-    """Trains the autoencoder and the discriminator for a step at a time.
+    """The training of autoencoder and discriminator, a step at a time.
 
     A step depends on the weights, the global batch and its number alone: noise and chosen frames are seeded by
     (seed, step, place in the global batch), so that it is the same on any number of ranks.
@@ -113,14 +113,14 @@ class TrainingStep:
     Args:
         config: the run's configuration.
         vae: engine of the autoencoder.
-        discriminator: engine of the discriminator; `None` without a GAN.
+        discriminator: engine of the discriminator; None without a GAN.
         perceptual: networks of the perceptual losses, by the name of their term.
         average: the autoencoder with the averaged weights; needed for the LDL loss.
         device: where to compute.
 
     Attributes:
         lecam: LeCam's averages.
-        gan_factor: what the weight of the adversarial loss is multiplied with.
+        gan_factor: factor applied to the weight of the adversarial loss.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class TrainingStep:
         self._last_layer = LastLayer(model.decoder) if looks_at_gradients else None
 
     def __call__(self, pixels: Tensor, indices: list[int], step: int) -> dict[str, float]:
-        """Updates both networks.
+        """Update both networks.
 
         Args:
             pixels: this rank's part of the batch, uint8 clips `(n, 3, T, H, W)` or images `(n, 3, H, W)`; images are
@@ -158,8 +158,8 @@ class TrainingStep:
             step: number of the step, from 0.
 
         Returns:
-            Losses and rates, averaged over all ranks. `skipped` is 1 where a loss or a gradient was not finite, on
-            whichever rank: then neither network was updated, nor LeCam's averages.
+            Losses and rates, averaged over all ranks. `skipped` is 1 if a loss or a gradient was not finite on any
+            rank. In that case neither network was updated, nor LeCam's averages.
         """
         size = self._set_batch(pixels, step)
         rates = self._set_learning_rates(step)
@@ -170,7 +170,7 @@ class TrainingStep:
             self._train_on(pixels[part], indices[part], step, gan_weight, logs)
         engines = [engine for engine in (self.vae, self.discriminator if gan_weight else None) if engine]
         values = {name: torch.stack(values).mean() for name, values in logs.items()}
-        # No norm of a gradient is finite unless all of it is; nor is the mean of a rank's that is not.
+        # A norm is finite only if the whole gradient is, and a mean over ranks only if every rank's value is.
         sizes = {f"gradient_{number}": engine.gradient_size() for number, engine in enumerate(engines)}
         reported = values | sizes
         packed = torch.stack([value.double() for value in reported.values()])
@@ -190,7 +190,7 @@ class TrainingStep:
         return {**{name: means[name] for name in values}, **rates, "skipped": float(not finite)}
 
     def _set_batch(self, pixels: Tensor, step: int) -> int:
-        """Tells the engines what this step trains and how large it is; returns how many samples go into a pass."""
+        """Tell the engines what this step trains and how large it is; return how many samples go into a pass."""
         phase = self.curriculum.number_at(step)
         if phase != self._phase:
             self._phase = phase
@@ -219,7 +219,7 @@ class TrainingStep:
     def _train_vae(
         self, target: Tensor, indices: list[int], step: int, gan_weight: float, logs: dict[str, list[Tensor]]
     ) -> Tensor:
-        """Accumulates the autoencoder's gradient; returns its output."""
+        """Accumulate the autoencoder's gradient; return its output."""
         seed = self.config.training.seed
         noise = posterior_noise(self._latent_shape(target.shape[2:]), seed, step, indices).to(self.device)
         prediction, posterior = self.vae(target.to(self.vae.dtype), noise.to(self.vae.dtype))
@@ -281,7 +281,7 @@ class TrainingStep:
         gan_weight: float,
         values: dict[str, Tensor],
     ) -> tuple[Tensor | float, Tensor]:
-        """The adversarial loss's weight, and the gradient of both losses at the pixels; records the gradients' ratio.
+        """Return the adversarial loss's weight and both losses' gradient at the pixels; record the gradients' ratio.
 
         Norms are those of the gradient's mean over all ranks, so that each of them finds the same.
         """
@@ -298,7 +298,7 @@ class TrainingStep:
         return weight, at_pixels[0] + weight * at_pixels[1]
 
     def _train_discriminator(self, target: Tensor, prediction: Tensor, logs: dict[str, list[Tensor]]) -> None:
-        """Accumulates the discriminator's gradient."""
+        """Accumulate the discriminator's gradient."""
         gan, discriminator = self._gan()
         images = torch.cat((as_images(target), as_images(prediction)))
         losses, penalties = [], []
@@ -321,7 +321,7 @@ class TrainingStep:
         return self.config.gan, self.discriminator
 
     def gan_weight(self, step: int) -> float:
-        """Weight of the adversarial loss in a step."""
+        """Return the weight of the adversarial loss in a step."""
         gan = self.config.gan
         if gan is None:
             return 0.0
@@ -340,10 +340,10 @@ class TrainingStep:
         return rates
 
     def _to_pixels(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels to float32 in [-1, 1], on the device."""
+        """Bring uint8 pixels to the device, as float32 in [-1, 1]."""
         return pixels.to(self.device).float().div_(127.5).sub_(1.0)
 
 
 def update_average(average: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -> None:
-    """Exponential moving average of weights, in place: `average += (1 - decay) * (weights - average)`."""
+    """Move averaged weights towards new ones, in place: `average += (1 - decay) * (weights - average)`."""
     torch._foreach_lerp_([average[name] for name in weights], list(weights.values()), 1.0 - decay)
