@@ -13,7 +13,7 @@ from litevae.files import atomic_path, write_text
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-STATISTICS = ("latent_mean", "latent_std")  # fields of the configuration that are known only after training
+STATISTICS_FIELDS = {"latent_mean", "latent_std"}  # fields of the configuration that are known only after training
 
 
 def save_pretrained(name: str, config: BaseModel, state: dict[str, Tensor], folder: str | Path) -> None:

@@ -79,23 +79,21 @@ def run(args: argparse.Namespace) -> int:
     """
     keep_threads_from_spinning()
 
-    from leanvae.distributed import join_ranks, rank
+    from leanvae.distributed import rank
     from leanvae.latents.encode import encode_clips
     from litevae.memory import parse_bytes
 
-    shard_bytes = parse_bytes(args.shard_size)
-    with join_ranks():  # until the summary is printed: without them, each process would take itself for the main one
-        summary = encode_clips(
-            args.input,
-            args.output,
-            _job(args),
-            device_of_rank(args.device),
-            args.engine,
-            shard_bytes,
-            args.update_checkpoint,
-        )
-        if rank() == 0:
-            print(json.dumps(summary))
+    summary = encode_clips(
+        args.input,
+        args.output,
+        _job(args),
+        device_of_rank(args.device),
+        args.engine,
+        parse_bytes(args.shard_size),
+        args.update_checkpoint,
+    )
+    if rank() == 0:
+        print(json.dumps(summary))
     if summary["unfinished"]:
         raise WorkIncomplete(f"{summary['unfinished']} of {summary['sources']} sources were lost: start it again")
     if args.strict and summary["skipped"]:

@@ -16,14 +16,14 @@ from leanvae.latents.decoders import Order
 from leanvae.latents.decoding import Finished, Rejected
 from leanvae.latents.encoder import VAE, Encoded, EncodedClip, EncodeJob, encode_here, load_for_encoding, make_entry
 from leanvae.latents.entry import StoreEntry
-from leanvae.latents.session import STATISTICS_FIELDS, hash_checkpoint, writing
+from leanvae.latents.session import hash_checkpoint, writing
 from leanvae.latents.shards import ShardWriter
 from leanvae.latents.sources import Source, list_sources
 from leanvae.latents.statistics import merge_moments
 from leanvae.latents.store import INDEX, STATISTICS, SUMMARY, SourceRecord, Store, StoreError
 from leanvae.progress import Progress
 from litevae.errors import InvalidInput
-from litevae.pretrained import CONFIG_FILE, update_config
+from litevae.pretrained import CONFIG_FILE, STATISTICS_FIELDS, update_config
 
 logger = logging.getLogger("leanvae")
 

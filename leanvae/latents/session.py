@@ -13,8 +13,7 @@ import torch
 from leanvae.distributed import LOCK_FILE, barrier, lock_folder, on_main
 from leanvae.latents.encoder import VAE
 from leanvae.latents.store import FORMAT, INDEX, MANIFEST, Store, StoreError, naming
-
-STATISTICS_FIELDS = {"latent_mean", "latent_std"}
+from litevae.pretrained import STATISTICS_FIELDS
 
 
 def hash_checkpoint(vae: VAE) -> str:

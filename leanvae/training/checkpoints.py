@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from litevae.errors import InvalidInput, MissingFile
 from litevae.files import flush_to_disk, write_text
-from litevae.pretrained import CONFIG_FILE, STATISTICS, config_text
+from litevae.pretrained import CONFIG_FILE, STATISTICS_FIELDS, config_text
 
 logger = logging.getLogger("leanvae")
 
@@ -189,8 +189,8 @@ def _sum_as_trained(folder: Path) -> tuple[int, int] | None:
     try:
         tree = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         trained = yaml.safe_load((folder / RESOLVED_CONFIG).read_text(encoding="utf-8"))["model"]
-        kept = {name: value for name, value in tree.items() if name not in STATISTICS or name in trained}
-        text = config_text(kept | {name: trained[name] for name in STATISTICS if name in trained})
+        kept = {name: value for name, value in tree.items() if name not in STATISTICS_FIELDS or name in trained}
+        text = config_text(kept | {name: trained[name] for name in STATISTICS_FIELDS if name in trained})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return None
     return len(text.encode()), zlib.crc32(text.encode())
