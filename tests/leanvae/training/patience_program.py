@@ -21,7 +21,7 @@ def read_slowly():
     original = loop.read_validation_samples
 
     def read(*args):
-        time.sleep(2.5 * PATIENCE)
+        time.sleep(1.5 * PATIENCE)
         return original(*args)
 
     loop.read_validation_samples = read
