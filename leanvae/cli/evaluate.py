@@ -1,7 +1,6 @@
 """The flags of `evaluate`, and what it prints; nothing heavy is imported before it runs."""
 
 import argparse
-import os
 from typing import Any
 
 from leanvae.cli.flags import (
@@ -68,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     keep_threads_from_spinning()
 
     from leanvae.bench.sizes import parse_resolution
+    from leanvae.distributed import rank
     from leanvae.evaluation.page import PAGE_FILE
     from leanvae.evaluation.run import EvaluationSettings, evaluate
 
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         args.weights,
         strict=args.strict,
     )
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         print(describe(report))
         print(f"{report['files']} files evaluated, {len(report['skipped'])} skipped: {args.output}/{PAGE_FILE}")
     return 0

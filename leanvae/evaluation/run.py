@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from leanvae.distributed import barrier, gather, joined_ranks, on_main, rank, world_size
+from leanvae.distributed import barrier, gather, join_ranks, on_main, rank, world_size
 from leanvae.evaluation.candidates import Candidate, load_candidates
 from leanvae.evaluation.inputs import find_inputs, read_frames
 from leanvae.evaluation.page import write_page
@@ -95,7 +95,7 @@ def evaluate(
         NotFinite: a model's output is infinite or NaN.
     """
     settings = settings or EvaluationSettings()
-    with joined_ranks():
+    with join_ranks():
         jobs = find_inputs(Path(inputs), Path(output))
         networks = load_feature_networks(weights, device)
         if rank() == 0:

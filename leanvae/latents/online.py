@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
 
 from leanvae.latents.decoders import decode_ahead
 from leanvae.latents.decoding import Decoded, Decoding, Piece, Rejected
-from leanvae.latents.encoding import VAE, ClipEncoder, EncodedClip, frames_per_latent
-from leanvae.latents.entry import make_entry
+from leanvae.latents.encoder import VAE, ClipEncoder, EncodedClip, frames_per_latent, make_entry
 from leanvae.latents.reading import epoch_order, make_item, process_place
 from leanvae.latents.rule import ClipRule
 from leanvae.latents.sources import list_sources
+from litevae.errors import InvalidInput
 from litevae.normalization import normalize_posterior
 from litevae.posterior import DiagonalGaussian
 
@@ -45,7 +46,7 @@ class OnlineLatents:
         num_workers: decoder processes.
         timeout: seconds that one of them may be silent.
         seed: of order, flips, augmentation and samples.
-        rank, world_size: of this process; those of `torch.distributed` by default, if that is in use.
+        rank, world_size: of this process; by default those that it has in distributed training.
 
     Attributes:
         epoch: the current epoch; it moves on when one has been iterated over.
@@ -83,7 +84,13 @@ class OnlineLatents:
         self.epoch = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields the items of an epoch."""
+        """Yields the items of an epoch.
+
+        Raises:
+            InvalidInput: this is a `DataLoader` worker, which may not start decoder processes.
+        """
+        if get_worker_info() is not None:
+            raise InvalidInput("OnlineLatents has decoder processes of its own: give the DataLoader num_workers=0")
         order = epoch_order(len(self._sources), self._seed, self.epoch)[self._rank :: self._world_size]
         orders = ((self._sources[number], frozenset[int]()) for number in order.tolist())
         ahead = 2 * (self._num_workers + self._batch_size)

@@ -13,7 +13,7 @@ from leanvae.training import step as step_module
 from leanvae.training.checkpoints import damage
 from leanvae.training.config import FaultConfig, TrainVideoConfig
 from leanvae.training.faults import FaultRecord, check_roll_back, checkpoint_to_restore
-from leanvae.training.loop import Trainer, train
+from leanvae.training.loop import Run, train
 from litevae.errors import TrainingDiverged
 
 SETTINGS = {
@@ -112,13 +112,13 @@ def spoil(monkeypatch):
 def samples(monkeypatch):
     """The files of each step that runs took, in order: step, counted from 1, and paths."""
     taken = []
-    original = Trainer._meet_faults
+    original = Run._meet_faults
 
     def keep(self, logs, paths):
         taken.append((self.step, paths))
         original(self, logs, paths)
 
-    monkeypatch.setattr(Trainer, "_meet_faults", keep)
+    monkeypatch.setattr(Run, "_meet_faults", keep)
     return taken
 
 
@@ -145,9 +145,9 @@ def snapshot(trainer):
 def test_a_bad_step_changes_nothing_and_is_counted(run, spoil, tmp_path, monkeypatch, caplog, kind):
     spoil({2, 5}, kind)
     seen = []
-    meet_faults = Trainer._meet_faults
+    meet_faults = Run._meet_faults
     monkeypatch.setattr(
-        Trainer, "_meet_faults", lambda self, *args: (seen.append(snapshot(self)), meet_faults(self, *args))
+        Run, "_meet_faults", lambda self, *args: (seen.append(snapshot(self)), meet_faults(self, *args))
     )
     assert run("out", "training.max_steps=8", "training.micro_batch_size=1") == 0
     for step, (tensors, lecam) in list(enumerate(seen))[1:]:

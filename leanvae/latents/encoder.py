@@ -2,15 +2,20 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from leanvae.coder import MEMORY_LIMIT_ON_CPU, VAE, frames_per_latent, to_model
-from leanvae.latents.decoding import Decoded, Finished, Piece, Rejected
+from leanvae.latents.decoders import Order, decode_ahead
+from leanvae.latents.decoding import Decoded, Decoding, Finished, Piece, Rejected
+from leanvae.latents.entry import StoreEntry
+from leanvae.latents.rule import ClipRule
 from leanvae.latents.sources import Source
 from leanvae.model import LeanVAE
 from leanvae.patchify import latent_frames
@@ -20,6 +25,37 @@ from litevae.posterior import DiagonalGaussian
 
 _FLIPPED = "flipped_"
 _SECONDS_BETWEEN_RETURNS = 0.25  # of memory to the system
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """How clips are decoded and encoded.
+
+    Attributes:
+        checkpoint: what `load_vae` reads.
+        rule: how files become clips.
+        dtype: type of the latents.
+        compute_dtype: type of the weights; as stored if None.
+        batch_size: clips encoded together.
+        flips: also encode mirror images.
+        thumbnails: also keep the first frame of each clip.
+        num_workers: decoder processes.
+        timeout: seconds that a decoder may be silent.
+        memory_limit: as in `LeanVAE.encode`.
+        nvdec: decode by the GPU that the model is on.
+    """
+
+    checkpoint: str | Path
+    rule: ClipRule
+    dtype: torch.dtype = torch.float16
+    compute_dtype: torch.dtype | None = None
+    batch_size: int = 4
+    flips: bool = False
+    thumbnails: bool = False
+    num_workers: int = 2
+    timeout: float = 120.0
+    memory_limit: str | int | None = None
+    nvdec: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,3 +237,60 @@ class _LongClip:
     def _draw(self) -> Iterator[Tensor]:
         while self._arrived:
             yield self._arrived.popleft()
+
+
+def load_for_encoding(vae: VAE, job: EncodeJob, device: str) -> VAE:
+    """A model as `load_vae` gave it, prepared for inference on a device."""
+    return vae.to(device, job.compute_dtype).compile()
+
+
+def make_decoding(job: EncodeJob, vae: VAE) -> Decoding:
+    """What decoders need to know to serve a model."""
+    gpu = str(next(vae.parameters()).device) if job.nvdec else None
+    return Decoding(job.rule, frames_per_latent(vae), job.thumbnails, gpu)
+
+
+def make_encoder(job: EncodeJob, vae: VAE) -> ClipEncoder:
+    """An encoder with a model."""
+    return ClipEncoder(vae, job.dtype, job.batch_size, job.flips, job.memory_limit)
+
+
+def encode_here(job: EncodeJob, vae: VAE, orders: Sequence[Order]) -> Iterator[Encoded]:
+    """Encodes in this process what decoder processes send."""
+    ahead = 2 * (job.num_workers + job.batch_size)
+    decoded = decode_ahead(orders, make_decoding(job, vae), job.num_workers, ahead, job.timeout)
+    return make_encoder(job, vae).run(decoded)
+
+
+def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> StoreEntry:
+    """Puts together what the store keeps of a clip.
+
+    Args:
+        checkpoint: hash of the weights and the configuration that it was encoded with.
+    """
+    source, last = clip.source, clip.last
+    facts = {
+        "key": f"{source.id}_{clip.first:07d}",
+        "source": source.name,
+        "start": source.start,
+        "end": source.end,
+        "first_frame": clip.first,
+        "stride": rule.stride,
+        "fps": last.fps,
+        "times": clip.times,
+        "size": [len(clip.times), *last.placement.resolution],
+        "source_size": list(last.source_size),
+        "resized": list(last.placement.resized),
+        "crop": list(last.placement.crop),
+        "latent_shape": list(clip.tensors["mean"].shape),
+        "dtype": str(clip.tensors["mean"].dtype).removeprefix("torch."),
+        "flipped": len(clip.tensors) > 2,
+        "checkpoint": checkpoint,
+        "caption": _text(source.columns.get("caption")),
+        "columns": source.columns,
+    }
+    return StoreEntry(facts, clip.tensors, clip.thumbnail)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)

@@ -1,9 +1,16 @@
-"""Phases of a run: curricula of shapes, batch sizes and trained parts, as pure functions of the step."""
+"""What a run's steps depend on: phases of shapes, batch sizes and trained parts; rates, weights and seeds of a step.
 
+All of these are pure functions of the step's number.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from pydantic import PositiveInt, field_validator
+from torch import Tensor
 
 from leanvae.config import ConfigError
 from leanvae.data.buckets import Bucket, Shape
@@ -12,17 +19,17 @@ from litevae.config import StrictConfig
 
 
 class PhaseConfig(StrictConfig):
-    """A stretch of a run; what is left out is as `data` and `training` say.
+    """A stretch of a run; fields that are left out are as in `data` and `training`.
 
     Attributes:
         steps: optimizer steps.
         resolution: (height, width) in pixels, or one number for both.
         buckets: shapes of the samples, in place of a resolution; see `data.buckets`.
         batch: samples a step, over all ranks and passes.
-        micro_batch: of them, how many a rank takes in one pass.
+        micro_batch: samples that a rank takes in one pass.
         tokens_per_batch: latent tokens a step, in place of `batch`.
-        gan: whether the discriminator may train and count; from the first such phase on it stays.
-        freeze: patterns of the autoencoder's parameters that stay as they are, as in `[encoder.*]`.
+        gan: whether the discriminator may train and count; phases without it come first.
+        freeze: patterns of the autoencoder's parameters that stay as they are, such as `[encoder.*]`.
     """
 
     steps: PositiveInt
@@ -42,12 +49,12 @@ class PhaseConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class BatchRule:
-    """How many samples of a bucket a step takes, and in how many passes.
+    """Number of samples of a bucket in a step, and of passes.
 
     Attributes:
         patch_size: pixels (frames, height, width) of a latent token.
         batch: samples a step, unless tokens count.
-        micro_batch: samples that a rank takes in one pass; `None` for its whole share.
+        micro_batch: samples that a rank takes in one pass; None takes its whole share.
         tokens_per_batch: most latent tokens a step.
         multiple: what batch sizes by tokens are rounded down to a multiple of.
         tokens_per_micro_batch: most latent tokens that a rank takes in one pass, but one sample at least.
@@ -61,12 +68,12 @@ class BatchRule:
     tokens_per_micro_batch: int | None = None
 
     def tokens(self, bucket: Shape) -> int:
-        """Latent tokens of a sample; its first frame stands alone."""
+        """Return the latent tokens of a sample, whose first frame stands alone."""
         group, height, width = self.patch_size
         return (1 + -(-(bucket.frames - 1) // group)) * -(-bucket.height // height) * -(-bucket.width // width)
 
     def batch_size(self, bucket: Shape) -> int:
-        """Samples a step.
+        """Return the samples of a step.
 
         Raises:
             ConfigError: not even the smallest batch has few enough tokens.
@@ -82,7 +89,7 @@ class BatchRule:
         return size
 
     def passes(self, bucket: Shape, world_size: int) -> int:
-        """Passes a step on each of `world_size` ranks.
+        """Return the passes of a step on each of `world_size` ranks.
 
         Raises:
             ConfigError: the batch does not divide among the ranks, or a rank's share into its passes.
@@ -112,7 +119,7 @@ class BatchRule:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The phases of a run, laid out.
+    """The phases of a run, one after the other.
 
     Attributes:
         phases: what the data loader needs of them.
@@ -129,11 +136,11 @@ class Curriculum:
     max_steps: int
 
     def number_at(self, step: int) -> int:
-        """Number of the phase that a step belongs to, from 0."""
+        """Return the number of the phase that a step belongs to, from 0."""
         return self.phases.index(phase_at(self.phases, step))
 
     def all_passes(self, world_size: int) -> list[int]:
-        """Passes a step of every bucket in every phase.
+        """Return the passes of a step for every bucket in every phase.
 
         Raises:
             ConfigError: a batch does not divide among the ranks, or a rank's share into its passes.
@@ -151,7 +158,7 @@ def lay_out(
     shapes: Sequence[Sequence[Shape]],
     max_steps: int | None,
 ) -> Curriculum:
-    """Lays phases one behind the other, up to `max_steps`.
+    """Lay phases one after the other, up to `max_steps`.
 
     Raises:
         ConfigError: phases without a discriminator after one with it, or none with it.
@@ -171,3 +178,71 @@ def lay_out(
         gan_from=phases[flags.index(True)].first_step,
         max_steps=min(steps, max_steps or steps),
     )
+
+
+def learning_rate(step: int, highest: float, final: float, warmup_steps: int, max_steps: int) -> float:
+    """Warm up linearly to `highest`, then follow a cosine down to `final` at the last step.
+
+    Args:
+        step: counted from 0; the rate is that of the update which makes step `step + 1`.
+    """
+    if step < warmup_steps:
+        return highest * (step + 1) / warmup_steps
+    final = min(final, highest)
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))
+    return final + (highest - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def ramp(step: int, start_step: int, warmup_steps: int) -> float:
+    """Return 0 before `start_step`, then rise linearly to 1 over `warmup_steps`."""
+    if step < start_step:
+        return 0.0
+    return min(1.0, (step - start_step + 1) / (warmup_steps + 1))
+
+
+def ema_decay(step: int, highest: float) -> float:
+    """Return the decay of the averaged weights, which rises to `highest` so that the first weights soon fade."""
+    return min(highest, (1.0 + step) / (10.0 + step))
+
+
+def sample_generator(purpose: str, seed: int, step: int, index: int) -> np.random.Generator:
+    """Return a generator of one sample's random numbers, the same on any number of ranks.
+
+    Args:
+        purpose: keeps different uses apart.
+        seed: of the run.
+        step: training step.
+        index: place in the global batch.
+    """
+    return np.random.default_rng([*purpose.encode(), seed, step, index])
+
+
+def posterior_noise(shape: tuple[int, ...], seed: int, step: int, indices: list[int]) -> Tensor:
+    """Draw standard normal noise `(len(indices), *shape)` in float32, seeded sample by sample."""
+    return torch.stack(
+        [
+            torch.from_numpy(sample_generator("posterior", seed, step, index).standard_normal(shape, np.float32))
+            for index in indices
+        ]
+    )
+
+
+def perceptual_frames(num_frames: int, group: int, seed: int, step: int, indices: list[int]) -> Tensor:
+    """Draw the frames that the perceptual loss sees of each sample: the first and one aligned group.
+
+    Args:
+        num_frames: T = group * n + 1.
+        group: frames a latent frame.
+
+    Returns:
+        int64 `(len(indices), 1 + group)`, or `(len(indices), 1)` for images.
+    """
+    num_groups = (num_frames - 1) // group
+    rows = []
+    for index in indices:
+        row = [0]
+        if num_groups:
+            first = 1 + group * int(sample_generator("frames", seed, step, index).integers(num_groups))
+            row += range(first, first + group)
+        rows.append(row)
+    return torch.tensor(rows)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from leanvae.training.schedule import ema_decay, learning_rate, perceptual_frames, posterior_noise, ramp
+from leanvae.training.curriculum import ema_decay, learning_rate, perceptual_frames, posterior_noise, ramp
 
 
 def test_learning_rate_warms_up_then_follows_a_cosine():

@@ -25,7 +25,7 @@ def reconstruction_terms(
     perceptual_frames: Tensor | None,
     average_prediction: Callable[[], Tensor],
 ) -> dict[str, tuple[float, Tensor]]:
-    """The terms that count in a step, with their weights; pixels and KL always, for the record.
+    """Compute the terms that count in a step, with their weights; pixels and KL always, for the record.
 
     Args:
         losses: weights and first steps.
@@ -33,8 +33,8 @@ def reconstruction_terms(
         prediction: the decoder's output, float32.
         target: what it should be.
         posterior: of the latents.
-        perceptual: networks of the perceptual terms that are to be had.
-        perceptual_frames: frames of each clip that they see, `(B, n)`; `None` for images.
+        perceptual: available perceptual networks, by term.
+        perceptual_frames: frames of each clip that they see, `(B, n)`; None for images.
         average_prediction: gives the output of the averaged weights for the same latents (LDL's reference).
 
     Returns:
@@ -63,12 +63,12 @@ _TERMS = ("l1", "kl", "low_bands", "high_bands", "lpips", "vgg", "wavelet", "gau
 
 
 def weighted_sum(terms: Mapping[str, tuple[float, Tensor]]) -> Tensor:
-    """The loss that weighted terms make: a scalar."""
+    """Add up weighted terms; returns a scalar."""
     return torch.stack([weight * value for weight, value in terms.values()]).sum()
 
 
 def band_l1(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean absolute error of the low and of the high Haar bands (published recipe of LeanVAE).
+    """Compute the mean absolute error of the low and of the high Haar bands (published recipe of LeanVAE).
 
     Each is the mean over the image frame's bands plus the mean over the video frames' bands, in the published
     scale of the bands.
@@ -89,7 +89,7 @@ def band_l1(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def select_frames(pixels: Tensor, frames: Tensor | None) -> Tensor:
-    """Frames `(B, n)` of a clip `(B, C, T, H, W)` as images `(B * n, C, H, W)`; images as they are."""
+    """Return frames `(B, n)` of a clip `(B, C, T, H, W)` as images `(B * n, C, H, W)`; images as they are."""
     if frames is None:
         return pixels
     batch = torch.arange(len(pixels), device=pixels.device)[:, None]
@@ -97,5 +97,5 @@ def select_frames(pixels: Tensor, frames: Tensor | None) -> Tensor:
 
 
 def as_images(pixels: Tensor) -> Tensor:
-    """All frames of a clip `(B, C, T, H, W)` as images `(B * T, C, H, W)`; images as they are."""
+    """Return all frames of a clip `(B, C, T, H, W)` as images `(B * T, C, H, W)`; images as they are."""
     return rearrange(pixels, "b c t h w -> (b t) c h w") if pixels.ndim == 5 else pixels
