@@ -5,14 +5,15 @@ the measurement error and a proximal step whose sparsifying transform is learned
 Zhang and Ghanem, 2018).
 """
 
-from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leanvae.naf import NAFLayers, Past
+from leanvae.naf import NAFLayers
 from leanvae.ops import gradient_step, soft_threshold, tokenwise
+from leanvae.surroundings import WHOLE, Whole
 
 
 class ISTABottleneck(nn.Module):
@@ -27,6 +28,7 @@ class ISTABottleneck(nn.Module):
 
     def __init__(self, dim: int, latent_channels: int, num_iterations: int, num_layers: int) -> None:
         super().__init__()
+        self.num_layers = num_layers
         self.phi = nn.Parameter(torch.randn(latent_channels, dim) * dim**-0.5)
         self.initial = nn.Parameter(self.phi.detach().T.contiguous())  # Q of ISTA-Net+
         # One-element vectors, not scalars, which DeepSpeed cannot partition.
@@ -43,41 +45,23 @@ class ISTABottleneck(nn.Module):
         """The latent's mean, `features phi^T`."""
         return features @ self.phi.T
 
-    def recover(self, z: Tensor, past: Sequence[Past] | None = None) -> tuple[Tensor, tuple[Past, ...]]:
-        """Features `(B, T, H, W, D)` from a latent `(B, T, H, W, Z)`.
-
-        Args:
-            z: the latent.
-            past: of each learned transform in the order in which they run, or `None` for a whole clip.
-
-        Returns:
-            The features, and the past of the next chunk.
-        """
-        x = z @ self.initial.T
-        pasts = iter(past) if past is not None else None
-        future = []
+    def recover(self, z: Any, *, around: Whole = WHOLE) -> Tensor:
+        """Recovers features `(B, T, H, W, D)` from a latent `(B, T, H, W, Z)`, which `around` may hold."""
+        x = around.here(z) @ self.initial.T
         for step, threshold, forward, backward in zip(
             self.steps, self.thresholds, self.forward_transforms, self.backward_transforms, strict=True
         ):
-            x = tokenwise(partial(gradient_step, phi=self.phi, step=step), x, z)
-            h, forward_past = forward(x, next(pasts) if pasts else None)
+            x = tokenwise(partial(gradient_step, phi=self.phi, step=step), x, around.here(z))
+            before = around.hold(x, 2 * self.num_layers)
+            h = forward(x, around=around)
             h = tokenwise(partial(soft_threshold, threshold=threshold), h)
-            h, backward_past = backward(h, next(pasts) if pasts else None)
-            x = x + h
-            future += [forward_past, backward_past]
-        return x, tuple(future)
-
-    @property
-    def causal_stacks(self) -> list[NAFLayers]:
-        """The learned transforms in the order in which `recover` runs them."""
-        pairs = zip(self.forward_transforms, self.backward_transforms, strict=True)
-        return [stack for pair in pairs for stack in pair]  # pyright: ignore[reportReturnType]
+            h = backward(h, around=around)
+            x = around.here(before) + h  # asked for now: the convolutions move a tile
+        return x
 
 
 class LinearBottleneck(nn.Module):
     """Plain linear maps down to the latent and back (the autoencoder of LeanVAE's bottleneck ablation)."""
-
-    causal_stacks: tuple[NAFLayers, ...] = ()
 
     def __init__(self, dim: int, latent_channels: int) -> None:
         super().__init__()
@@ -88,6 +72,6 @@ class LinearBottleneck(nn.Module):
         """The latent's mean."""
         return self.down(features)
 
-    def recover(self, z: Tensor, past: Sequence[Past] | None = None) -> tuple[Tensor, tuple[Past, ...]]:
-        """Features from a latent; nothing is carried from chunk to chunk."""
-        return self.up(z), ()
+    def recover(self, z: Any, *, around: Whole = WHOLE) -> Tensor:
+        """Recovers features `(B, T, H, W, D)` from a latent `(B, T, H, W, Z)`, which `around` may hold."""
+        return self.up(around.here(z))

@@ -1,9 +1,12 @@
 """What the processes of a run do together, and how they learn that they should stop."""
 
+import copy
 import fcntl
 import logging
 import os
+import pickle
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from litevae.errors import InvalidInput
+from litevae.errors import InvalidInput, MissingPackage
 
 logger = logging.getLogger("leanvae")
 
@@ -24,31 +28,95 @@ T = TypeVar("T")
 
 LOCK_FILE = ".lock"
 _SECONDS_FOR_THE_OTHER_RUN = 120.0
-_LONGEST_WAIT_FOR_OTHER_RANKS = timedelta(days=14)
+_LONGEST_WAIT = timedelta(days=14)
+
+# Where ranks wait for what one of them does alone, which may take hours. DeepSpeed's own group gives up after minutes.
+# None is the default group.
+_waiting_group: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
-    """Number of this process; 0 is the main one."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Return the number of this process; 0 is the main one. Before and after a process group exists, `RANK` tells."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Return the number of processes. Before and after a process group exists, `WORLD_SIZE` tells."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_processes(engine: str) -> torch.device:
+    """Join the ranks that a launcher started, or make a world of one, for training.
+
+    Works under `deepspeed`, `torchrun` and plain `python`. `stop_processes` undoes it.
+
+    Args:
+        engine: `training.engine` of the configuration: `deepspeed` or `plain`.
+
+    Returns:
+        This rank's device.
+
+    Raises:
+        InvalidInput: `engine` is plain and there are several ranks.
+        MissingPackage: DeepSpeed is not installed.
+    """
+    global _waiting_group
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if engine == "plain":
+        if world_size() > 1:
+            raise InvalidInput(f"training.engine is plain: it runs in one process, not in {world_size()} ranks")
+        return device
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise MissingPackage(
+            "training.engine is deepspeed, which is not installed: pip install 'leanvae[train]', "
+            "or --set training.engine=plain"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+    assert isinstance(group, dist.ProcessGroup)
+    _waiting_group = group
+    return device
+
+
+def stop_processes() -> None:
+    """Leave the other ranks; those that wait for this one fail at once."""
+    global _waiting_group
+    if not dist.is_initialized():
+        return
+    if _waiting_group is not None:
+        # First, because leaving a group of GPUs may itself wait.
+        dist.destroy_process_group(_waiting_group)
+        _waiting_group = None
+    dist.destroy_process_group()
 
 
 @contextmanager
-def joined_ranks() -> Iterator[None]:
-    """Joins the other ranks that `torchrun` or `deepspeed` started, if one did, for work that needs no DeepSpeed.
+def join_ranks() -> Iterator[None]:
+    """Join the ranks that `torchrun` or `deepspeed` started, if one did, for work that needs no DeepSpeed.
 
-    A rank ends at once when its launcher is killed, which leaves its ranks behind, be they at work or waiting for each
-    other, which nothing else interrupts. So it is for work that a kill cannot harm.
+    A killed launcher leaves its ranks behind. These end at once in that case, even while they wait for each other, so
+    use this only for work that a kill cannot harm.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if world_size() == 1 or dist.is_initialized():
         yield
         return
     threading.Thread(target=_end_with_launcher, args=(_launcher(),), daemon=True).start()
-    dist.init_process_group("gloo", timeout=_LONGEST_WAIT_FOR_OTHER_RANKS)
+    dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
     try:
         yield
     finally:
@@ -56,7 +124,7 @@ def joined_ranks() -> Iterator[None]:
 
 
 def _launcher() -> int | None:
-    """The process that started this rank; None where torchrun did, and has been killed already."""
+    """Return the process that started this rank; None if that was torchrun and it has already been killed."""
     import psutil
 
     parent = psutil.Process(os.getppid())
@@ -69,48 +137,84 @@ def _end_with_launcher(launcher: int | None) -> None:
     while os.getppid() == launcher:
         time.sleep(1.0)
     logger.error("the launcher has ended")
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)  # nothing else interrupts a rank that waits for another
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Wait for all processes."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_waiting_group)
 
 
 def gather(value: T) -> list[T]:
-    """The values of all ranks, on every rank."""
+    """Return the values of all ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_waiting_group)
     return values
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Does work on the main rank alone and hands the result, or the error, to every rank."""
-    outcome: list[Any] = [None, None]
+    """Do work on the main rank alone, for as long as it takes, and return its result on every rank.
+
+    Raises:
+        Exception: whatever `work` raises, on every rank.
+    """
+    if not dist.is_initialized():
+        return work()
+    result: Any = None
+    error: Exception | None = None
     if rank() == 0:
         try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+            result = work()
+        except Exception as caught:
+            error = caught
+    told = [result, error and _as_others_get(error)]
+    dist.broadcast_object_list(told, group=_waiting_group)
+    error = error or told[1]
+    if error is not None:
+        raise error
+    return told[0]
+
+
+def _as_others_get(error: Exception) -> Exception:
+    """Return an error that can be sent to other ranks; those that cannot are described."""
+    try:
+        pickle.dumps(error)
+        copy.copy(error)  # made anew from its arguments, as on the other ranks
+    except Exception:
+        return RuntimeError(f"the main rank: {type(error).__name__}: {error}")
+    return error
+
+
+def max_over_ranks(values: list[int]) -> list[int]:
+    """Return the highest of each value over all ranks."""
+    if not dist.is_initialized():
+        return values
+    packed = torch.tensor(values)
+    dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=_waiting_group)
+    return packed.tolist()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Average a tensor over all ranks, each of which passes the same shape, on the device where it is."""
+    if not dist.is_initialized():
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / world_size()
 
 
 def lock_folder(folder: Path, wait: float = _SECONDS_FOR_THE_OTHER_RUN) -> int:
-    """Takes a run's folder for this process, until it closes the returned file descriptor or ends.
+    """Take a run's folder for this process, until it closes the returned file descriptor or ends.
 
     Args:
         folder: the run's output folder.
         wait: seconds to wait for another run, which may be about to end.
 
     Raises:
-        ValueError: another run still writes to the folder after that time.
+        InvalidInput: another run still writes to the folder after that time.
     """
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     deadline = time.monotonic() + wait
@@ -132,10 +236,10 @@ def lock_folder(folder: Path, wait: float = _SECONDS_FOR_THE_OTHER_RUN) -> int:
 
 
 class StopRequests:
-    """Remembers SIGTERM and SIGINT, and notices when DeepSpeed's launcher has died.
+    """SIGTERM and SIGINT that have come in, and the death of DeepSpeed's launcher.
 
-    `deepspeed` starts a launcher on each node, which starts the ranks. Killed, neither takes its children along; a
-    rank without them takes it for SIGTERM, or it would train on beside the run that is started next.
+    `deepspeed` starts a launcher on each node, which starts the ranks. Neither takes its children along if it is
+    killed. A rank without its launcher acts as after SIGTERM; otherwise it would train on beside the next run.
     """
 
     def __init__(self) -> None:
@@ -144,7 +248,7 @@ class StopRequests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catches the signals for the length of a block."""
+        """Catch the signals for the length of a block."""
         handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -156,14 +260,14 @@ class StopRequests:
         self._signal = number
 
     def pending(self) -> int:
-        """The signal that asks this process to stop, or 0."""
+        """Return the signal that asks this process to stop, or 0."""
         if not self._signal and self._launchers != _launchers():
             self._signal = int(signal.SIGTERM)
         return self._signal
 
 
 def _launchers() -> tuple[int, int] | None:
-    """Process numbers of DeepSpeed's launcher on this node and of what started it; `None` under other launchers."""
+    """Return the processes of DeepSpeed's launcher on this node and of what started it; None under other launchers."""
     import psutil
 
     try:
@@ -171,12 +275,3 @@ def _launchers() -> tuple[int, int] | None:
         return (parent.pid, parent.ppid()) if "deepspeed.launcher.launch" in parent.cmdline() else None
     except psutil.Error:
         return None
-
-
-def highest(values: list[int], device: torch.device) -> list[int]:
-    """The highest of each value over all ranks."""
-    if not dist.is_initialized():
-        return values
-    packed = torch.tensor(values, device=device)
-    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-    return packed.tolist()

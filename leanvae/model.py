@@ -1,86 +1,35 @@
 """LeanVAE: the video autoencoder (LeanVAE, Figure 1a)."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from leanvae.bottleneck import ISTABottleneck, LinearBottleneck
 from leanvae.config import LeanVAEConfig
-from leanvae.inference.chunking import pad_to_patches
-from leanvae.inference.plan import Parts
-from leanvae.inference.stream import check_latent, decode_in_parts, decode_stream, encode_in_parts, encode_stream
-from leanvae.naf import NAFLayers, Past, init_linear_maps
-from leanvae.patchify import Bands, PatchEmbedding, PatchProjection, stream_widths
+from leanvae.inference.plan import Parts, decoding_load, encoding_load, make_plan
+from leanvae.inference.prepare import prepare
+from leanvae.inference.stream import (
+    DecoderStream,
+    EncoderStream,
+    check_latent,
+    decode_in_parts,
+    encode_in_parts,
+    whole_first,
+)
+from leanvae.naf import init_linear_maps
+from leanvae.network import Decoder, Encoder, decode_frames, encode_frames
+from leanvae.patchify import latent_frames, pad_to_patches
 from litevae.normalization import denormalize, normalize_posterior
-from litevae.pixels import check_pixels, crop
+from litevae.pixels import check_dtype, check_pixels, crop
 from litevae.posterior import DiagonalGaussian
+from litevae.pretrained import save_pretrained
+from litevae.snapshot import Preparable
 
 
-class Encoder(nn.Module):
-    """Bands to features `(B, T', H', W', D)`: a stream of residual NAF layers each, then fused ones."""
-
-    def __init__(self, config: LeanVAEConfig) -> None:
-        super().__init__()
-        self.embedding = PatchEmbedding(config)
-        self.streams = nn.ModuleDict(
-            {name: NAFLayers(width, config.num_stream_layers) for name, width in stream_widths(config).items()}
-        )
-        self.fusion = NAFLayers(config.hidden_channels, config.num_fusion_layers)
-
-    def forward(self, bands: Bands, past: Sequence[Past] | None = None) -> tuple[Tensor, tuple[Past, ...]]:
-        """Returns the features and the past of the next chunk; `past=None` means a whole clip."""
-        pasts = iter(past) if past is not None else None
-        tokens, future = self.embedding(bands), []
-        for name, stream in self.streams.items():
-            tokens[name], stream_past = stream(tokens[name], next(pasts) if pasts else None)
-            future.append(stream_past)
-        features = torch.cat(list(tokens.values()), dim=-1)
-        del tokens  # half of what is held here
-        features, fusion_past = self.fusion(features, next(pasts) if pasts else None)
-        return features, (*future, fusion_past)
-
-    @property
-    def causal_stacks(self) -> list[NAFLayers]:
-        """The stacks in the order of their pasts."""
-        return [*self.streams.values(), self.fusion]  # pyright: ignore[reportReturnType]
-
-
-class Decoder(nn.Module):
-    """Features to bands: fused residual NAF layers, then a stream of them for the low and the high bands."""
-
-    def __init__(self, config: LeanVAEConfig) -> None:
-        super().__init__()
-        self.fusion = NAFLayers(config.hidden_channels, config.num_fusion_layers, norm=config.decoder_norm)
-        self.projection = PatchProjection(config)
-        self.widths = stream_widths(config)
-        self.streams = nn.ModuleDict(
-            {
-                name: NAFLayers(width, config.num_stream_layers, norm=config.decoder_norm)
-                for name, width in self.widths.items()
-            }
-        )
-
-    def forward(
-        self, features: Tensor, past: Sequence[Past] | None = None, starts_clip: bool = True
-    ) -> tuple[Bands, tuple[Past, ...]]:
-        """Returns the bands and the past of the next chunk; `past=None` means a whole clip."""
-        pasts = iter(past) if past is not None else None
-        features, fusion_past = self.fusion(features, next(pasts) if pasts else None)
-        future, streams = [fusion_past], {}
-        for name, tokens in zip(self.widths, features.split(list(self.widths.values()), dim=-1), strict=True):
-            streams[name], stream_past = self.streams[name](tokens, next(pasts) if pasts else None)
-            future.append(stream_past)
-        return self.projection(streams, starts_clip), tuple(future)
-
-    @property
-    def causal_stacks(self) -> list[NAFLayers]:
-        """The stacks in the order of their pasts."""
-        return [self.fusion, *self.streams.values()]  # pyright: ignore[reportReturnType]
-
-
-class LeanVAE(nn.Module):
+class LeanVAE(Preparable):
     """Causal wavelet autoencoder of images and clips.
 
     Pixels are in [-1, 1]. An image is a clip of one frame; of a clip's T frames the first stands alone and each
@@ -113,10 +62,10 @@ class LeanVAE(nn.Module):
         approximate: bool = False,
         normalize: bool = False,
     ) -> DiagonalGaussian:
-        """The posterior of an image or a clip.
+        """Encodes an image or a clip.
 
-        Parts of the clip give what the whole gives, up to rounding. On CUDA, where no gradient is recorded and
-        nothing is asked for, they are chosen when the device's free memory would not suffice for the whole.
+        It is worked on whole, or in parts if they are asked for, or if memory runs out and no gradient is recorded.
+        Parts give what the whole gives, up to rounding.
 
         Args:
             x: image `(B, 3, H, W)` or clip `(B, 3, T, H, W)` in [-1, 1], of any T, H, W; what the patches do
@@ -125,7 +74,7 @@ class LeanVAE(nn.Module):
             chunk: works on at most so many frames at once, but at least on those of one latent frame.
             memory_limit: chooses chunk and tile, where they are not given, so that the peak of memory, the input
                 not counted, stays within so many bytes or `"6GiB"`, as estimated for inference. If memory runs
-                out nevertheless, it is tried once more with half of it, and the log says so.
+                out nevertheless, the work goes on in parts of half the size, and the log says so.
             approximate: where tiles are not exact, because the wavelet is longer than Haar, blends overlapping
                 ones linearly instead of refusing.
             normalize: brings each channel to mean 0 and standard deviation 1, by the configuration's `latent_mean`
@@ -140,14 +89,18 @@ class LeanVAE(nn.Module):
                 are needed and not exact, or there are no statistics to normalize by.
         """
         check_pixels(x)
+        check_dtype(x, self.logvar.weight)
+        layers, clip = self.layers, x if x.ndim == 5 else x.unsqueeze(2)
         parts = Parts(tile, chunk, memory_limit, approximate)
-        if parts.are_wanted(x):
-            posterior = encode_in_parts(self, x, parts)
+
+        def whole() -> DiagonalGaussian:
+            return DiagonalGaussian(*encode_frames(layers, pad_to_patches(clip, self.config.patch_size)))
+
+        if parts.are_wanted():
+            posterior = encode_in_parts(layers, clip, make_plan(encoding_load(layers, clip), parts))
         else:
-            clip = x if x.ndim == 5 else x.unsqueeze(2)
-            bands = self.encoder.embedding.analyse(pad_to_patches(clip, self.config.patch_size))
-            features, _ = self.encoder(bands)
-            posterior = self.posterior(features, tuple(x.shape[2:]))
+            posterior = whole_first(whole, partial(encode_in_parts, layers, clip), partial(encoding_load, layers, clip))
+        posterior = DiagonalGaussian(posterior.mean, posterior.logvar, tuple(x.shape[2:]))
         return normalize_posterior(posterior, self.config) if normalize else posterior
 
     def decode(
@@ -177,19 +130,22 @@ class LeanVAE(nn.Module):
                 normalize by.
         """
         check_latent(latent, self.config.latent_channels)
+        check_dtype(latent, self.logvar.weight, "latent")
         if normalize:
             latent = denormalize(latent, self.config)
-        parts = Parts(tile, chunk, memory_limit, approximate)
-        if parts.are_wanted(latent):
-            return decode_in_parts(self, latent, size, parts)
-        features, _ = self.bottleneck.recover(latent.movedim(1, -1))
-        bands, _ = self.decoder(features)
-        clip = self.decoder.projection.synthesise(bands)
-        if size is None:
-            return clip
-        frames_and_area = (1, *size) if len(size) == 2 else size
-        clip = crop(clip, frames_and_area, self.config.patch_size)
-        return clip[:, :, 0] if len(size) == 2 else clip
+        layers, parts = self.layers, Parts(tile, chunk, memory_limit, approximate)
+        padded_size = None if size is None else (1, *size) if len(size) == 2 else tuple(size)
+
+        def whole() -> Tensor:
+            clip = decode_frames(layers, latent)
+            return clip if padded_size is None else crop(clip, padded_size, self.config.patch_size)
+
+        in_parts = partial(decode_in_parts, layers, latent, padded_size)
+        if parts.are_wanted():
+            clip = in_parts(make_plan(decoding_load(layers, latent), parts))
+        else:
+            clip = whole_first(whole, in_parts, partial(decoding_load, layers, latent))
+        return clip[:, :, 0] if size is not None and len(size) == 2 else clip
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruction of `x` from a sample of its posterior, and the posterior.
@@ -223,7 +179,11 @@ class LeanVAE(nn.Module):
         Raises:
             ValueError: a chunk has a wrong shape or another than those before, or as in `encode`.
         """
-        return encode_stream(self, chunks, Parts(tile, None, memory_limit, approximate))
+        stream = EncoderStream(self.layers, Parts(tile, None, memory_limit, approximate))
+        for frames in chunks:
+            yield from filter(None, map(stream.push, stream.split(frames)))
+        if (posterior := stream.finish()) is not None:
+            yield posterior
 
     def decode_stream(
         self,
@@ -244,7 +204,9 @@ class LeanVAE(nn.Module):
         Raises:
             ValueError: a latent has a wrong shape or another than those before, or as in `encode`.
         """
-        return decode_stream(self, latents, Parts(tile, None, memory_limit, approximate))
+        stream = DecoderStream(self.layers, Parts(tile, None, memory_limit, approximate))
+        for latent in latents:
+            yield from map(stream.push, stream.split(latent))
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, int, int, int]:
         """Shape `(Z, T', H', W')` of the latent of an image `(H, W)` or a clip `(T, H, W)`."""
@@ -252,31 +214,29 @@ class LeanVAE(nn.Module):
         group, patch_height, patch_width = self.config.patch_size
         return (
             self.config.latent_channels,
-            1 + -(-(frames - 1) // group),
+            latent_frames(frames, group),
             -(-height // patch_height),
             -(-width // patch_width),
         )
 
-    def posterior(self, features: Tensor, size: tuple[int, ...] | None = None) -> DiagonalGaussian:
-        """The posterior of features `(B, T', H', W', D)` of pixels whose true size is `size`."""
-        mean = self.bottleneck.compress(features)
-        return DiagonalGaussian(mean.movedim(-1, 1), self.logvar(features).movedim(-1, 1), size=size)
+    def compile(self, **options: Any) -> "LeanVAE":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Prepares the weights for inference, with the same results up to rounding.
 
-    def compile(self) -> "LeanVAE":  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Prepares the weights as they are now for inference, with the same results up to rounding.
+        Norms, self-modulation and the Haar transform go into the weights, widths are padded, and on CPUs with oneDNN
+        the weights are packed; on GPUs encoder and decoder are also compiled, once for all sizes. The model computes
+        with what was prepared until it trains, moves or loads other weights; see `litevae.snapshot.Preparable`. Saved
+        weights are always the true ones.
 
-        `train()` goes back to the weights themselves; so does anything that changes them: loading, and a move to
-        another device or dtype, after which it can be called again. Saved weights are always the true ones.
+        Args:
+            options: of `torch.compile`; with any, encoder and decoder are compiled on CPUs too.
 
         Returns:
             The model itself, in evaluation mode.
         """
-        from leanvae.inference.prepare import prepare_for_inference
-
-        return prepare_for_inference(self)
+        self.eval()
+        self.keep_snapshot(partial(prepare, self, options))
+        return self
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into a folder, each atomically."""
-        from litevae.pretrained import save_pretrained
-
         save_pretrained("LeanVAE", self.config, self.state_dict(), folder)

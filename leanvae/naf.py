@@ -1,29 +1,24 @@
 """Neighbourhood-Aware Feedforward (NAF) layers of LeanVAE, on channels-last tokens `(B, T, H, W, D)`.
 
 A layer is a depthwise 3x3x3 convolution that sees no later frame, then a gated feedforward (LeanVAE, Figure 1b).
-The convolution alone mixes positions. To go through a clip in chunks, pass the `past` that the chunk before
-returned: the last two frames that each convolution read.
+The convolution alone mixes positions; `leanvae.surroundings` tells it what lies around its tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanvae import kernels
-from leanvae.inference.folding import LinearMap, fold_norm, pad_inputs, pad_outputs
-from leanvae.inference.packed import pack, pack_linear, packed_feedforward
 from leanvae.ops import geglu, layer_norm, tokenwise
-from litevae.prepared import Preparable
+from leanvae.surroundings import PAST_FRAMES, WHOLE, Whole
 from litevae.recompute import Recomputable
 from litevae.smc import SelfModulatedLinear
 
 Norm = Literal["layer", "smc"]
-Past = tuple[Tensor, ...]
-PAST_FRAMES = 2  # a 3x3x3 kernel looks two frames back
 
 
 def causal_depthwise_conv(
@@ -71,27 +66,12 @@ class CausalDepthwiseConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
         nn.init.xavier_uniform_(self.weight)
 
-    def forward(self, x: Tensor, past: Tensor | None = None, residual: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Returns the output, and with a `past` given also the past of the next chunk (a copy)."""
-        y = causal_depthwise_conv(x, self.weight, self.bias, past, residual)
-        if past is None:
-            return y, None
-        return y, torch.cat((past, x[:, -PAST_FRAMES:]), dim=1)[:, -PAST_FRAMES:].clone()
+    def forward(self, x: Tensor, past: Tensor | None = None, residual: bool = False) -> Tensor:
+        """Convolves tokens; see `causal_depthwise_conv`."""
+        return causal_depthwise_conv(x, self.weight, self.bias, past, residual)
 
 
-class PackedFeedForward(NamedTuple):
-    """What inference computes a `FeedForward` with; see `packed_feedforward`."""
-
-    value: LinearMap
-    gate: LinearMap
-    contract: Tensor
-    eps: float | None
-
-    def __call__(self, x: Tensor, residual: bool) -> Tensor:
-        return packed_feedforward(x, *self.value, *self.gate, self.contract, self.eps, residual)
-
-
-class FeedForward(Preparable):
+class FeedForward(nn.Module):
     """Gated feedforward: norm, linear to twice the inner width, GEGLU (value first, gate second), linear back.
 
     With `norm="smc"` there is no LayerNorm and both linear maps are self-modulated; the gain of the second
@@ -112,8 +92,6 @@ class FeedForward(Preparable):
 
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
         """The feedforward of tokens `(..., D)`; with `residual`, plus the tokens."""
-        if self.prepared is not None:
-            return self.prepared(x, residual)
         expand, contract = linear_map(self.expand), linear_map(self.contract)
 
         def feedforward(tokens: Tensor) -> Tensor:
@@ -126,23 +104,6 @@ class FeedForward(Preparable):
 
     def _normalise(self, x: Tensor) -> Tensor:
         return x if self.norm is None else layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
-
-    @torch.no_grad()
-    def prepare(self) -> None:
-        """Folds the norm or the modulation into the weights, pads the inner width and packs."""
-        expand, contract = plain_weight(self.expand), plain_weight(self.contract)
-        value, gate = (
-            pack_linear(pad_outputs(LinearMap(weight, None) if self.norm is None else fold_norm(weight, self.norm)))
-            for weight in expand.chunk(2)
-        )
-        self.prepared = PackedFeedForward(
-            value, gate, pack(pad_inputs(contract)), None if self.norm is None else self.norm.eps
-        )
-
-
-def plain_weight(linear: nn.Linear | SelfModulatedLinear) -> Tensor:
-    """The weight with which a plain linear map computes the same."""
-    return linear.fold() if isinstance(linear, SelfModulatedLinear) else linear.weight
 
 
 def linear_map(linear: nn.Linear | SelfModulatedLinear) -> Callable[[Tensor], Tensor]:
@@ -169,19 +130,13 @@ class NAFLayers(Recomputable):
         self.convs = nn.ModuleList(CausalDepthwiseConv(dim) for _ in range(num_layers))
         self.feedforwards = nn.ModuleList(FeedForward(dim, norm) for _ in range(num_layers))
 
-    def forward(self, x: Tensor, past: Sequence[Tensor] | None = None) -> tuple[Tensor, Past]:
-        """Runs the layers; `past` holds one `(B, 2, H, W, D)` tensor a layer, or is `None` for a whole clip.
-
-        Returns:
-            The tokens, and the past of the next chunk (empty if `past` is `None`).
-        """
-        future = []
-        for index, (conv, feedforward) in enumerate(zip(self.convs, self.feedforwards, strict=True)):
-            x, last_frames = conv(x, None if past is None else past[index], self.residual)
-            x = self.run(feedforward, x, self.residual)  # which makes some twelve tensors of the size of x
-            if last_frames is not None:
-                future.append(last_frames)
-        return x, tuple(future)
+    def forward(self, x: Tensor, *, around: Whole = WHOLE) -> Tensor:
+        """Runs the layers on tokens `(B, T, H, W, D)`; of a tile that lies beyond the frame there are none."""
+        for conv, feedforward in zip(self.convs, self.feedforwards, strict=True):
+            x = around.convolve(conv, x, self.residual)
+            if x.numel():
+                x = self.run(feedforward, x, self.residual)  # which makes some twelve tensors of the size of x
+        return x
 
 
 def init_linear_maps(module: nn.Module) -> None:

@@ -37,13 +37,14 @@ def in_blocks(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
     size = BLOCK_TOKENS.get(tokens[0].device.type, BLOCK_TOKENS["cuda"])
     num = len(rows[0])
     if num <= size:
-        return function(*rows).view(*axes, -1)
+        out = function(*rows)
+        return out.view(*axes, out.shape[-1])
     first = function(*(x[:size] for x in rows))
     out = first.new_empty(num, first.shape[-1])
     out[:size] = first
     for start in range(size, num, size):
         out[start : start + size] = function(*(x[start : start + size] for x in rows))
-    return out.view(*axes, -1)
+    return out.view(*axes, out.shape[-1])
 
 
 def layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:

@@ -2,10 +2,13 @@
 
 import logging
 import time
-from types import TracebackType
+from collections import Counter
 from typing import Self
 
-from tqdm import tqdm
+from litevae.errors import extra
+
+with extra("video"):
+    from tqdm import tqdm
 
 logger = logging.getLogger("leanvae")
 
@@ -13,46 +16,65 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Counts sources, clips and frames, and shows them.
+    """Counts the units of a run's work, and shows how far it is.
 
     Args:
-        total: number of sources.
-        is_shown: whether this process shows anything.
+        label: what is being done, such as `encoding`.
+        unit: what the work is counted in, such as `file`.
+        total: number of units; None if unknown.
+        is_shown: whether this process shows anything; with several ranks, one should.
+        stays: whether the bar stays on the terminal when the work is done.
 
     Attributes:
-        clips, frames: encoded so far.
+        counts: what `count` has counted.
     """
 
-    def __init__(self, total: int, is_shown: bool) -> None:
-        self.clips = self.frames = 0
-        self._sources = 0
+    def __init__(
+        self, label: str, unit: str, total: int | None = None, *, is_shown: bool = True, stays: bool = True
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self._label = label
+        self._unit = unit
         self._total = total
-        self._is_shown = is_shown
+        self._done = 0
         self._started = self._last = time.monotonic()
-        self._bar = tqdm(total=total, unit="file", desc="encoding", disable=None if is_shown else True)
+        self._bar = tqdm(desc=label, unit=unit, total=total, disable=None if is_shown else True, leave=stays)
+        self._writes_lines = is_shown and self._bar.disable  # tqdm found no terminal
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def add_clip(self, num_frames: int) -> None:
-        """Counts a clip."""
-        self.clips += 1
-        self.frames += num_frames
-        seconds = max(1e-9, time.monotonic() - self._started)
-        rates = f"{self.clips / seconds:.2f} clips/s, {self.frames / seconds:.1f} frames/s"
-        self._bar.set_postfix_str(rates, refresh=False)
-        if self._is_shown and self._bar.disable and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            left = seconds * (self._total - self._sources) / self._sources if self._sources else None
-            time_left = "" if left is None else f", {tqdm.format_interval(left)} left"
-            logger.info("%d of %d files, %s%s", self._sources, self._total, rates, time_left)
+    def add(self, number: int = 1) -> None:
+        """Counts units that are done."""
+        self._done += number
+        self._bar.update(number)
+        self._write_line_if_due()
 
-    def add_source(self) -> None:
-        """Counts a source that is done with."""
-        self._sources += 1
-        self._bar.update()
+    def count(self, **numbers: int) -> None:
+        """Counts other things, such as `clips=1, frames=17`, whose rates are shown."""
+        self.counts.update(numbers)
+        self._bar.set_postfix_str(self._rates(), refresh=False)
+        self._write_line_if_due()
+
+    def note(self, text: str) -> None:
+        """Shows a text beside the bar, such as the file at hand; rates take its place."""
+        self._bar.set_postfix_str(text)
+
+    def _rates(self) -> str:
+        seconds = max(1e-9, time.monotonic() - self._started)
+        return ", ".join(f"{number / seconds:.2f} {name}/s" for name, number in self.counts.items())
+
+    def _write_line_if_due(self) -> None:
+        now = time.monotonic()
+        if not self._writes_lines or now - self._last < _SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        of_total = "" if self._total is None else f" of {self._total}"
+        parts = [f"{self._label}: {self._done}{of_total} {self._unit}s", self._rates()]
+        if self._total is not None and self._done:
+            left = (now - self._started) * (self._total - self._done) / self._done
+            parts.append(f"{tqdm.format_interval(left)} left")
+        logger.info("%s", ", ".join(filter(None, parts)))

@@ -3,32 +3,25 @@
 import json
 import logging
 import time
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from leanvae.checkpoint import load_vae
-from leanvae.inference.plan import PIXELS_AT_ONCE, plan_reconstruction
+from leanvae.coder import FrameCoder
 from leanvae.media.errors import MediaError
 from leanvae.media.folder import ClipReader, open_clip
 from leanvae.media.image import read_image
 from leanvae.media.info import Frame
-from leanvae.media.item import local_path
 from leanvae.media.naming import NamedItem, find_inputs
 from leanvae.media.writer import VideoWriter, write_png
 from leanvae.metrics.frames import FrameMetrics
-from leanvae.model import LeanVAE
 from litevae.errors import NotFinite, WorkIncomplete, extra
 from litevae.files import write_text
-from litevae.memory import parse_bytes
-from litevae.model import LiteVAE
+from litevae.pixels import to_bytes
 
 with extra("video"):
     import av
@@ -38,7 +31,6 @@ with extra("video"):
 logger = logging.getLogger("leanvae")
 
 METRICS_FILE = "metrics.json"
-_IMAGES_AT_ONCE = 4  # frames that an image model gets at a time
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -69,6 +61,13 @@ class Result:
     psnr: float | None
     ssim: float | None
     notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        psnr = "infinite" if self.psnr is None else f"{self.psnr:.2f} dB"
+        ssim = "undefined" if self.ssim is None else f"{self.ssim:.4f}"
+        notes = "".join(f" ({note})" for note in self.notes)
+        frames = "image" if self.kind == "image" else f"{self.frames} frames"
+        return f"{frames} of {self.width}x{self.height}, PSNR {psnr}, SSIM {ssim}{notes}"
 
 
 def reconstruct(
@@ -115,9 +114,7 @@ def reconstruct(
     """
     inputs, output = Path(inputs), Path(output)
     jobs = find_inputs(inputs, output)
-    if memory_limit is not None:
-        memory_limit = parse_bytes(memory_limit)
-    vae = load_vae(checkpoint, device, dtype)
+    coder = FrameCoder(load_vae(checkpoint, device, dtype), chunk=chunk, memory_limit=memory_limit)
     output.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     skipped: list[dict[str, str]] = []
@@ -126,13 +123,15 @@ def reconstruct(
         for number, job in enumerate(jobs, start=1):
             label = f"[{number}/{len(jobs)}] {job.name}"
             try:
-                result = reconstruct_file(vae, job, output, label, chunk, memory_limit)
+                result = _reconstruct_file(coder, job, output, label)
             except MediaError as error:
                 skipped.append({"input": job.name, "reason": error.reason})
                 logger.warning("%s: skipped: %s", label, error.reason)
                 continue
+            except NotFinite as error:
+                raise NotFinite(f"{job.name}: {error}") from error
             results.append(result)
-            logger.info("%s: %s", label, _describe(result))
+            logger.info("%s: %s", label, result)
     finally:  # also when it is interrupted
         files = [asdict(result) for result in results]
         report.update(total=_total(results, len(skipped)), files=files, skipped=skipped)
@@ -160,15 +159,8 @@ def _list(skipped: list[dict[str, str]], shown: int = 5) -> str:
     return names + (f"; and {len(skipped) - shown} more" if len(skipped) > shown else "")
 
 
-def reconstruct_file(
-    vae: LeanVAE | LiteVAE,
-    job: NamedItem,
-    output: Path,
-    label: str,
-    chunk: int | None = None,
-    memory_limit: int | None = None,
-) -> Result:
-    """Reconstructs one file and writes its outputs; `label` stands before its progress, the rest as in `reconstruct`.
+def _reconstruct_file(coder: FrameCoder, job: NamedItem, output: Path, label: str) -> Result:
+    """Reconstructs one file and writes its outputs; `label` stands before its progress.
 
     Raises:
         MediaError: the file cannot be read, or mp4 cannot hold it.
@@ -176,53 +168,34 @@ def reconstruct_file(
         ValueError: the memory limit cannot be kept.
     """
     (output / job.target).parent.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode():
-        if not job.is_video:
-            return _reconstruct_image(vae, job, output, memory_limit)
-        try:
-            return _reconstruct_clip(vae, job, output, label, chunk, memory_limit)
-        except (av.error.InvalidDataError, av.error.ArgumentError) as error:
-            raise MediaError(job.item.name, f"cannot be written as mp4: {error.strerror}") from error
+    if not job.is_video:
+        return _reconstruct_image(coder, job, output)
+    try:
+        with open_clip(job.item, square=False, threads=0) as reader:
+            return _reconstruct_clip(coder, job, reader, output, label)
+    except (av.error.InvalidDataError, av.error.ArgumentError) as error:
+        raise MediaError(job.item.name, f"cannot be written as mp4: {error.strerror}") from error
 
 
-def _reconstruct_image(vae: LeanVAE | LiteVAE, job: NamedItem, output: Path, memory_limit: int | None) -> Result:
+def _reconstruct_image(coder: FrameCoder, job: NamedItem, output: Path) -> Result:
     source = read_image(job.item)
-    height, width = source.shape[:2]
-    x = _to_unit([source], vae)
-    latent = vae.encode(_to_model(x, vae), memory_limit=memory_limit).mode()
-    decoded = vae.decode(latent, size=(height, width), memory_limit=memory_limit)
-    y = _from_model(decoded, job.name)
+    (part,) = coder.reconstruct([Frame(source, None, 0.0)])
     metrics = FrameMetrics()
-    metrics.update(y, x)
-    recon = _to_uint8(y)[0]
+    metrics.update(part.output, part.reference)
+    recon = to_bytes(part.output)[0]
     names = _output_names(job, ".png")
     write_png(output / names[0], recon)
     write_png(output / names[1], np.concatenate((source, recon), axis=1))
+    height, width = source.shape[:2]
     return Result(job.name, "image", *names, width, height, 1, None, metrics.psnr, metrics.ssim)
 
 
-def _reconstruct_clip(
-    vae: LeanVAE | LiteVAE, job: NamedItem, output: Path, label: str, chunk: int | None, memory_limit: int | None
-) -> Result:
-    with open_clip(job.item, square=False, threads=0) as reader:
-        return _reconstruct_frames(vae, job, reader, output, label, chunk, memory_limit)
-
-
-def _reconstruct_frames(
-    vae: LeanVAE | LiteVAE,
-    job: NamedItem,
-    reader: ClipReader,
-    output: Path,
-    label: str,
-    chunk: int | None,
-    memory_limit: int | None,
-) -> Result:
-    info = reader.info
-    audio_from = local_path(job.item.address) if info.has_audio else None
+def _reconstruct_clip(coder: FrameCoder, job: NamedItem, reader: ClipReader, output: Path, label: str) -> Result:
+    info, item = reader.info, job.item
+    is_whole_file = not (item.member or item.start or item.end)
+    sound = item.address if info.has_audio and is_whole_file else None
     names = _output_names(job, ".mp4")
     metrics = FrameMetrics()
-    waiting: deque[Frame] = deque()  # read, and not decoded yet
-    at_once = max(1, PIXELS_AT_ONCE // (info.width * info.height))
     shared: dict[str, Any] = {
         "time_base": info.time_base,
         "rate": info.fps,
@@ -231,28 +204,15 @@ def _reconstruct_frames(
     }
     with (
         _Progress(label, info.num_frames) as progress,
-        VideoWriter(
-            output / names[0],
-            info.width,
-            info.height,
-            audio_from=audio_from,
-            **shared,
-        ) as recon,
+        VideoWriter(output / names[0], info.width, info.height, audio_from=sound, **shared) as recon,
         VideoWriter(output / names[1], 2 * info.width, info.height, **shared) as side_by_side,
     ):
-        for decoded in _decoded(vae, reader, chunk, memory_limit, waiting):
-            # The last frame was repeated to fill its group; what it decodes to has no source.
-            frames = [waiting.popleft() for _ in range(min(decoded.shape[2], len(waiting)))]
-            decoded = decoded[:, :, : len(frames), : info.height, : info.width]
-            for start in range(0, len(frames), at_once):
-                some = frames[start : start + at_once]
-                y = _from_model(decoded[0, :, start : start + at_once].transpose(0, 1), job.name)
-                metrics.update(y, _to_unit([frame.image for frame in some], vae))
-                for frame, image in zip(some, _to_uint8(y), strict=True):
-                    recon.write(image, frame.pts)
-                    side_by_side.write(np.concatenate((frame.image, image), axis=1), frame.pts)
-            progress.update(len(frames))
-        assert not waiting
+        for part in coder.reconstruct(reader.frames(item.start, item.end)):
+            metrics.update(part.output, part.reference)
+            for frame, image in zip(part.frames, to_bytes(part.output), strict=True):
+                recon.write(image, frame.pts)
+                side_by_side.write(np.concatenate((frame.image, image), axis=1), frame.pts)
+            progress.update(len(part.frames))
     notes = [*info.notes, *recon.notes]
     return Result(
         job.name,
@@ -268,84 +228,8 @@ def _reconstruct_frames(
     )
 
 
-def _decoded(
-    vae: LeanVAE | LiteVAE, reader: ClipReader, chunk: int | None, memory_limit: int | None, waiting: deque[Frame]
-) -> Iterator[Tensor]:
-    """Yields what the model makes of a clip, `(1, 3, t, H, W)`; the frames that this is of are left in `waiting`."""
-    if isinstance(vae, LiteVAE):
-        for frames in _read_chunks(vae, reader, chunk or _IMAGES_AT_ONCE, 1, waiting):
-            images = frames[0].transpose(0, 1)  # an image model knows no time
-            latent = vae.encode(images, memory_limit=memory_limit).mode()
-            yield vae.decode(latent, memory_limit=memory_limit).transpose(0, 1)[None]
-        return
-    encoding, decoding = plan_reconstruction(vae, reader.info.width, reader.info.height, chunk, memory_limit)
-    group, *patch = vae.config.patch_size
-    tiles = [plan.tile and (plan.tile[0] * patch[0], plan.tile[1] * patch[1]) for plan in (encoding, decoding)]
-    frames = _read_chunks(vae, reader, group * (encoding.latent_frames or 1), group, waiting)
-    latents = (posterior.mode() for posterior in vae.encode_stream(frames, tile=tiles[0]))
-    yield from vae.decode_stream(latents, tile=tiles[1])
-
-
-def _read_chunks(
-    vae: LeanVAE | LiteVAE, reader: ClipReader, chunk: int, group: int, waiting: deque[Frame]
-) -> Iterator[Tensor]:
-    """Yields a clip's frames for the model, `(1, 3, t, H, W)` in [-1, 1], and leaves them in `waiting`.
-
-    The first chunk is shorter, so that after the first frame, which stands alone, groups stay whole.
-    """
-    images: list[Tensor] = []
-    wanted = max(1, chunk - group + 1)
-    for frame in reader.frames():
-        images.append(_to_model(_to_unit([frame.image], vae), vae))
-        waiting.append(frame)
-        if len(images) == wanted:
-            yield torch.stack(images, dim=2)
-            images, wanted = [], chunk
-    if images:
-        yield torch.stack(images, dim=2)
-
-
 def _output_names(job: NamedItem, suffix: str) -> tuple[str, str]:
     return f"{job.target}.recon{suffix}", f"{job.target}.side_by_side{suffix}"
-
-
-def _to_unit(images: list[NDArray[np.uint8]], vae: LeanVAE | LiteVAE) -> Tensor:
-    """Frames as float32 `(N, 3, H, W)` in [0, 1] on the model's device."""
-    device = next(vae.parameters()).device
-    return torch.from_numpy(np.stack(images)).to(device).movedim(-1, 1).float() / 255
-
-
-def _to_model(unit: Tensor, vae: LeanVAE | LiteVAE) -> Tensor:
-    """[0, 1] to the model's [-1, 1], in its own type."""
-    return (2 * unit - 1).to(next(vae.parameters()).dtype)
-
-
-def _from_model(decoded: Tensor, name: str) -> Tensor:
-    """The decoder's `(N, 3, H, W)` in about [-1, 1] as float32, clamped to [0, 1].
-
-    Raises:
-        NotFinite: it is not finite.
-    """
-    decoded = decoded.float()
-    if not decoded.isfinite().all():
-        raise NotFinite(
-            f"{name}: the decoder's output is not finite: the weights are broken, or need another dtype (float32)"
-        )
-    return ((decoded + 1) / 2).clamp(0, 1)
-
-
-def _to_uint8(unit: Tensor) -> NDArray[np.uint8]:
-    """`(N, 3, H, W)` in [0, 1] as `(N, H, W, 3)` bytes."""
-    return (255 * unit).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
-
-
-def _describe(result: Result) -> str:
-    """One line on a result."""
-    psnr = "infinite" if result.psnr is None else f"{result.psnr:.2f} dB"
-    ssim = "undefined" if result.ssim is None else f"{result.ssim:.4f}"
-    notes = "".join(f" ({note})" for note in result.notes)
-    frames = "image" if result.kind == "image" else f"{result.frames} frames"
-    return f"{frames} of {result.width}x{result.height}, PSNR {psnr}, SSIM {ssim}{notes}"
 
 
 class _Progress:

@@ -107,7 +107,11 @@ def retry_smaller(
         if smaller is None:
             raise
         logger.warning("%s: out of memory (%s); once more with %s", what, str(error).splitlines()[0], smaller)
-    # Outside the handler, where the error and the tensors of its frames are gone.
+    empty_cache()  # outside the handler, where the error and the tensors of its frames are gone
+    return run(smaller)
+
+
+def empty_cache() -> None:
+    """Has torch give unused memory of a GPU back, so that it can be had in one piece."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return run(smaller)

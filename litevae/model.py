@@ -1,7 +1,9 @@
 """LiteVAE: the image autoencoder (LiteVAE, Figure 1), and the SD-VAE that it is compared with."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +13,14 @@ from litevae.decoder import Decoder
 from litevae.encoder import build_encoder
 from litevae.errors import InvalidInput
 from litevae.normalization import denormalize, normalize_posterior
-from litevae.pixels import check_pixels, crop, pad_to_multiple
-from litevae.planner import Work, are_parts_wanted, make_plan, run_in_parts
+from litevae.pixels import check_dtype, check_pixels, crop, pad_to_multiple
+from litevae.planner import ImageLoad, are_parts_wanted, make_plan, run_in_parts
 from litevae.posterior import DiagonalGaussian
-from litevae.prepared import prepare
+from litevae.smc import FoldedConv, SelfModulatedConv
+from litevae.snapshot import Preparable, make_twin
 
 
-class LiteVAE(nn.Module):
+class LiteVAE(Preparable):
     """Autoencoder of images, eight times smaller in each direction; pixels are in [-1, 1].
 
     Args:
@@ -66,14 +69,15 @@ class LiteVAE(nn.Module):
                 cannot be kept, tiles are needed and not exact, or there are no statistics to normalize by.
         """
         check_pixels(x, [4])
-        padded = pad_to_multiple(x, DOWNSAMPLING)
+        check_dtype(x, next(self.parameters()))
+        layers, padded = self.layers, pad_to_multiple(x, DOWNSAMPLING)
         if are_parts_wanted(x, tile, memory_limit):
             _, height, width = self.latent_shape(x.shape[2:])
-            work = Work("encode", self.config, len(x), height, width, x.element_size())
-            plan = make_plan(work, tile, memory_limit, approximate, x.device)
-            parameters = run_in_parts(self._encode, padded, plan, in_step=DOWNSAMPLING)
+            load = ImageLoad("encode", self.config, len(x), height, width, x.element_size())
+            plan = make_plan(load, tile, memory_limit, approximate, x.device)
+            parameters = run_in_parts(layers._encode, padded, plan, in_step=DOWNSAMPLING)
         else:
-            parameters = self._encode(padded)
+            parameters = layers._encode(padded)
         mean, logvar = parameters.chunk(2, dim=1)
         posterior = DiagonalGaussian(mean, logvar, size=tuple(x.shape[2:]))
         return normalize_posterior(posterior, self.config) if normalize else posterior
@@ -113,13 +117,15 @@ class LiteVAE(nn.Module):
             )
         if normalize:
             latent = denormalize(latent, self.config)
+        check_dtype(latent, next(self.parameters()), "latent")
+        layers = self.layers
         if are_parts_wanted(latent, tile, memory_limit):
             batch, _, height, width = latent.shape
-            work = Work("decode", self.config, batch, height, width, latent.element_size())
-            plan = make_plan(work, tile, memory_limit, approximate, latent.device)
-            images = run_in_parts(self._decode, latent, plan, out_step=DOWNSAMPLING)
+            load = ImageLoad("decode", self.config, batch, height, width, latent.element_size())
+            plan = make_plan(load, tile, memory_limit, approximate, latent.device)
+            images = run_in_parts(layers._decode, latent, plan, out_step=DOWNSAMPLING)
         else:
-            images = self._decode(latent)
+            images = layers._decode(latent)
         return images if size is None else crop(images, size, (DOWNSAMPLING, DOWNSAMPLING))
 
     def _decode(self, latent: Tensor) -> Tensor:
@@ -136,21 +142,21 @@ class LiteVAE(nn.Module):
         latent = posterior.mode() if noise is None else posterior.sample_with(noise)
         return self.decode(latent, tuple(x.shape[2:])), posterior
 
-    def compile(self) -> "LiteVAE":  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Prepares the weights as they are now for inference, with the same results up to rounding.
+    def compile(self, **options: Any) -> "LiteVAE":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Prepares the weights for inference, with the same results up to rounding.
 
-        Self-modulation goes into the weights; on GPUs encoder and decoder are also compiled, once for all sizes.
-        `train()` goes back to the weights themselves; so does anything that changes them: loading, and a move to
-        another device or dtype, after which it can be called again. Saved weights are always the true ones.
+        Self-modulation goes into the weights; on GPUs encoder and decoder are also compiled, once for all sizes. The
+        model computes with the prepared weights until it trains, moves or loads others; see `Preparable`. Saved weights
+        are always the true ones.
+
+        Args:
+            options: of `torch.compile`; with any, encoder and decoder are compiled on CPUs too.
 
         Returns:
             The model itself, in evaluation mode.
         """
         self.eval()
-        prepare(self)
-        if next(self.parameters()).is_cuda:
-            for part in (self.encoder, self.decoder):
-                part.compile(dynamic=True)
+        self.keep_snapshot(partial(_prepare, self, options))
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -163,3 +169,12 @@ class LiteVAE(nn.Module):
         """Shape `(Z, H', W')` of the latent of an image `(H, W)`."""
         height, width = size
         return (self.config.latent_channels, -(-height // DOWNSAMPLING), -(-width // DOWNSAMPLING))
+
+
+def _prepare(vae: LiteVAE, options: dict[str, Any]) -> nn.Module:
+    """Makes the twin that `LiteVAE.compile` computes with."""
+    twin: Any = make_twin(vae, lambda module: FoldedConv(module) if isinstance(module, SelfModulatedConv) else None)
+    if options or next(vae.parameters()).is_cuda:
+        for part in (twin.encoder, twin.decoder):
+            part.compile(**{"dynamic": True, **options})
+    return twin

@@ -31,6 +31,14 @@ def check_pixels(x: Tensor, num_axes: Collection[int] = (4, 5)) -> None:
         raise InvalidInput("input holds values that are not finite: expected pixels in [-1, 1]")
 
 
+def check_dtype(x: Tensor, weight: Tensor, name: str = "input") -> None:
+    """Raises `InvalidInput` unless a tensor has the dtype of the weights, or autocast brings them together."""
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise InvalidInput(
+            f"{name} has dtype {x.dtype} and the model {weight.dtype}: convert one of them, as in x.to({weight.dtype})"
+        )
+
+
 def pad_to_multiple(x: Tensor, step: int) -> Tensor:
     """Replicates the last row and column of `(B, C, H, W)` until `step` divides H and W."""
     right, bottom = -x.shape[3] % step, -x.shape[2] % step
@@ -62,3 +70,8 @@ def crop(x: Tensor, size: Sequence[int], step: Sequence[int]) -> Tensor:
 def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
     """Rounds frames `(N, 3, H, W)` in [0, 1] to bytes `(N, H, W, 3)`."""
     return (255 * frames).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+
+def from_bytes(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
+    """Brings bytes `(N, H, W, 3)` to float32 frames `(N, 3, H, W)` in [0, 1] on a device."""
+    return torch.from_numpy(images).to(device).movedim(-1, 1).float() / 255

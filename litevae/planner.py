@@ -21,7 +21,7 @@ _SMALLEST_TILE = 8  # latent elements of a planned tile in each direction, witho
 
 
 @dataclass(frozen=True)
-class Work:
+class ImageLoad:
     """Images to encode or decode.
 
     Attributes:
@@ -60,16 +60,16 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ImagePlan:
     """How work is cut.
 
     Attributes:
-        work: what is to be done.
+        load: what is to be done.
         images: most images at once.
         tile: most latent elements (height, width) of a tile, without its halo; `None` takes whole images.
     """
 
-    work: Work
+    load: ImageLoad
     images: int
     tile: tuple[int, int] | None = None
 
@@ -78,9 +78,9 @@ class Plan:
         """Bytes that it takes at its peak, the input not counted."""
         return peak_memory(self)
 
-    def halved(self) -> "Plan | None":
+    def halved(self) -> "ImagePlan | None":
         """The largest plan of half the memory, or else the smallest one; `None` if this is it."""
-        smaller = [plan for plan in _plans(self.work, self.work.why_inexact is None) if plan.memory < self.memory]
+        smaller = [plan for plan in _plans(self.load, self.load.why_inexact is None) if plan.memory < self.memory]
         fitting = (plan for plan in smaller if plan.memory <= self.memory / 2)
         return next(fitting, min(smaller, key=lambda plan: plan.memory, default=None))
 
@@ -89,30 +89,21 @@ class Plan:
         return f"{self.images} images at a time, {tile}, about {format_bytes(self.memory)}"
 
 
-def relative_cost(plan: Plan) -> float:
-    """Positions that are worked on, halos included, over those of the whole images."""
-    work = plan.work
-    if plan.tile is None:
-        return 1.0
-    rows, columns = (sum(window.stop - window.start for window in windows) for windows in work.windows(plan.tile))
-    return rows * columns / (work.height * work.width)
-
-
-def peak_memory(plan: Plan) -> int:
+def peak_memory(plan: ImagePlan) -> int:
     """Bytes that a plan takes at its peak, the input not counted: what was measured for inference on CPUs."""
-    work, height, width = plan.work, plan.work.height, plan.work.width
+    load, height, width = plan.load, plan.load.height, plan.load.width
     if plan.tile is not None:
-        rows, columns = work.windows(plan.tile)
+        rows, columns = load.windows(plan.tile)
         height, width = (max(part.stop - part.start for part in windows) for windows in (rows, columns))
-    if work.name == "encode":
-        elements = _encoder_elements(work.config, plan.images, height * width)
+    if load.name == "encode":
+        elements = _encoder_elements(load.config, plan.images, height * width)
     else:
-        elements = plan.images * height * width * _decoder_elements(work.config)
+        elements = plan.images * height * width * _decoder_elements(load.config)
     # The output, of which a batch's parts and the whole are held at once.
     out = (
-        work.batch * work.height * work.width * (_PIXELS if work.name == "decode" else 2 * work.config.latent_channels)
+        load.batch * load.height * load.width * (_PIXELS if load.name == "decode" else 2 * load.config.latent_channels)
     )
-    return int((_OVERHEAD * elements + (2 if plan.images < work.batch else 1) * out) * work.item_size)
+    return int((_OVERHEAD * elements + (2 if plan.images < load.batch else 1) * out) * load.item_size)
 
 
 def _encoder_elements(config: LiteVAEConfig, images: int, positions: int) -> float:
@@ -146,8 +137,10 @@ def are_parts_wanted(x: Tensor, tile: Any, memory_limit: Any) -> bool:
     return x.is_cuda and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
-def make_plan(work: Work, tile: Any, memory_limit: str | int | None, approximate: bool, device: torch.device) -> Plan:
-    """How to do some work; `LiteVAE.encode` describes what may be asked for.
+def make_plan(
+    load: ImageLoad, tile: Any, memory_limit: str | int | None, approximate: bool, device: torch.device
+) -> ImagePlan:
+    """Cuts work; `LiteVAE.encode` describes what may be asked for.
 
     Where nothing is asked for, the device's free memory is the limit, and the smallest plan the last resort.
 
@@ -156,46 +149,46 @@ def make_plan(work: Work, tile: Any, memory_limit: str | int | None, approximate
     """
     size = None if tile is None else check_tile(tile, _STEP)
     limit = None if memory_limit is None else parse_bytes(memory_limit)
-    if size is not None and size[0] >= work.height and size[1] >= work.width:
+    if size is not None and size[0] >= load.height and size[1] >= load.width:
         size = None
-    may_tile = approximate or work.why_inexact is None
+    may_tile = approximate or load.why_inexact is None
     if size is not None and not may_tile:
-        raise InvalidInput(f"tile is {tile}: not exact, because {work.why_inexact}; approximate=True blends tiles")
+        raise InvalidInput(f"tile is {tile}: not exact, because {load.why_inexact}; approximate=True blends tiles")
     is_automatic = tile is None and limit is None
     if is_automatic and (free := free_memory(device)) is not None:
         limit = int(SHARE_OF_FREE * free)
-    wanted = Plan(work, work.batch, size)
+    wanted = ImagePlan(load, load.batch, size)
     if limit is None:
         return wanted
-    candidates = [wanted, *_plans(work, may_tile and tile is None, size)]
+    candidates = [wanted, *_plans(load, may_tile and tile is None, size)]
     smallest = min(candidates, key=lambda plan: plan.memory)
     plan = next((plan for plan in candidates if plan.memory <= limit), smallest)
     if plan.memory > limit and not is_automatic:
-        hint = "" if may_tile else f"; tiles, which would take less, are not exact, because {work.why_inexact}"
+        hint = "" if may_tile else f"; tiles, which would take less, are not exact, because {load.why_inexact}"
         raise InvalidInput(
-            f"memory_limit is {memory_limit!r}: to {work.name} images of {work.height}x{work.width} latent elements "
+            f"memory_limit is {memory_limit!r}: to {load.name} images of {load.height}x{load.width} latent elements "
             f"takes at least {format_bytes(smallest.memory)}{hint}"
         )
     return plan
 
 
-def _plans(work: Work, may_tile: bool, tile: tuple[int, int] | None = None) -> Iterator[Plan]:
+def _plans(load: ImageLoad, may_tile: bool, tile: tuple[int, int] | None = None) -> Iterator[ImagePlan]:
     """Plans of ever fewer images at once, then of ever smaller tiles; a tile that is given stays as it is."""
-    images = work.batch
+    images = load.batch
     while images > 1:
         images = -(-images // 2)
-        yield Plan(work, images, tile)
-    height, width = work.height, work.width
+        yield ImagePlan(load, images, tile)
+    height, width = load.height, load.width
     while may_tile and max(height, width) > _SMALLEST_TILE:
         if height > _SMALLEST_TILE:
             height = max(_SMALLEST_TILE, height * 3 // 4)
         else:
             width = max(_SMALLEST_TILE, width // 2)
-        yield Plan(work, 1, (height, width))
+        yield ImagePlan(load, 1, (height, width))
 
 
 def run_in_parts(
-    function: Callable[[Tensor], Tensor], x: Tensor, plan: Plan, in_step: int = 1, out_step: int = 1
+    function: Callable[[Tensor], Tensor], x: Tensor, plan: ImagePlan, in_step: int = 1, out_step: int = 1
 ) -> Tensor:
     """Runs a function of images by a plan, which is halved once if memory runs out.
 
@@ -207,12 +200,12 @@ def run_in_parts(
         out_step: the same for the output.
     """
 
-    def run(plan: Plan) -> Tensor:
+    def run(plan: ImagePlan) -> Tensor:
         parts = x.split(plan.images)
         if plan.tile is None:
             return torch.cat([function(part) for part in parts])
         steps = {"in_step": (in_step, in_step), "out_step": (out_step, out_step)}
-        windows = plan.work.windows(plan.tile)
+        windows = plan.load.windows(plan.tile)
         return torch.cat([run_in_windows(lambda part, _: function(part), part, *windows, **steps) for part in parts])
 
-    return retry_smaller(run, plan, Plan.halved, plan.work.name)
+    return retry_smaller(run, plan, ImagePlan.halved, plan.load.name)

@@ -1,7 +1,9 @@
 """A model's folder: `config.json` and `model.safetensors`, for the image and the video autoencoder alike."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 from safetensors.torch import save
@@ -11,6 +13,7 @@ from litevae.files import atomic_path, write_text
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+STATISTICS_FIELDS = {"latent_mean", "latent_std"}  # fields of the configuration that are known only after training
 
 
 def save_pretrained(name: str, config: BaseModel, state: dict[str, Tensor], folder: str | Path) -> None:
@@ -27,5 +30,15 @@ def save_pretrained(name: str, config: BaseModel, state: dict[str, Tensor], fold
     weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         temporary.write_bytes(save(weights))  # save_file would make it readable by its owner alone
-    tree = {"model": name, **config.model_dump(mode="json")}
-    write_text(folder / CONFIG_FILE, json.dumps(tree, indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, config_text({"model": name, **config.model_dump(mode="json")}))
+
+
+def config_text(tree: Mapping[str, Any]) -> str:
+    """Return what stands in a `config.json`."""
+    return json.dumps(tree, indent=2) + "\n"
+
+
+def update_config(folder: str | Path, fields: Mapping[str, Any]) -> None:
+    """Replace fields of a folder's `config.json`, atomically; all else in it stays as it is to the last byte."""
+    file = Path(folder) / CONFIG_FILE
+    write_text(file, config_text(json.loads(file.read_text(encoding="utf-8")) | fields))

@@ -1,12 +1,11 @@
 """Self-modulated convolution (LiteVAE, Section 4.2), for pointwise maps and for 1D, 2D and 3D kernels."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from litevae.prepared import Preparable
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -37,8 +36,8 @@ def modulated_weight(weight: Tensor, scale: Tensor, gain: Tensor, eps: float = 1
     return (modulated * inverse_norm.reshape(-1, 1, *[1] * kernel_axes) * gain.to(dtype)).to(weight.dtype)
 
 
-class _SelfModulated(Preparable):
-    """The parameters of a self-modulated map: weight, scale, gain and bias; prepared, the modulated weight."""
+class _SelfModulated(nn.Module):
+    """The parameters of a self-modulated map: weight, scale, gain and bias."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: tuple[int, ...], bias: bool, gain_init: float
@@ -60,11 +59,7 @@ class _SelfModulated(Preparable):
             nn.init.zeros_(self.bias)
 
     def _plain_weight(self) -> Tensor:
-        return modulated_weight(self.weight, self.scale, self.gain) if self.prepared is None else self.prepared
-
-    def prepare(self) -> None:
-        """Modulates the weight once."""
-        self.prepared = self.fold()
+        return modulated_weight(self.weight, self.scale, self.gain)
 
     @torch.no_grad()
     def fold(self) -> Tensor:
@@ -132,13 +127,24 @@ class SelfModulatedConv(_SelfModulated):
         self.padding = padding
         self._convolve = _CONVOLUTIONS[len(kernel_size)]
 
-    def prepare(self) -> None:
-        """Modulates the weight once; two-dimensional ones channels-last, as images are."""
-        weight = self.fold()
-        self.prepared = weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
-
     def forward(self, x: Tensor) -> Tensor:
         return self._convolve(x, self._plain_weight(), self.bias, stride=self.stride, padding=self.padding)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}"
+
+
+class FoldedConv(nn.Module):
+    """The plain convolution that a self-modulated one is while its parameters stay as they are."""
+
+    def __init__(self, conv: SelfModulatedConv) -> None:
+        super().__init__()
+        weight = conv.fold()
+        if weight.ndim == 4:  # images are channels-last
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = conv.bias
+        self._convolve = partial(conv._convolve, stride=conv.stride, padding=conv.padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.weight, self.bias)

@@ -31,3 +31,37 @@ def write_clip():
         return path
 
     return write
+
+
+class SharedPool:
+    """A pool of decoder processes that closing does not end."""
+
+    def __init__(self, pool):
+        self.submit = pool.submit
+
+    def __enter__(self):
+        return self
+
+    def close(self, *_):
+        pass
+
+    __exit__ = close
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """A decoder process, which takes a while to start."""
+    from leanvae.media.pool import DecoderPool
+
+    with DecoderPool(1, 30.0) as pool:
+        yield pool
+
+
+@pytest.fixture
+def one_pool(pool, monkeypatch):
+    """All loaders of a test share that process."""
+    from leanvae.data import loader
+
+    shared = SharedPool(pool)
+    monkeypatch.setattr(loader, "DecoderPool", lambda *_: shared)
+    return shared

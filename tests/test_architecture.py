@@ -42,14 +42,6 @@ LAYERS: list[list[str | tuple[str, ...]]] = [
 ]
 TORCH_FREE = ["media"]
 TORCH_MODULES = {"leanvae.media.nvdec"}  # torchcodec is torch's
-# What the renovation has still to untie: importer and imported.
-NOT_YET: set[tuple[str, str]] = {
-    ("evaluation", "bench"),
-    ("inference", "model"),
-    ("naf", "inference"),
-    ("patchify", "inference"),
-    ("peers", "bench"),
-}
 
 
 def relative(path: Path) -> str:
@@ -149,7 +141,6 @@ def wrong_imports() -> set[str]:
         if path.is_relative_to(ROOT / "leanvae") and path.parent.name + path.stem != "leanvae__init__"
         for imported in imported_modules(path)
         if not may_import(unit_of(module_of(path)), unit_of(imported))
-        and (unit_of(module_of(path)), unit_of(imported)) not in NOT_YET
     }
 
 
@@ -157,7 +148,6 @@ def test_packages_import_only_from_their_left():
     assert sorted(wrong_imports()) == []
 
 
-@pytest.mark.xfail(reason="the renovation unties them", strict=True)
 def test_no_circle_of_imports():
     graph = {module_of(path): imported_modules(path) for path in SOURCES}
     for package in ("leanvae", "litevae"):

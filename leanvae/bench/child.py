@@ -10,14 +10,14 @@ from dataclasses import asdict
 
 import psutil
 
-from leanvae.bench.jobs import Job, Result
+from leanvae.bench.jobs import BenchRow, Result
 from leanvae.bench.measure import OUT_OF_MEMORY, RESULT_PREFIX
 
 _SHARE_OF_MEMORY = 0.95  # of what is free, that a measurement on a CPU may take
 _ERROR_LINES = 3
 
 
-def run_child(job: Job, seconds: float, timeout: float | None) -> Result:
+def run_child(job: BenchRow, seconds: float, timeout: float | None) -> Result:
     """Measures a job in a process of its own.
 
     Args:

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from leanvae.bench.jobs import Job
+from leanvae.bench.jobs import BenchRow
 from leanvae.bench.report import Report
 
 _JOB_FIELDS = ("model", "frames", "height", "width", "mode", "dtype", "device", "batch", "encode_only")
@@ -43,8 +43,8 @@ def print_comparison(entries: list[dict[str, Any]], names: tuple[str, str], cons
     (console or Console()).print(table)
 
 
-def _job(row: dict[str, Any]) -> Job:
-    return Job(**{name: row[name] for name in _JOB_FIELDS})
+def _job(row: dict[str, Any]) -> BenchRow:
+    return BenchRow(**{name: row[name] for name in _JOB_FIELDS})
 
 
 def _ratio(after: float, before: float) -> float | None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from leanvae.bench.sizes import Size
-from leanvae.peers import Model, decode, encode
+from leanvae.peers.models import Model, Size, decode, encode
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from leanvae.bench.sizes import Size
+from leanvae.peers.models import Size
 from litevae.files import flush_to_disk
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -16,7 +16,7 @@ Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchRow:
     """One row: a model at a size, in a mode and a dtype, in a process of its own.
 
     Attributes:
@@ -59,7 +59,7 @@ class Results:
     def __init__(self, path: Path) -> None:
         """Reads what is there; a last line that a kill cut short is dropped."""
         self._path = path
-        self.by_job: dict[Job, Result] = {}
+        self.by_job: dict[BenchRow, Result] = {}
         if not path.exists():
             return
         lines = path.read_bytes().splitlines(keepends=True)
@@ -69,9 +69,9 @@ class Results:
             lines.pop()
         for line in lines:
             entry = json.loads(line)
-            self.by_job[Job(**entry["job"])] = entry["result"]
+            self.by_job[BenchRow(**entry["job"])] = entry["result"]
 
-    def add(self, job: Job, result: Result) -> None:
+    def add(self, job: BenchRow, result: Result) -> None:
         """Keeps a result, on disk before it returns."""
         line = json.dumps({"job": asdict(job), "result": result}, allow_nan=False) + "\n"
         with self._path.open("a", encoding="utf-8") as file:
@@ -81,6 +81,6 @@ class Results:
         flush_to_disk(self._path.parent)
         self.by_job[job] = result
 
-    def seconds_spent(self, jobs: Iterable[Job]) -> float:
+    def seconds_spent(self, jobs: Iterable[BenchRow]) -> float:
         """Wall-clock time that the results of some jobs took."""
         return sum(self.by_job[job]["wall_seconds"] for job in jobs if job in self.by_job)

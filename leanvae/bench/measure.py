@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from leanvae.bench.floor import synchronize
-from leanvae.bench.jobs import Job, Result
+from leanvae.bench.jobs import BenchRow, Result
 from leanvae.bench.memory import PeakMemory, limit_memory
 from leanvae.bench.modes import runners
-from leanvae.peers import find_model
+from leanvae.peers.registry import find_model
 
 RESULT_PREFIX = "RESULT "
 OUT_OF_MEMORY = "out of memory"
@@ -82,7 +82,7 @@ def _spread(times: list[float]) -> float:
     return (upper - lower) / statistics.median(times)
 
 
-def measure(job: Job, seconds: float) -> Result:
+def measure(job: BenchRow, seconds: float) -> Result:
     """Builds a model and measures its encoder and decoder.
 
     Args:
@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> None:
     if limit_bytes:
         limit_memory(limit_bytes)
     try:
-        result = {"status": "ok", **measure(Job(**job_fields), seconds)}
+        result = {"status": "ok", **measure(BenchRow(**job_fields), seconds)}
     except Exception as error:
         result = describe_failure(error)
     print(RESULT_PREFIX + json.dumps(result), flush=True)

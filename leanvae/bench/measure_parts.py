@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from leanvae.bench.memory import PeakMemory
-from leanvae.inference.plan import Parts, Plan
-from leanvae.inference.stream import plan_decoding, plan_encoding
+from leanvae.inference.plan import ClipPlan, Parts, decoding_load, encoding_load, make_plan
 from leanvae.model import LeanVAE
 from litevae.errors import InvalidInput
 
@@ -90,7 +89,7 @@ def measure(vae: LeanVAE, size: Sequence[int], stream: int | None = None, **part
         for _ in vae.decode_stream(latent.split(max(1, stream // group), dim=2), **parts):
             pass
 
-    def run(work: Callable[[], None], plan: Plan) -> dict[str, float]:
+    def run(work: Callable[[], None], plan: ClipPlan) -> dict[str, float]:
         times: list[float] = []
 
         def run_once() -> None:
@@ -113,8 +112,8 @@ def measure(vae: LeanVAE, size: Sequence[int], stream: int | None = None, **part
     is_stream = stream is not None
     asked = Parts(**{"chunk": stream, **parts})
     return {
-        "encode": run(encode, plan_encoding(vae, clip, asked, is_stream)),
-        "decode": run(decode, plan_decoding(vae, latent, asked, is_stream)),
+        "encode": run(encode, make_plan(encoding_load(vae.layers, clip, is_stream), asked)),
+        "decode": run(decode, make_plan(decoding_load(vae.layers, latent, is_stream), asked)),
     }
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanvae.bench.sizes import Size
-from leanvae.peers import Model, decode, encode
+from leanvae.peers.models import Model, Size, decode, encode
 
 MODES = ("whole", "compiled", "chunked", "tiled")
 CHUNK_FRAMES = 8

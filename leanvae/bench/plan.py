@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from leanvae.bench.jobs import Job, Result
+from leanvae.bench.jobs import BenchRow, Result
 
 START_SECONDS = 8.0  # until a process has imported torch and built a model
 COMPILE_SECONDS = 60.0
@@ -24,12 +24,12 @@ class Estimator:
         seconds: time that a job spends on repeats of each of the two.
     """
 
-    flops: Callable[[Job], tuple[float, float]]
+    flops: Callable[[BenchRow], tuple[float, float]]
     rates: Mapping[str, float]
-    seconds: Callable[[Job], float]
+    seconds: Callable[[BenchRow], float]
     _seconds_per_flop: dict[tuple[str, str], float] = field(default_factory=dict)
 
-    def learn(self, job: Job, result: Result) -> None:
+    def learn(self, job: BenchRow, result: Result) -> None:
         """Takes note of how fast a model ran."""
         if result["status"] == "ok":
             passes = [result[part]["median"] for part in ("encode", "decode") if part in result]
@@ -37,13 +37,13 @@ class Estimator:
             if math.isfinite(flops):
                 self._seconds_per_flop[job.model, job.dtype] = sum(passes) / flops
 
-    def estimate(self, job: Job) -> float:
+    def estimate(self, job: BenchRow) -> float:
         """Seconds that a job will take, its process and its repeats together."""
         passes = [flops * self._pace(job) for flops in self.flops(job)[: 1 if job.encode_only else 2]]
         overhead = START_SECONDS + (COMPILE_SECONDS if job.mode == "compiled" else 0)
         return overhead + sum(_with_repeats(seconds, self.seconds(job)) for seconds in passes)
 
-    def _pace(self, job: Job) -> float:
+    def _pace(self, job: BenchRow) -> float:
         """Seconds an operation: of the model itself, or of all models, or a guess."""
         known = self._seconds_per_flop
         if (job.model, job.dtype) in known:
@@ -60,8 +60,8 @@ def _with_repeats(seconds: float, limit: float) -> float:
 
 
 def plan(
-    ranks: Mapping[Job, int], estimate: Callable[[Job], float], time_left: float | None, budget: float | None
-) -> list[Job]:
+    ranks: Mapping[BenchRow, int], estimate: Callable[[BenchRow], float], time_left: float | None, budget: float | None
+) -> list[BenchRow]:
     """The jobs that fit into the time, in the order in which to do them: by rank, then the shortest first.
 
     Args:
@@ -83,9 +83,9 @@ def plan(
 
 
 def common_side(
-    jobs_of_side: Callable[[int], Iterable[Job]],
+    jobs_of_side: Callable[[int], Iterable[BenchRow]],
     sides: Iterable[int],
-    estimate: Callable[[Job], float],
+    estimate: Callable[[BenchRow], float],
     seconds: float | None,
 ) -> int:
     """The largest side, of `sides` from the largest, whose jobs take at most `seconds` together; the last if none."""

@@ -13,7 +13,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from leanvae.bench.report import Report
 from leanvae.bench.settings import DEFAULT_FRAMES, SWEEP_RESOLUTION
-from leanvae.bench.sizes import Size, resolution_name
+from leanvae.bench.sizes import resolution_name
+from leanvae.peers.models import Size
 from litevae.files import atomic_path
 
 _MARKERS = "osD^vP*Xh<>p"

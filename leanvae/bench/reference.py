@@ -17,8 +17,8 @@ from leanvae.naf import PAST_FRAMES
 
 def encode(vae: Any, clip: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variance `(B, Z, T', H', W')` of a clip whose size the patches divide."""
-    tokens = vae.encoder.embedding(vae.encoder.embedding.analyse(clip))
-    features = torch.cat([_layers(vae.encoder.streams[name], x) for name, x in tokens.items()], dim=-1)
+    tokens = vae.encoder.embedding(clip)
+    features = torch.cat([_layers(*pair) for pair in zip(vae.encoder.streams.values(), tokens, strict=True)], dim=-1)
     features = _layers(vae.encoder.fusion, features)
     return (features @ vae.bottleneck.phi.T).movedim(-1, 1), vae.logvar(features).movedim(-1, 1)
 
@@ -39,11 +39,8 @@ def decode(vae: Any, latent: Tensor) -> Tensor:
         h = h.sign() * (h.abs() - threshold).relu()
         x = r + _layers(backward, h)
     features = _layers(vae.decoder.fusion, x)
-    parts = features.split(list(vae.decoder.widths.values()), dim=-1)
-    tokens = {
-        name: _layers(vae.decoder.streams[name], part) for name, part in zip(vae.decoder.widths, parts, strict=True)
-    }
-    return vae.decoder.projection.synthesise(vae.decoder.projection(tokens))
+    parts = features.split(vae.decoder.widths, dim=-1)
+    return vae.decoder.projection([_layers(*pair) for pair in zip(vae.decoder.streams.values(), parts, strict=True)])
 
 
 def _layers(stack: Any, x: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from leanvae.bench.jobs import Job, Result
+from leanvae.bench.jobs import BenchRow, Result
 from leanvae.bench.measure import OUT_OF_MEMORY
 from leanvae.bench.run import Benchmark
 from leanvae.bench.settings import DEFAULT_FRAMES, HEADLINE, TABLE3_BATCH, TABLE3_SIDE
-from leanvae.bench.sizes import Size, resolution_name
+from leanvae.bench.sizes import resolution_name
+from leanvae.peers.models import Size
 from litevae.errors import InvalidInput
 from litevae.files import write_text
 
@@ -60,7 +61,7 @@ def make_report(bench: Benchmark) -> Report:
     }
 
 
-def _row(bench: Benchmark, job: Job, result: Result) -> dict[str, Any]:
+def _row(bench: Benchmark, job: BenchRow, result: Result) -> dict[str, Any]:
     """A measurement with its FLOPs, its throughput, and its ratio to what the machine can do at best."""
     model = bench.models[job.model]
     counted = bench.count(model, job.size)

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from leanvae.bench.child import run_child
 from leanvae.bench.floor import matrix_rate, memory_bandwidth
 from leanvae.bench.flops import Count, count
-from leanvae.bench.jobs import Job, Result, Results
+from leanvae.bench.jobs import BenchRow, Result, Results
 from leanvae.bench.machine import describe_machine
 from leanvae.bench.modes import lacks_mode
 from leanvae.bench.plan import Estimator, common_side, plan
-from leanvae.bench.settings import COMMON_SHARE, COMMON_SIDES, DEFAULT_FRAMES, Settings
-from leanvae.bench.sizes import Size
-from leanvae.peers import Model, find_model
+from leanvae.bench.settings import COMMON_SHARE, COMMON_SIDES, DEFAULT_FRAMES, BenchSettings
+from leanvae.peers.models import Model, Size
+from leanvae.peers.registry import find_model
 from litevae.errors import InvalidInput
 from litevae.files import write_text
 
@@ -48,7 +48,7 @@ class Benchmark:
         ranks: all jobs of the run, with their ranks.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: BenchSettings) -> None:
         """Looks at the models, the machine and what the folder already holds.
 
         Raises:
@@ -68,7 +68,7 @@ class Benchmark:
         self.estimator = Estimator(self._flops_of, self.machine["matrix_rate"], self.seconds_of)
         self.ranks = self._rank_jobs()
 
-    def seconds_of(self, job: Job) -> float:
+    def seconds_of(self, job: BenchRow) -> float:
         """Time that a job spends on repeats of the encoder, and as much on those of the decoder."""
         if job.encode_only:
             return _SECONDS_OF_TABLE3
@@ -117,11 +117,11 @@ class Benchmark:
         if number:
             self._measure_floors_again()
 
-    def waiting(self) -> dict[Job, int]:
+    def waiting(self) -> dict[BenchRow, int]:
         """The jobs without a result, with their ranks."""
         return {job: rank for job, rank in self.ranks.items() if job not in self.results.by_job}
 
-    def _plan(self) -> list[Job]:
+    def _plan(self) -> list[BenchRow]:
         return plan(self.waiting(), self.estimator.estimate, self._time_left(), self.settings.budget)
 
     def _time_left(self) -> float | None:
@@ -130,7 +130,7 @@ class Benchmark:
             return None
         return self.settings.budget - self._spent_before - (time.monotonic() - self._began)
 
-    def _timeout(self, job: Job) -> float:
+    def _timeout(self, job: BenchRow) -> float:
         time_left = self._time_left()
         if time_left is None:
             return _LONGEST_JOB
@@ -174,7 +174,7 @@ class Benchmark:
             return False
         return True
 
-    def _rank_jobs(self) -> dict[Job, int]:
+    def _rank_jobs(self) -> dict[BenchRow, int]:
         """All jobs, less those in modes that a model lacks."""
         lacking = {
             (name, mode): reason
@@ -205,12 +205,12 @@ class Benchmark:
             self._save_machine()
         return self.machine["common_side"]
 
-    def _common_jobs(self, side: int) -> Iterable[Job]:
+    def _common_jobs(self, side: int) -> Iterable[BenchRow]:
         for model in self.models.values():
             if model.kind == "video" and not model.tiled_only:
-                yield Job(model.name, DEFAULT_FRAMES, side, side, "whole", self.settings.dtypes[0])
+                yield BenchRow(model.name, DEFAULT_FRAMES, side, side, "whole", self.settings.dtypes[0])
 
-    def _flops_of(self, job: Job) -> tuple[float, float]:
+    def _flops_of(self, job: BenchRow) -> tuple[float, float]:
         """FLOPs of a job, where they were not counted in proportion to its pixels: good enough for a plan."""
         model, size = self.models[job.model], job.size
         if not self._counts.has(model, size):

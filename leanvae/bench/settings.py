@@ -4,10 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from leanvae.bench.jobs import Job
+from leanvae.bench.jobs import BenchRow
 from leanvae.bench.modes import MODES
-from leanvae.bench.sizes import Size
-from leanvae.peers import Model
+from leanvae.peers.models import Model, Size
 
 DEFAULT_RESOLUTIONS = ((64, 64), (128, 128), (256, 256), (512, 512), (768, 768), (1080, 1920), (2160, 3840))
 DEFAULT_FRAMES = 17
@@ -29,7 +28,7 @@ def table3_models(full: bool) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """What to measure; None takes the default selection.
 
     Attributes:
@@ -83,16 +82,16 @@ class Settings:
             return MODES
         return _MODES_OF_OURS if model.is_ours else ("whole",)
 
-    def jobs(self, models: Iterable[Model], common_side: int | None) -> dict[Job, int]:
+    def jobs(self, models: Iterable[Model], common_side: int | None) -> dict[BenchRow, int]:
         """The jobs of a run, each with its rank: those of a lower rank come first.
 
         Args:
             models: the models of the run.
             common_side: side in pixels of the clips that every video model is measured on, if there is one.
         """
-        ranked: dict[Job, int] = {}
+        ranked: dict[BenchRow, int] = {}
 
-        def add(rank: int, *jobs: Job) -> None:
+        def add(rank: int, *jobs: BenchRow) -> None:
             for job in jobs:
                 ranked.setdefault(job, rank)
 
@@ -119,12 +118,12 @@ class Settings:
                         add(3, replace(self._job(model, size, mode), dtype=dtype))
         return ranked
 
-    def table3_jobs(self) -> list[Job]:
+    def table3_jobs(self) -> list[BenchRow]:
         """Encoders on batches of images: Table 3 of the LiteVAE paper."""
         names = table3_models(self.budget is None) if self.table3 or self.budget is None else TABLE3_MODELS
         side, device = TABLE3_SIDE, self.device
-        return [Job(name, 1, side, side, device=device, batch=TABLE3_BATCH, encode_only=True) for name in names]
+        return [BenchRow(name, 1, side, side, device=device, batch=TABLE3_BATCH, encode_only=True) for name in names]
 
-    def _job(self, model: Model, size: Size, mode: str = "whole") -> Job:
+    def _job(self, model: Model, size: Size, mode: str = "whole") -> BenchRow:
         frames = 1 if model.kind == "image" else size.frames
-        return Job(model.name, frames, size.height, size.width, mode, self.dtypes[0], self.device)
+        return BenchRow(model.name, frames, size.height, size.width, mode, self.dtypes[0], self.device)

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from leanvae.bench.report import NO_TIME, Report
 from leanvae.bench.settings import HEADLINE, TABLE3_BATCH, TABLE3_SIDE
-from leanvae.bench.sizes import Size, resolution_name
+from leanvae.bench.sizes import resolution_name
+from leanvae.peers.models import Size
 
 _SHOWN_LEFT_OUT = 6
 _TABLE3_PAPER = {

@@ -10,7 +10,7 @@ from leanvae.cli.flags import add_device, add_strict, find_device
 from litevae.errors import InvalidInput, MissingFile, extra
 
 if TYPE_CHECKING:
-    from leanvae.bench.settings import Settings
+    from leanvae.bench.settings import BenchSettings
 
 SUMMARY = "Measure what VAEs cost at a resolution: FLOPs, time and memory, of ours and of others."
 DEFAULT_OUTPUT = "runs/bench"
@@ -94,13 +94,13 @@ def run(args: argparse.Namespace) -> int:
     return 3 if args.strict and failed else 0
 
 
-def _settings(args: argparse.Namespace) -> "Settings":
+def _settings(args: argparse.Namespace) -> "BenchSettings":
     """The flags, checked."""
     from leanvae.bench.jobs import DTYPES
     from leanvae.bench.modes import MODES
-    from leanvae.bench.settings import Settings, table3_models
-    from leanvae.bench.sizes import choose, parse_frames, parse_resolution
-    from leanvae.peers import REGISTRY, find_model
+    from leanvae.bench.settings import BenchSettings, table3_models
+    from leanvae.bench.sizes import parse_frames, parse_resolution
+    from leanvae.peers.registry import REGISTRY, choose, find_model
 
     models = table3_models(args.full) if args.table3 else _split(args.models) or tuple(REGISTRY)
     for name in models:
@@ -109,7 +109,7 @@ def _settings(args: argparse.Namespace) -> "Settings":
     if args.budget is not None and (args.full or args.budget <= 0):
         raise InvalidInput("--budget: expected minutes above 0, and not together with --full")
     dtypes = _split(args.dtype) or (("float32", "bfloat16") if args.full and not args.table3 else ("float32",))
-    return Settings(
+    return BenchSettings(
         models=models,
         resolutions=tuple(map(parse_resolution, resolutions)) if resolutions else None,
         frames=tuple(map(parse_frames, frames)) if frames else None,

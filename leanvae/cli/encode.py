@@ -13,11 +13,11 @@ from leanvae.cli.flags import (
     find_dtype,
     keep_threads_from_spinning,
 )
-from litevae.errors import InvalidInput
+from litevae.errors import InvalidInput, WorkIncomplete
 
 if TYPE_CHECKING:
     from leanvae.latents.clips import ClipRule
-    from leanvae.latents.engines import Work
+    from leanvae.latents.encoder import EncodeJob
 
 SUMMARY = "Encode clips into a store of latents; also started by torchrun or deepspeed, or on a Ray cluster."
 
@@ -72,10 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encodes, and prints the summary as JSON.
+    """Encodes, and prints the summary as JSON; returns 0.
 
-    Returns:
-        0 if all the work was done; 3 if sources were lost, or skipped with `--strict`.
+    Raises:
+        WorkIncomplete: sources were lost, or skipped with `--strict`.
     """
     keep_threads_from_spinning()
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     summary = encode_clips(
         args.input,
         args.output,
-        _work(args),
+        _job(args),
         device_of_rank(args.device),
         args.engine,
         parse_bytes(args.shard_size),
@@ -94,20 +94,24 @@ def run(args: argparse.Namespace) -> int:
     )
     if rank() == 0:
         print(json.dumps(summary))
-    return 3 if summary["unfinished"] or (args.strict and summary["skipped"]) else 0
+    if summary["unfinished"]:
+        raise WorkIncomplete(f"{summary['unfinished']} of {summary['sources']} sources were lost: start it again")
+    if args.strict and summary["skipped"]:
+        raise WorkIncomplete(f"{len(summary['skipped'])} of {summary['sources']} sources were skipped, with --strict")
+    return 0
 
 
-def _work(args: argparse.Namespace) -> "Work":
+def _job(args: argparse.Namespace) -> "EncodeJob":
     import torch
 
-    from leanvae.latents.engines import Work
+    from leanvae.latents.encoder import EncodeJob
 
     for name in ("batch_size", "workers"):
         if getattr(args, name) < 1:
             raise InvalidInput(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if not args.timeout > 0:
         raise InvalidInput(f"--timeout: expected seconds above 0, got {args.timeout:g}")
-    return Work(
+    return EncodeJob(
         args.checkpoint,
         _rule(args),
         getattr(torch, args.dtype),

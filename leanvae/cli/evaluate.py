@@ -1,7 +1,6 @@
 """The flags of `evaluate`, and what it prints; nothing heavy is imported before it runs."""
 
 import argparse
-import os
 from typing import Any
 
 from leanvae.cli.flags import (
@@ -68,18 +67,19 @@ def run(args: argparse.Namespace) -> int:
     keep_threads_from_spinning()
 
     from leanvae.bench.sizes import parse_resolution
-    from leanvae.evaluation.autoencoders import Cutting
+    from leanvae.distributed import rank
     from leanvae.evaluation.page import PAGE_FILE
-    from leanvae.evaluation.run import Settings, evaluate
+    from leanvae.evaluation.run import EvaluationSettings, evaluate
 
     for name, least in (("frames", 1), ("chunk", 1), ("shown", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise InvalidInput(f"--{name} {value}: expected a whole number from {least}")
-    settings = Settings(
+    settings = EvaluationSettings(
         args.frames,
         parse_resolution(args.resolution) if args.resolution else None,
-        Cutting(args.chunk, tuple(args.tile) if args.tile else None),
+        args.chunk,
+        tuple(args.tile) if args.tile else None,
         args.shown,
     )
     report = evaluate(
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         args.weights,
         strict=args.strict,
     )
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         print(describe(report))
         print(f"{report['files']} files evaluated, {len(report['skipped'])} skipped: {args.output}/{PAGE_FILE}")
     return 0

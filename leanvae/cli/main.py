@@ -36,13 +36,16 @@ class Command:
 def run_program(command: str | None = None) -> NoReturn:
     """Runs `main` as this process, and ends it with the status of that.
 
-    A rank ends before the interpreter shuts down: threads of its process group may outlive the group, and abort the
-    process ("terminate called without an active exception") if they let go of a tensor while Python is shutting down.
+    A rank of a training run ends before the interpreter shuts down: threads of its process group may outlive the group,
+    and abort the process ("terminate called without an active exception") if they let go of a tensor while Python is
+    shutting down.
     """
     status = 1
+    name = command or "".join(sys.argv[1:2])
+    is_training = name.replace("-", "_") in ("train_video", "train_image")
 
     def end_rank() -> None:
-        if "RANK" in os.environ:
+        if is_training and "RANK" in os.environ:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)

@@ -4,6 +4,7 @@ import argparse
 import json
 
 from leanvae.cli.flags import add_device, find_device
+from litevae.errors import WorkIncomplete
 
 SUMMARY = "Check a store of latents, or say what it holds."
 
@@ -21,13 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks or describes a store, and prints JSON; returns 3 if it found something wrong."""
-    from leanvae.latents.verify import describe_store, verify_store
+    """Checks or describes a store, and prints JSON.
+
+    Returns:
+        0.
+
+    Raises:
+        WorkIncomplete: something is wrong with the store.
+    """
+    from leanvae.latents.verify import store_info, verify_store
 
     if args.action == "info":
-        print(json.dumps(describe_store(args.store), indent=2))
+        print(json.dumps(store_info(args.store), indent=2))
         return 0
 
     report = verify_store(args.store, args.checkpoint, args.samples, find_device(args.device))
     print(json.dumps(report, indent=2))
-    return 3 if report["problems"] else 0
+    if report["problems"]:
+        raise WorkIncomplete(f"{args.store}: {len(report['problems'])} problems, listed above")
+    return 0

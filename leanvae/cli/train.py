@@ -1,7 +1,6 @@
 """The subcommands `train_video` and `train_image`."""
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
 from leanvae.cli.flags import add_local_rank, keep_threads_from_spinning
@@ -59,10 +58,11 @@ def run_image(args: argparse.Namespace) -> int:
 def _train(config_class: "type[TrainVideoConfig] | type[TrainImageConfig]", args: argparse.Namespace) -> int:
     if args.dry_run:
         from leanvae.config import load_config
+        from leanvae.distributed import rank, world_size
         from leanvae.training.dry_run import describe_run
 
-        if int(os.environ.get("RANK", "0")) == 0:
-            ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+        if rank() == 0:
+            ranks = args.ranks or world_size()
             print(describe_run(load_config(config_class, args.config, args.set), ranks))
         return 0
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from leanvae.coder import finite_frames, to_model
 from leanvae.metrics.frames import FrameMetrics, psnr
 from leanvae.model import LeanVAE
 from litevae.analysis import RBF_SIGMAS, Imbalance, feature_imbalance, latents_as_rgb, mmd
@@ -18,6 +19,7 @@ from litevae.config import DOWNSAMPLING
 from litevae.errors import InvalidInput, NotFinite
 from litevae.model import LiteVAE
 from litevae.perceptual import PerceptualDistance
+from litevae.pixels import from_bytes
 from litevae.posterior import DiagonalGaussian
 
 Autoencoder = LeanVAE | LiteVAE
@@ -160,16 +162,13 @@ class ModelRecord:
 
     def _reconstruct(self, images: list[NDArray[np.uint8]]) -> tuple[Tensor, DiagonalGaussian, Tensor]:
         """Images as `(N, 3, H, W)` in [0, 1], their posterior, and its mean decoded and clamped, in float32."""
-        weight = next(self.vae.parameters())
-        x = torch.from_numpy(np.stack(images)).to(weight.device).movedim(-1, 1).float() / 255
-        posterior = self.vae.encode((2 * x - 1).to(weight.dtype))
-        decoded = self.vae.decode(posterior.mode(), size=tuple(x.shape[2:])).float()
-        if not decoded.isfinite().all():
-            raise NotFinite(
-                f"{self.name}: the decoder's output is not finite:"
-                " the weights are broken, or need another dtype (float32)"
-            )
-        return x, posterior, ((decoded + 1) / 2).clamp(0, 1)
+        x = from_bytes(np.stack(images), next(self.vae.parameters()).device)
+        posterior = self.vae.encode(to_model([images], self.vae)[0].transpose(0, 1))
+        decoded = self.vae.decode(posterior.mode(), size=tuple(x.shape[2:]))
+        try:
+            return x, posterior, torch.cat(list(finite_frames(decoded)))
+        except NotFinite as error:
+            raise NotFinite(f"{self.name}: {error}") from error
 
     def _imbalance(self, latent: Tensor) -> Imbalance | None:
         """Imbalance of the decoder's last feature maps; None for a model that has no such maps."""

@@ -1,26 +1,33 @@
 """Plain baselines: the frames themselves, JPEG, H.264, and bicubic interpolation."""
 
 import re
-import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from leanvae.evaluation.coder import Coder, Observe
-from leanvae.evaluation.h264 import decode_h264, encode_h264
+from leanvae.coder import Reconstruction, Seams
+from leanvae.media.convert import frame_to_rgb
 from leanvae.media.image import read_image
+from leanvae.media.info import Frame
+from leanvae.media.writer import Interpolation, to_yuv
 from litevae.errors import InvalidInput, extra
-from litevae.pixels import to_bytes
+from litevae.pixels import from_bytes
 
 with extra("video"):
     import cv2
+    from av.codec.context import CodecContext
+    from av.video.codeccontext import VideoCodecContext
+    from av.video.reformatter import ColorRange, Colorspace
 
 _BLOCK = 8  # pixels; JPEG's, and that of most of H.264's transforms
+_RATE = Fraction(25)  # guides x264's rate control only
 _SPECIFICATION = re.compile(r"(identity)|(jpeg|h264|bicubic):(\S+)")
 _RANGES = {
     "jpeg": (1, 100, "a quality of 1 to 100"),
@@ -29,67 +36,120 @@ _RANGES = {
 }
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """A `Reconstructor` without weights, latents or parts.
+
+    Attributes:
+        source: what it does, in words.
+        stamp: changes when that does.
+        patch: side in pixels of its blocks.
+        run: frames to their reconstructions.
+    """
+
+    source: str
+    stamp: str
+    patch: int
+    run: Callable[[Iterable[Frame]], Iterator[Reconstruction]]
+
+    def seams(self, frames: int, height: int, width: int) -> Seams:
+        """Frames are worked on whole, and clips are not cut."""
+        return Seams()
+
+    def reconstruct(self, frames: Iterable[Frame]) -> Iterator[Reconstruction]:
+        """Encodes and decodes frames of one size."""
+        return self.run(frames)
+
+
 def is_baseline(spec: str) -> bool:
     """Whether a specification is `identity`, `jpeg:...`, `h264:...` or `bicubic:...`."""
     return _SPECIFICATION.fullmatch(spec) is not None
 
 
-def make_baseline(spec: str) -> Coder:
-    """The baseline that a specification names, and that is called by it.
+def make_baseline(spec: str) -> Baseline:
+    """Makes the baseline that a specification names.
 
     Raises:
-        ValueError: its number is out of range.
+        InvalidInput: its number is out of range.
     """
     match = _SPECIFICATION.fullmatch(spec)
     assert match is not None, "is_baseline tells"
     if match[1]:
-        return _framewise(spec, "the frames themselves", _BLOCK, lambda frame: frame)
+        return _framewise("the frames themselves", _BLOCK, lambda image: from_bytes(image[None]))
     kind, number = match[2], match[3]
     low, high, rule = _RANGES[kind]
     if not number.isdecimal() or not low <= int(number) <= high:
         raise InvalidInput(f"{spec}: expected {kind} with {rule}, such as {kind}:{(low + high) // 2}")
     value = int(number)
     if kind == "jpeg":
-        return _framewise(spec, f"JPEG of quality {value}", _BLOCK, lambda frame: _jpeg(frame, value))
+        return _framewise(f"JPEG of quality {value}", _BLOCK, lambda image: _jpeg(image, value))
     if kind == "bicubic":
-        return _framewise(spec, f"bicubic, {value} times smaller and back", value, lambda frame: _bicubic(frame, value))
-
-    def run(frames: Iterable[Tensor], _: Observe) -> Iterator[Tensor]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "clip.mp4"
-            size = encode_h264(path, (to_bytes(frame[None])[0] for frame in frames), value)
-            for image in decode_h264(path, size):
-                yield _to_unit(image)[None]
-
-    return Coder(spec, f"H.264 (x264) at CRF {value}", spec, _BLOCK, run)
+        return _framewise(f"bicubic, {value} times smaller and back", value, lambda image: _bicubic(image, value))
+    return Baseline(f"H.264 (x264) at CRF {value}", spec, _BLOCK, lambda frames: _h264(frames, value))
 
 
-def _framewise(name: str, source: str, period: int, function: Callable[[Tensor], Tensor]) -> Coder:
-    """A coder that takes each frame `(3, H, W)` in [0, 1] alone."""
+def _framewise(source: str, patch: int, function: Callable[[NDArray[np.uint8]], Tensor]) -> Baseline:
+    """A baseline that takes each image `(H, W, 3)` alone, to `(1, 3, H, W)` in [0, 1]."""
 
-    def run(frames: Iterable[Tensor], _: Observe) -> Iterator[Tensor]:
+    def run(frames: Iterable[Frame]) -> Iterator[Reconstruction]:
         for frame in frames:
-            yield function(frame)[None]
+            yield Reconstruction([frame], function(frame.image))
 
-    return Coder(name, source, source, period, run)
-
-
-def _to_unit(image: NDArray[np.uint8]) -> Tensor:
-    """`(H, W, 3)` bytes as `(3, H, W)` in [0, 1]."""
-    return torch.from_numpy(image).movedim(-1, 0).float() / 255
+    return Baseline(source, source, patch, run)
 
 
-def _jpeg(frame: Tensor, quality: int) -> Tensor:
-    """A frame through OpenCV's JPEG, with chroma at half the resolution."""
-    image = cv2.cvtColor(to_bytes(frame[None])[0], cv2.COLOR_RGB2BGR)
-    encoded, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+def _jpeg(image: NDArray[np.uint8], quality: int) -> Tensor:
+    """OpenCV's JPEG, with chroma at half the resolution."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality]
+    encoded, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
     assert encoded
-    return _to_unit(read_image(data.tobytes()))
+    return from_bytes(read_image(data.tobytes())[None])
 
 
-def _bicubic(frame: Tensor, factor: int) -> Tensor:
-    """A frame made `factor` times smaller in each direction, with antialiasing, and brought back."""
-    size = list(frame.shape[1:])
+def _bicubic(image: NDArray[np.uint8], factor: int) -> Tensor:
+    """An image made `factor` times smaller in each direction, with antialiasing, and brought back."""
+    size = list(image.shape[:2])
     small = [-(-side // factor) for side in size]
-    shrunk = F.interpolate(frame[None], size=small, mode="bicubic", align_corners=False, antialias=True)
-    return F.interpolate(shrunk, size=size, mode="bicubic", align_corners=False)[0].clamp(0, 1)
+    shrunk = F.interpolate(from_bytes(image[None]), size=small, mode="bicubic", align_corners=False, antialias=True)
+    return F.interpolate(shrunk, size=size, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def _h264(frames: Iterable[Frame], crf: int) -> Iterator[Reconstruction]:
+    """Frames through x264 with its preset `medium`, and back; about as many wait as it looks ahead, 43.
+
+    Odd sides are made even by repeating the last line.
+    """
+    waiting: deque[Frame] = deque()
+
+    def pictures() -> Iterator[NDArray[np.uint8]]:
+        for frame in frames:
+            waiting.append(frame)
+            height, width = frame.image.shape[:2]
+            yield np.pad(frame.image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+    for decoded in _through_x264(pictures(), crf):
+        frame = waiting.popleft()
+        height, width = frame.image.shape[:2]
+        yield Reconstruction([frame], from_bytes(decoded[None, :height, :width]))
+    assert not waiting, "as many frames come out as go in"
+
+
+def _through_x264(images: Iterator[NDArray[np.uint8]], crf: int) -> Iterator[NDArray[np.uint8]]:
+    """Encodes and decodes images of one even size, in yuv420p."""
+    first = next(images, None)
+    if first is None:
+        return
+    encoder, decoder = CodecContext.create("libx264", "w"), CodecContext.create("h264", "r")
+    assert isinstance(encoder, VideoCodecContext)
+    assert isinstance(decoder, VideoCodecContext)
+    encoder.height, encoder.width = first.shape[:2]
+    encoder.pix_fmt = "yuv420p"
+    encoder.framerate, encoder.time_base = _RATE, 1 / _RATE
+    encoder.colorspace, encoder.color_range = Colorspace.ITU709, ColorRange.MPEG
+    encoder.options = {"crf": str(crf), "preset": "medium"}
+    # As FFmpeg converts where nothing is asked for.
+    pictures = (to_yuv(image, interpolation=Interpolation.BILINEAR) for image in chain([first], images))
+    packets = (packet for picture in chain(pictures, [None]) for packet in encoder.encode(picture))
+    for packet in chain(packets, [None]):
+        for frame in decoder.decode(packet):
+            yield frame_to_rgb("H.264", frame)

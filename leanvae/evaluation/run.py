@@ -2,33 +2,29 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from leanvae.distributed import barrier, gather, joined_ranks, on_main, rank, world_size
-from leanvae.evaluation.analysis import model_names
-from leanvae.evaluation.autoencoders import Cutting, is_of_diffusers, load_autoencoder
-from leanvae.evaluation.baselines import is_baseline, make_baseline
-from leanvae.evaluation.coder import Coder
-from leanvae.evaluation.inputs import Source
+from leanvae.data.samples import Cut, cut_picture
+from leanvae.distributed import barrier, gather, join_ranks, on_main, rank, world_size
+from leanvae.evaluation.candidates import Candidate, load_candidates
 from leanvae.evaluation.page import write_page
 from leanvae.evaluation.pictures import FrameWriter, picture_paths, write_blocks, write_latent
 from leanvae.evaluation.records import SOURCE, Records, Row, record_key
 from leanvae.evaluation.summary import Evaluated, summarise, write_tables
-from leanvae.inference.plan import PIXELS_AT_ONCE
 from leanvae.media.errors import MediaError
-from leanvae.media.folder import open_clip
+from leanvae.media.folder import open_clip, read_frames
+from leanvae.media.info import Frame
 from leanvae.media.naming import NamedItem, find_inputs
 from leanvae.metrics.clips import ClipFeatures, ClipMeasures, LatentStatistics
 from leanvae.metrics.networks import FeatureNetworks, load_feature_networks
-from litevae.errors import InvalidInput, WorkIncomplete, extra
+from litevae.errors import NotFinite, WorkIncomplete, extra
+from litevae.pixels import from_bytes
 
 with extra("video"):
     import av.error
@@ -42,20 +38,23 @@ _DEFAULT_RATE, _FASTEST_RATE = Fraction(25), 120
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What is measured of each file, and shown.
 
     Attributes:
         num_frames: most frames of a clip, from its start; None takes all.
         resolution: (height, width) that frames are resized to cover and cut to, before models see them and as what
             they are compared with; None leaves them as they are.
-        cutting: how models work in parts.
+        chunk: most frames that a model gets at a time; None as memory allows, and whole clips for models without
+            streams.
+        tile: most (height, width) in pixels of a tile; None as memory allows.
         shown: most clips with pictures; of more, the worst and the best by the first model's PSNR have them.
     """
 
     num_frames: int | None = None
     resolution: tuple[int, int] | None = None
-    cutting: Cutting = field(default_factory=Cutting)
+    chunk: int | None = None
+    tile: tuple[int, int] | None = None
     shown: int = 100
 
 
@@ -65,7 +64,7 @@ def evaluate(
     output: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    settings: Settings | None = None,
+    settings: EvaluationSettings | None = None,
     weights: str | Path | None = None,
     strict: bool = False,
 ) -> dict[str, Any]:
@@ -78,7 +77,7 @@ def evaluate(
     must see the output folder.
 
     Args:
-        checkpoints: what `make_baseline` and `load_autoencoder` make models of.
+        checkpoints: what `load_candidates` makes models of.
         inputs: what `find_inputs` lists.
         output: folder for the results, made if missing.
         device: where models and metrics run.
@@ -97,35 +96,21 @@ def evaluate(
         WorkIncomplete: no file could be evaluated, or not all with `strict`.
         NotFinite: a model's output is infinite or NaN.
     """
-    settings = settings or Settings()
-    with joined_ranks():
+    settings = settings or EvaluationSettings()
+    with join_ranks():
         jobs = find_inputs(Path(inputs), Path(output))
-        names = _names(checkpoints)
         networks = load_feature_networks(weights, device)
         if rank() == 0:
             for sentence in networks.missing:
                 logger.info(sentence)
-        coders = [
-            make_baseline(spec) if is_baseline(spec) else load_autoencoder(spec, name, settings.cutting, device, dtype)
-            for spec, name in zip(checkpoints, names, strict=True)
-        ]
-        run = _Run(coders, networks, jobs, Path(output), settings, torch.device(device))
+        candidates = load_candidates(checkpoints, settings.chunk, settings.tile, device, dtype)
+        run = _Run(candidates, networks, jobs, Path(output), settings, torch.device(device))
         skipped = run.measure_all()
         report = on_main(lambda: _report(run, skipped, str(inputs)))
     if skipped and (strict or len(skipped) == len(jobs)):
         listed = "; ".join(f"{entry['input']}: {entry['reason']}" for entry in skipped[:5])
         raise WorkIncomplete(f"{len(skipped)} of {len(jobs)} files could not be evaluated: {listed}")
     return report
-
-
-def _names(checkpoints: Sequence[str]) -> list[str]:
-    """Short different names: paths of checkpoints without what all share, other specifications as they are."""
-    if not checkpoints or len(set(checkpoints)) < len(checkpoints):
-        raise InvalidInput(f"checkpoints are {list(checkpoints)}: expected one or more different ones")
-    paths = [spec for spec in checkpoints if not (is_baseline(spec) or is_of_diffusers(spec))]
-    short = dict(zip(paths, model_names(paths), strict=True)) if paths else {}
-    names = [short.get(spec, spec) for spec in checkpoints]
-    return names if len(set(names)) == len(names) else list(checkpoints)
 
 
 def _report(run: "_Run", skipped: list[dict[str, str]], inputs: str) -> dict[str, Any]:
@@ -143,14 +128,14 @@ class _Run:
 
     def __init__(
         self,
-        coders: list[Coder],
+        candidates: list[Candidate],
         networks: FeatureNetworks,
         jobs: list[NamedItem],
         output: Path,
-        settings: Settings,
+        settings: EvaluationSettings,
         device: torch.device,
     ) -> None:
-        self.coders, self.jobs, self.output = coders, jobs, output
+        self.candidates, self.jobs, self.output = candidates, jobs, output
         self._networks, self._settings, self._device = networks, settings, device
         self._records = Records(output / RECORDS)
 
@@ -169,7 +154,8 @@ class _Run:
 
     def _worst_and_best(self, jobs: list[NamedItem]) -> list[NamedItem]:
         """As many clips as are to be shown, half from either end of the first model's PSNR."""
-        rows = [self._records.read(self.coders[0].name, job.name, self._key(job, self.coders[0])) for job in jobs]
+        first = self.candidates[0]
+        rows = [self._records.read(first.name, job.name, self._key(job, first)) for job in jobs]
         order = sorted(
             (row["psnr"] if row and row["psnr"] is not None else float("inf"), index) for index, row in enumerate(rows)
         )
@@ -205,34 +191,40 @@ class _Run:
             raise MediaError(job.item.name, f"cannot be written as H.264: {error.strerror}") from error
 
     def _measure_models(self, job: NamedItem, show: bool) -> str:
-        source = Source(job, self._settings.num_frames, self._settings.resolution)
         key = self._key(job)
         info = self._known(SOURCE, job, key, show)
         if info is None:
-            info = self._measure_source(source, key, show)
+            info = self._measure_source(job, key, show)
         said = []
-        for coder in self.coders:
-            key = self._key(job, coder)
-            row = self._known(coder.name, job, key, show)
+        for candidate in self.candidates:
+            key = self._key(job, candidate)
+            row = self._known(candidate.name, job, key, show)
             if row is None:
-                row = self._measure_coder(coder, source, info, key, show)
+                row = self._measure_candidate(candidate, job, info, key, show)
             psnr = "infinite" if row["psnr"] is None else f"{row['psnr']:.2f} dB"
-            said.append(f"{coder.name} PSNR {psnr}")
+            said.append(f"{candidate.name} PSNR {psnr}")
         return ", ".join(said)
 
-    def _key(self, job: NamedItem, coder: Coder | None = None) -> str:
+    def _key(self, job: NamedItem, candidate: Candidate | None = None) -> str:
         try:
             state = os.stat(job.item.address)
         except OSError as error:
             raise MediaError(job.item.name, "no such file") from error
+        parts = {"chunk": self._settings.chunk, "tile": self._settings.tile}
         return record_key(
             measured_as=_MEASURED_AS,
             file=[job.item.path, state.st_size, state.st_mtime_ns],
             frames=self._settings.num_frames,
             resolution=self._settings.resolution,
             networks=self._networks.names(),
-            model=coder and [coder.source, coder.stamp, vars(self._settings.cutting)],
+            model=candidate and [candidate.source, candidate.stamp, parts],
         )
+
+    def _read(self, job: NamedItem) -> Iterator[Frame]:
+        """The frames as models get them, and as they are measured against them."""
+        resolution = self._settings.resolution
+        for frame in read_frames(job.item, self._settings.num_frames):
+            yield frame if resolution is None else replace(frame, image=cut_picture(frame.image, resolution, Cut()))
 
     def _known(self, model: str, job: NamedItem, key: str, show: bool) -> Row | None:
         """The record of a clip, unless it or a picture that is wanted is missing."""
@@ -240,34 +232,40 @@ class _Run:
         pictures = [self.output / MEDIA / path for path in (row or {}).get("pictures", {}).values()]
         return row if row and (not show or (pictures and all(path.is_file() for path in pictures))) else None
 
-    def _measure_source(self, source: Source, key: str, show: bool) -> Row:
+    def _measure_source(self, job: NamedItem, key: str, show: bool) -> Row:
         """Reads a file to its end, for its features and its pictures."""
-        job, features = source.job, ClipFeatures(self._networks)
+        features = ClipFeatures(self._networks)
         fps = _rate(job) if job.is_video else None
         rate = fps if fps and 1 <= fps <= _FASTEST_RATE else _DEFAULT_RATE
         paths = picture_paths(job.name, SOURCE, job.is_video) if show else {}
         size, count = (0, 0), 0
         with FrameWriter(self.output / MEDIA / paths["frames"] if show else None, job.is_video, rate) as writer:
-            for frame in source.frames():
-                features.update(frame[None].to(self._device))
-                writer.write(frame[None])
-                size, count = (frame.shape[1], frame.shape[2]), count + 1
+            for frame in self._read(job):
+                image = from_bytes(frame.image[None], self._device)
+                features.update(image)
+                writer.write(image)
+                size, count = frame.image.shape[:2], count + 1
         row = {"kind": "video" if job.is_video else "image", "height": size[0], "width": size[1], "frames": count}
         row |= {"rate": float(rate), "shown_frames": writer.num_frames, "pictures": paths}
         self._records.write(SOURCE, job.name, key, row, features.tensors())
         return row
 
-    def _measure_coder(self, coder: Coder, source: Source, info: Row, key: str, show: bool) -> Row:
-        job, size = source.job, (info["height"], info["width"])
-        measures = ClipMeasures(*size, coder.period, self._networks)
+    def _measure_candidate(self, candidate: Candidate, job: NamedItem, info: Row, key: str, show: bool) -> Row:
+        height, width = info["height"], info["width"]
+        measures = ClipMeasures(height, width, candidate.coder.patch, self._networks)
         latents = LatentStatistics(job.name)
-        paths = picture_paths(job.name, coder.name, job.is_video) if show else {}
+        paths = picture_paths(job.name, candidate.name, job.is_video) if show else {}
         media = self.output / MEDIA
         rate = Fraction(info["rate"]).limit_denominator(1001)
         with FrameWriter(media / paths["frames"] if show else None, job.is_video, rate) as writer:
-            for output, reference in _pairs(coder.run(source.frames(), latents.observe), source.frames(), *size):
-                measures.update(output.to(self._device), reference.to(self._device))
-                writer.write(output)
+            try:
+                for part in candidate.coder.reconstruct(self._read(job)):
+                    measures.update(part.output.to(self._device), part.reference.to(self._device))
+                    writer.write(part.output)
+                    if part.latent is not None:
+                        latents.observe(part.latent)
+            except NotFinite as error:
+                raise NotFinite(f"{candidate.name}: {error}") from error
         if show and latents.shown is not None:
             write_latent(media / paths["latent"], latents.shown)
         else:
@@ -276,23 +274,24 @@ class _Run:
             write_blocks(media / paths["blocks"], measures.steps.blocks)
         else:
             paths.pop("blocks", None)
-        row = measures.row(coder.parts(*size)) | {"pictures": paths}
+        row = measures.row(*candidate.coder.seams(info["frames"], height, width)) | {"pictures": paths}
         if "blocks" in paths:
             blocks = measures.steps.blocks
             row["blocks"] = {"frame": blocks.frame, "top": blocks.top, "left": blocks.left}
-        self._records.write(coder.name, job.name, key, row, measures.features.tensors() | latents.tensors())
+        self._records.write(candidate.name, job.name, key, row, measures.features.tensors() | latents.tensors())
         return row
 
     def evaluated(self) -> Evaluated:
         """All that was measured, by clip and model, read from disk."""
         clips: dict[str, Row] = {}
-        rows: dict[str, dict[str, Row]] = {coder.name: {} for coder in self.coders}
+        rows: dict[str, dict[str, Row]] = {candidate.name: {} for candidate in self.candidates}
         for job in self.jobs:
             if not os.path.exists(job.item.address):
                 continue
             info = self._records.read(SOURCE, job.name, self._key(job))
             found = {
-                coder.name: self._records.read(coder.name, job.name, self._key(job, coder)) for coder in self.coders
+                candidate.name: self._records.read(candidate.name, job.name, self._key(job, candidate))
+                for candidate in self.candidates
             }
             if info is None or None in found.values():
                 continue
@@ -300,14 +299,13 @@ class _Run:
             for name, row in found.items():
                 assert row is not None
                 rows[name][job.name] = row
-        resolution, cutting = self._settings.resolution, self._settings.cutting
         settings = {
             "frames": self._settings.num_frames,
-            "resolution": resolution and list(resolution),
-            "chunk": cutting.chunk,
-            "tile": cutting.tile and list(cutting.tile),
+            "resolution": self._settings.resolution and list(self._settings.resolution),
+            "chunk": self._settings.chunk,
+            "tile": self._settings.tile and list(self._settings.tile),
         }
-        sources = {coder.name: coder.source for coder in self.coders}
+        sources = {candidate.name: candidate.source for candidate in self.candidates}
         return Evaluated(clips, rows, sources, settings, self._networks.missing, self._records)
 
 
@@ -315,14 +313,3 @@ def _rate(job: NamedItem) -> Fraction | None:
     """Average frames per second of a clip."""
     with open_clip(job.item) as reader:
         return reader.info.fps
-
-
-def _pairs(
-    outputs: Iterable[Tensor], frames: Iterator[Tensor], height: int, width: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Reconstructions with the frames that they are of, as many as are measured at once."""
-    at_once = max(1, PIXELS_AT_ONCE // (height * width))
-    for output in outputs:
-        for some in output.split(at_once):
-            yield some, torch.stack(list(islice(frames, len(some))))
-    assert next(frames, None) is None, "a model gives back as many frames as it gets"

@@ -4,16 +4,27 @@ Two custom operators hold them, so that `torch.compile` sees neither the loop ov
 it could not trace. Weights may be packed or plain; the operators look.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanvae.inference.folding import LinearMap
 from leanvae.ops import BLOCK_TOKENS, geglu, in_blocks, layer_norm
 
 _onednn = torch.ops.mkldnn
+
+
+class LinearMap(NamedTuple):
+    """A linear map of channels-last tokens.
+
+    Attributes:
+        weight: `(O, I)`.
+        bias: `(O,)`, or `None`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -45,6 +56,8 @@ def _static(weight: Tensor) -> Tensor:
 @torch.library.custom_op("leanvae::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` with a weight that may be packed; `(..., I)` to `(..., O)`."""
+    if not x.numel():  # oneDNN has no product of nothing
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
     return in_blocks(lambda tokens: _product(tokens, weight, bias), x)
 
 

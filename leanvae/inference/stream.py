@@ -1,222 +1,379 @@
-"""Clips in parts, in time: streams of any length, and whole clips that are worked on chunk by chunk."""
+"""Clips in parts: streams of frames of any length, and whole clips that are worked on part by part, equal to the whole.
+
+The past of some frames is a value: a function takes it and returns that of the next frames. It holds what each
+convolution read of the whole frame, so that a stream can change the size of its parts at any time. `None` stands for a
+whole clip, which leaves none behind.
+"""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from leanvae.inference.chunking import ChunkPast, decode_chunk, encode_chunk
-from leanvae.inference.footprint import Work, clip_frames, latent_frames
-from leanvae.inference.plan import MOST_LATENT_FRAMES, Parts, Plan, make_plan
+from leanvae.inference.plan import ClipLoad, ClipPlan, Parts, decoding_load, encoding_load, make_plan
+from leanvae.inference.tiles import StoppedMidway, decode_tiles, encode_tiles, write_frames
+from leanvae.network import Layers, decode_frames, encode_frames
+from leanvae.patchify import clip_frames, pad_to_patches
+from leanvae.surroundings import WHOLE, Chunk
 from litevae.errors import InvalidInput
-from litevae.memory import is_out_of_memory, retry_smaller
-from litevae.pixels import check_pixels, crop
+from litevae.memory import empty_cache, format_bytes, is_out_of_memory
+from litevae.pixels import check_dtype, check_pixels, crop
 from litevae.posterior import DiagonalGaussian
-
-if TYPE_CHECKING:
-    from leanvae.model import LeanVAE
+from litevae.tiling import blended_windows, run_in_windows
 
 logger = logging.getLogger("leanvae")
 
-OutputT = TypeVar("OutputT")
+ResultT = TypeVar("ResultT")
+
+WHOLE_CLIP = Parts()  # nothing is asked for
 
 
-def encode_in_parts(vae: "LeanVAE", x: Tensor, parts: Parts) -> DiagonalGaussian:
-    """`LeanVAE.encode` of an image or a clip in parts."""
-    clip = x if x.ndim == 5 else x.unsqueeze(2)
-    group = vae.config.patch_size[0]
+class EncoderStream:
+    """A clip encoded as its frames arrive; equal to encoding it whole.
 
-    def run(plan: Plan) -> list[DiagonalGaussian]:
-        past: ChunkPast = None if plan.latent_frames is None else ()
-        posteriors, rest = [], clip
+    Args:
+        layers: of the model.
+        parts: how the frames that are there are worked on.
+        plan: that, if it is known; else it is made when the first frames come.
+    """
+
+    def __init__(self, layers: Layers, parts: Parts = WHOLE_CLIP, plan: ClipPlan | None = None) -> None:
+        self._layers, self._parts, self._plan = layers, parts, plan
+        self._group = layers.config.patch_size[0]
+        self._waiting: Tensor | None = None  # of a group that is not complete
+        self._like: Tensor | None = None
+        self._past: Any = ()
+        self._starts_clip = True
+
+    def split(self, frames: Tensor) -> Iterator[Tensor]:
+        """Cuts frames `(B, 3, t, H, W)` to what the plan allows; each piece is to be pushed before the next.
+
+        Raises:
+            InvalidInput: the frames have a wrong shape, or do not continue those before.
+        """
+        self._check_shape(frames)
+        while frames.shape[2]:
+            count = frames.shape[2]
+            if (latent := self._make_plan(frames).latent_frames) is not None:
+                waiting = 0 if self._waiting is None else self._waiting.shape[2]
+                count = clip_frames(latent, self._group, self._starts_clip) - waiting
+            yield frames[:, :, :count]
+            frames = frames[:, :, count:]
+
+    def push(self, frames: Tensor) -> DiagonalGaussian | None:
+        """Encodes the latent frames that are complete with these frames `(B, 3, t, H, W)`.
+
+        Returns:
+            Their posterior, `(B, Z, t', H', W')`, whose `size` counts the true frames that it covers; None if there
+            are none.
+
+        Raises:
+            InvalidInput: as in `split`.
+        """
+        check_pixels(frames)
+        self._check_shape(frames)
+        self._make_plan(frames)
+        if self._waiting is not None:
+            frames = torch.cat((self._waiting, frames), dim=2)
+        first = int(self._starts_clip)
+        ready = first + (frames.shape[2] - first) // self._group * self._group
+        self._waiting = frames[:, :, ready:].clone() if ready < frames.shape[2] else None
+        return self._encode(frames[:, :, :ready]) if ready else None
+
+    def finish(self) -> DiagonalGaussian | None:
+        """Encodes the frames of a last group that is not complete; None if there are none."""
+        frames, self._waiting = self._waiting, None
+        return None if frames is None else self._encode(frames)
+
+    def _encode(self, frames: Tensor) -> DiagonalGaussian:
+        posteriors, rest = [], frames
         while rest.shape[2]:
-            part, rest = _split(rest, plan.latent_frames, group, starts_clip=not past)
-            posterior, past = encode_chunk(vae, part, past, plan)
-            posteriors.append(posterior)
-        return posteriors
+            plan = self._make_plan(rest)
+            count = rest.shape[2]
+            if plan.latent_frames is not None:
+                count = min(count, clip_frames(plan.latent_frames, self._group, self._starts_clip))
+            part = rest[:, :, :count]
+            done, self._plan = attempt(
+                lambda plan, part=part: encode_part(self._layers, part, self._past, plan, self._starts_clip), plan
+            )
+            if done is not None:
+                posterior, self._past, self._plan = done
+                self._starts_clip, rest = False, rest[:, :, count:]
+                posteriors.append(posterior)
+        return joined(posteriors, tuple(frames.shape[2:]))
 
-    plan = plan_encoding(vae, clip, parts)
-    posteriors = retry_smaller(run, plan, Plan.halved, "encode")
-    mean, logvar = (torch.cat([getattr(part, name) for part in posteriors], dim=2) for name in ("mean", "logvar"))
-    return DiagonalGaussian(mean, logvar, tuple(x.shape[2:]))
+    def _check_shape(self, frames: Tensor) -> None:
+        if frames.ndim != 5:
+            raise InvalidInput(f"chunk has shape {tuple(frames.shape)}: expected (B, 3, t, H, W)")
+        self._like = _check_alike("chunk", frames, self._like)
+        check_dtype(frames, self._layers.logvar.weight, "chunk")
 
-
-def decode_in_parts(vae: "LeanVAE", latent: Tensor, size: Sequence[int] | None, parts: Parts) -> Tensor:
-    """`LeanVAE.decode` in parts."""
-    group, patch_height, patch_width = vae.config.patch_size
-    _, _, frames, height, width = latent.shape
-    padded = torch.empty(1, 1, clip_frames(frames, group), height * patch_height, width * patch_width, device="meta")
-    true_size = padded.shape[2:] if size is None else (1, *size) if len(size) == 2 else tuple(size)
-    crop(padded, true_size, vae.config.patch_size)  # refuses a wrong size
-
-    def run(plan: Plan) -> Tensor:
-        clip = latent.new_empty(len(latent), 3, *true_size)
-        past: ChunkPast = None if plan.latent_frames is None else ()
-        done = 0
-        for part in latent.split(plan.latent_frames or frames, dim=2):
-            count = clip_frames(part.shape[2], group, starts_clip=not past)
-            past = decode_chunk(vae, part, past, plan, clip[:, :, done : done + count])
-            done += count
-        return clip
-
-    plan = plan_decoding(vae, latent, parts)
-    clip = retry_smaller(run, plan, Plan.halved, "decode")
-    return clip[:, :, 0] if size is not None and len(size) == 2 else clip
+    def _make_plan(self, frames: Tensor) -> ClipPlan:
+        self._plan = self._plan or make_plan(encoding_load(self._layers, frames, is_stream=True), self._parts)
+        return self._plan
 
 
-def encode_stream(vae: "LeanVAE", chunks: Iterable[Tensor], parts: Parts) -> Iterator[DiagonalGaussian]:
-    """`LeanVAE.encode_stream`."""
-    group = vae.config.patch_size[0]
+class DecoderStream:
+    """A latent decoded as its frames arrive; equal to decoding it whole.
 
-    def plan_for(clip: Tensor) -> Plan:
-        return plan_encoding(vae, clip, parts, is_stream=True)
+    Args:
+        layers: of the model.
+        parts: how the latent frames that are there are worked on.
+        plan: that, if it is known; else it is made when the first latent frames come.
+    """
 
-    def step(frames: Tensor, past: ChunkPast, plan: Plan) -> tuple[DiagonalGaussian, ChunkPast]:
-        return encode_chunk(vae, frames, past, plan)
+    def __init__(self, layers: Layers, parts: Parts = WHOLE_CLIP, plan: ClipPlan | None = None) -> None:
+        self._layers, self._parts, self._plan = layers, parts, plan
+        self._like: Tensor | None = None
+        self._past: Any = ()
+        self._starts_clip = True
 
-    return _run_stream(_whole_groups(chunks, group), group, step, plan_for, "encode_stream")
+    def split(self, latent: Tensor) -> Iterator[Tensor]:
+        """Cuts a latent `(B, Z, t', H', W')` to what the plan allows; each piece is to be pushed before the next.
 
+        Raises:
+            InvalidInput: the latent has a wrong shape, or does not continue those before.
+        """
+        self._check(latent)
+        while latent.shape[2]:
+            count = self._make_plan(latent).latent_frames or latent.shape[2]
+            yield latent[:, :, :count]
+            latent = latent[:, :, count:]
 
-def decode_stream(vae: "LeanVAE", latents: Iterable[Tensor], parts: Parts) -> Iterator[Tensor]:
-    """`LeanVAE.decode_stream`."""
-    group, patch_height, patch_width = vae.config.patch_size
+    def push(self, latent: Tensor, out: Tensor | None = None) -> Tensor:
+        """Decodes latent frames `(B, Z, t', H', W')`.
 
-    def plan_for(latent: Tensor) -> Plan:
-        return plan_decoding(vae, latent, parts, is_stream=True)
+        Args:
+            latent: the frames.
+            out: where to write the pixels, `(B, 3, t, H, W)`; the padding that it has no room for is left out.
 
-    def step(latent: Tensor, past: ChunkPast, plan: Plan) -> tuple[Tensor, ChunkPast]:
+        Returns:
+            The pixels, `(B, 3, t, H, W)`, padded and about [-1, 1]; or `out`.
+
+        Raises:
+            InvalidInput: as in `split`.
+        """
+        self._check(latent)
+        group, patch_height, patch_width = self._layers.config.patch_size
         batch, _, frames, height, width = latent.shape
-        frames = clip_frames(frames, group, starts_clip=not past)
-        out = latent.new_empty(batch, 3, frames, height * patch_height, width * patch_width)
-        return out, decode_chunk(vae, latent, past, plan, out)
+        if out is None:
+            size = (clip_frames(frames, group, self._starts_clip), height * patch_height, width * patch_width)
+            out = latent.new_empty(batch, 3, *size)
+        done = 0
+        while latent.shape[2]:
+            plan = self._make_plan(latent)
+            part = latent[:, :, : plan.latent_frames or latent.shape[2]]
+            count = clip_frames(part.shape[2], group, self._starts_clip)
+            room = out[:, :, done : done + count]
+            went, self._plan = attempt(
+                lambda plan, part=part, room=room: decode_part(
+                    self._layers, part, self._past, plan, self._starts_clip, room
+                ),
+                plan,
+            )
+            if went is not None:
+                self._past, self._plan = went
+                self._starts_clip = False
+                done, latent = done + count, latent[:, :, part.shape[2] :]
+        return out
 
-    return _run_stream(_alike(latents, vae.config.latent_channels), 1, step, plan_for, "decode_stream")
+    def _check(self, latent: Tensor) -> None:
+        check_latent(latent, self._layers.config.latent_channels)
+        self._like = _check_alike("latent", latent, self._like)
+        check_dtype(latent, self._layers.logvar.weight, "latent")
+
+    def _make_plan(self, latent: Tensor) -> ClipPlan:
+        self._plan = self._plan or make_plan(decoding_load(self._layers, latent, is_stream=True), self._parts)
+        return self._plan
 
 
-def plan_encoding(vae: "LeanVAE", clip: Tensor, parts: Parts, is_stream: bool = False) -> Plan:
-    """The plan for encoding a clip `(B, 3, T, H, W)`, or a stream that begins with it."""
-    _, frames, height, width = vae.latent_shape(clip.shape[2:])
-    is_prepared = vae.encoder.embedding.prepared is not None
-    work = Work("encode", vae.config, len(clip), frames, height, width, clip.element_size(), is_prepared=is_prepared)
-    return make_plan(_as_stream(work) if is_stream else work, parts, clip.device)
+def encode_in_parts(layers: Layers, clip: Tensor, plan: ClipPlan) -> DiagonalGaussian:
+    """Encodes a clip `(B, 3, T, H, W)` by a plan; with smaller ones if memory runs out."""
+    if plan.latent_frames is None:  # no frames follow, for which a past had to be kept
+        done, plan = attempt(lambda plan: encode_part(layers, clip, None, plan), plan)
+        if done is not None:
+            return done[0]
+    stream = EncoderStream(layers, plan=plan)
+    posteriors = [stream.push(piece) for piece in stream.split(clip)]
+    parts = [posterior for posterior in [*posteriors, stream.finish()] if posterior is not None]
+    return joined(parts, tuple(clip.shape[2:]))
 
 
-def plan_decoding(vae: "LeanVAE", latent: Tensor, parts: Parts, is_stream: bool = False) -> Plan:
-    """The plan for decoding a latent `(B, Z, T', H', W')`, or a stream that begins with it."""
+def decode_in_parts(layers: Layers, latent: Tensor, size: Sequence[int] | None, plan: ClipPlan) -> Tensor:
+    """Decodes a latent `(B, Z, T', H', W')` by a plan to `size` (T, H, W), or padded; with smaller ones if need be."""
+    group, patch_height, patch_width = layers.config.patch_size
     batch, _, frames, height, width = latent.shape
-    is_prepared = vae.decoder.projection.prepared is not None
-    work = Work("decode", vae.config, batch, frames, height, width, latent.element_size(), is_prepared=is_prepared)
-    return make_plan(_as_stream(work) if is_stream else work, parts, latent.device)
+    padded = (clip_frames(frames, group), height * patch_height, width * patch_width)
+    size = padded if size is None else tuple(size)
+    crop(torch.empty(1, 1, *padded, device="meta"), size, layers.config.patch_size)  # refuses a wrong size
+    out = latent.new_empty(batch, 3, *size)
+    if plan.latent_frames is None:
+        done, plan = attempt(lambda plan: decode_part(layers, latent, None, plan, True, out), plan)
+        if done is not None:
+            return out
+    return DecoderStream(layers, plan=plan).push(latent, out)
 
 
-def _as_stream(work: Work) -> Work:
-    """Such work in a stream, of which any number of frames may arrive at once."""
-    return replace(work, latent_frames=MOST_LATENT_FRAMES, is_stream=True)
-
-
-def _run_stream(
-    pieces: Iterable[Tensor],
-    group: int,
-    step: Callable[[Tensor, ChunkPast, Plan], tuple[OutputT, ChunkPast]],
-    plan_for: Callable[[Tensor], Plan],
-    name: str,
-) -> Iterator[OutputT]:
-    """Takes the pieces of a clip through the model as they come, by at most the plan's latent frames at a time.
+def encode_part(
+    layers: Layers, frames: Tensor, past: Any, plan: ClipPlan, starts_clip: bool = True
+) -> tuple[DiagonalGaussian, Any, ClipPlan]:
+    """Encodes the next frames of a clip.
 
     Args:
-        pieces: parts `(B, C, t, H, W)` of the clip.
-        group: of how many along `t` each latent frame but the first consists.
-        step: works on a part; takes and returns the past.
-        plan_for: makes the plan from the first piece.
-        name: of the work, for the log.
+        layers: of the model.
+        frames: `(B, 3, t, H, W)` in [-1, 1].
+        past: what the frames before left, which is used up; `()` at the start, None for a whole clip.
+        plan: its tile, and whether to blend.
+        starts_clip: whether the clip begins here.
+
+    Returns:
+        The posterior, whose `size` is the true `(t, H, W)`, the past of the frames after these, and the plan for them:
+        with fewer at a time if memory ran out.
     """
-    past: ChunkPast = ()
-    plan, was_halved = None, False
-    for rest in pieces:
-        plan = plan or plan_for(rest)
-        while rest.shape[2]:
-            part, after = _split(rest, plan.latent_frames, group, starts_clip=not past)
-            try:
-                output, past = step(part, past, plan)
-            except (RuntimeError, MemoryError) as error:
-                smaller = _halved_midway(plan, past, latent_frames(part.shape[2], group, starts_clip=not past))
-                if was_halved or smaller is None or not is_out_of_memory(error):
-                    raise
-                logger.warning("%s: out of memory (%s); goes on with %s", name, str(error).splitlines()[0], smaller)
-                plan, was_halved = smaller, True
-                continue
-            rest = after
-            yield output
-            del output
+    at_once = None
+    if plan.tile is None:
+        around = WHOLE if past is None else Chunk(past)
+        pixels = pad_to_patches(frames, layers.config.patch_size, starts_clip)
+        mean, logvar = encode_frames(layers, pixels, around=around, starts_clip=starts_clip)
+        next_past = _next_past(around)
+    elif plan.blend:
+        mean, logvar, next_past = _encode_blended(layers, frames, past, plan, starts_clip)
+    else:
+        mean, logvar, next_past, at_once = encode_tiles(layers, frames, past, plan.tile, starts_clip)
+    posterior = DiagonalGaussian(mean, logvar, tuple(frames.shape[2:]))
+    return posterior, next_past, _with_frames(plan, at_once, mean.shape[2])
 
 
-def _halved_midway(plan: Plan, past: ChunkPast, num_frames: int) -> Plan | None:
-    """A smaller plan with which a stream can go on from its past.
+def decode_part(
+    layers: Layers, latent: Tensor, past: Any, plan: ClipPlan, starts_clip: bool, out: Tensor
+) -> tuple[Any, ClipPlan]:
+    """Decodes the next latent frames of a clip `(B, Z, t', H', W')` into `out` `(B, 3, t, H, W)`.
 
-    Args:
-        plan: the one for which memory did not suffice.
-        past: what there was before; if it is of tiles, it is used up.
-        num_frames: latent frames of the part that failed.
+    The other arguments are those of `encode_part`; returns the past of the frames after these, and the plan for them.
     """
-    if not past:
-        return plan.halved()
-    return replace(plan, latent_frames=num_frames // 2) if plan.tile is None and num_frames > 1 else None
+    if plan.tile is None:
+        around = WHOLE if past is None else Chunk(past)
+        write_frames(decode_frames(layers, latent, around=around, starts_clip=starts_clip), out)
+        return _next_past(around), plan
+    if plan.blend:
+        return _decode_blended(layers, latent, past, plan, starts_clip, out), plan
+    next_past, at_once = decode_tiles(layers, latent, past, plan.tile, starts_clip, out)
+    return next_past, _with_frames(plan, at_once, latent.shape[2])
 
 
-def _split(piece: Tensor, count: int | None, group: int, starts_clip: bool) -> tuple[Tensor, Tensor]:
-    """Cuts `(B, C, t, H, W)` after `count` latent frames, or at its end if there are fewer or it is `None`."""
-    frames = piece.shape[2] if count is None else clip_frames(count, group, starts_clip)
-    return piece[:, :, :frames], piece[:, :, frames:]
+def _with_frames(plan: ClipPlan, at_once: int | None, num_frames: int) -> ClipPlan:
+    """The plan with so many latent frames at once as were possible of some; None if all were."""
+    return plan if at_once in (None, num_frames) else replace(plan, latent_frames=at_once)
 
 
-def _whole_groups(chunks: Iterable[Tensor], group: int) -> Iterator[Tensor]:
-    """Passes frames on as soon as they fill groups of one latent frame each, and at the end what is left."""
-    waiting: Tensor | None = None
-    num_first = 1
-    for chunk in chunks:
-        _check_chunk(chunk, waiting)
-        waiting = chunk if waiting is None else torch.cat((waiting, chunk), dim=2)
-        ready = num_first + (waiting.shape[2] - num_first) // group * group
-        if ready:
-            yield waiting[:, :, :ready]
-            waiting, num_first = waiting[:, :, ready:].clone(), 0
-    if waiting is not None and waiting.shape[2]:
-        yield waiting
+def _next_past(around: Any) -> tuple[Tensor, ...]:
+    return tuple(around.next_past) if isinstance(around, Chunk) else ()
 
 
-def _check_chunk(chunk: Tensor, before: Tensor | None) -> None:
-    """Raises `ValueError` unless `chunk` is a clip that continues the one before."""
-    check_pixels(chunk)
-    if chunk.ndim != 5:
-        raise InvalidInput(f"chunk has shape {tuple(chunk.shape)}: expected (B, 3, t, H, W)")
-    _check_alike("chunk", chunk, before)
+def _encode_blended(
+    layers: Layers, frames: Tensor, pasts: Any, plan: ClipPlan, starts_clip: bool
+) -> tuple[Tensor, Tensor, Any]:
+    """Encodes overlapping tiles as if each were the whole, and blends what they say; each has a past of its own."""
+    whole, next_pasts = ClipPlan(plan.load), []
+
+    def run(part: Tensor, number: int) -> Tensor:
+        posterior, after, _ = encode_part(layers, part, pasts[number] if pasts else pasts, whole, starts_clip)
+        next_pasts.append(after)
+        return torch.cat((posterior.mean, posterior.logvar), dim=1)
+
+    rows, columns = _windows(plan)
+    parameters = run_in_windows(run, frames, rows, columns, in_step=layers.config.patch_size[1:])
+    mean, logvar = parameters.chunk(2, dim=1)
+    return mean, logvar, next_pasts
+
+
+def _decode_blended(layers: Layers, latent: Tensor, pasts: Any, plan: ClipPlan, starts_clip: bool, out: Tensor) -> Any:
+    """Decodes overlapping tiles as if each were the whole, and blends their pixels; each has a past of its own."""
+    next_pasts = []
+
+    def run(part: Tensor, number: int) -> Tensor:
+        past = pasts[number] if pasts else pasts
+        around = WHOLE if past is None else Chunk(past)
+        frames = decode_frames(layers, part, around=around, starts_clip=starts_clip)
+        next_pasts.append(_next_past(around))
+        return frames
+
+    rows, columns = _windows(plan)
+    write_frames(run_in_windows(run, latent, rows, columns, out_step=layers.config.patch_size[1:]), out)
+    return next_pasts
+
+
+def _windows(plan: ClipPlan) -> tuple[Any, Any]:
+    assert plan.tile is not None
+    rows, columns = (
+        blended_windows(*sizes) for sizes in zip((plan.load.height, plan.load.width), plan.tile, strict=True)
+    )
+    return rows, columns
+
+
+def whole_first(
+    whole: Callable[[], ResultT], in_parts: Callable[[ClipPlan], ResultT], load: Callable[[], ClipLoad]
+) -> ResultT:
+    """Does work whole; in parts, if memory runs out and no gradient is recorded."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return whole()
+    try:
+        return whole()
+    except (RuntimeError, MemoryError) as error:
+        plan = _smaller(ClipPlan(load()), error)
+    empty_cache()
+    return in_parts(plan)
+
+
+def attempt(work: Callable[[ClipPlan], ResultT], plan: ClipPlan) -> tuple[ResultT | None, ClipPlan]:
+    """Does work by a plan; returns its result, or None and a smaller plan if memory ran out."""
+    try:
+        return work(plan), plan
+    except (RuntimeError, MemoryError) as error:
+        plan = _smaller(plan, error)
+    empty_cache()  # outside the handler, where the error and the tensors of its frames are gone
+    return None, plan
+
+
+def _smaller(plan: ClipPlan, error: Exception) -> ClipPlan:
+    """The plan to go on with; raises the error if it is another one than a lack of memory, or nothing is smaller."""
+    can_go_on = is_out_of_memory(error) and not isinstance(error, StoppedMidway)
+    smaller = plan.halved() if can_go_on else None
+    if smaller is None:
+        raise error
+    logger.warning(
+        "%s: out of memory (%s); goes on with %s; memory_limit='%s' does so at once",
+        plan.load.name,
+        str(error).splitlines()[0],
+        smaller,
+        format_bytes(smaller.memory),
+    )
+    return smaller
+
+
+def joined(posteriors: Sequence[DiagonalGaussian], size: tuple[int, ...]) -> DiagonalGaussian:
+    """One posterior of several that follow each other in time."""
+    mean, logvar = (torch.cat([getattr(part, name) for part in posteriors], dim=2) for name in ("mean", "logvar"))
+    return DiagonalGaussian(mean, logvar, size)
 
 
 def check_latent(latent: Tensor, channels: int) -> None:
-    """Raises `ValueError` unless this is a latent of so many channels."""
+    """Raises `InvalidInput` unless this is a latent of so many channels."""
     if latent.ndim != 5 or latent.shape[1] != channels or 0 in latent.shape:
         raise InvalidInput(f"latent has shape {tuple(latent.shape)}: expected (B, {channels}, T', H', W')")
 
 
-def _alike(latents: Iterable[Tensor], channels: int) -> Iterator[Tensor]:
-    """Passes latents on; raises `ValueError` if one does not continue those before."""
-    before = None
-    for latent in latents:
-        check_latent(latent, channels)
-        _check_alike("latent", latent, before)
-        before = latent
-        yield latent
-
-
-def _check_alike(name: str, part: Tensor, before: Tensor | None) -> None:
-    if before is None:
-        return
-    if part.dtype != before.dtype or any(part.shape[axis] != before.shape[axis] for axis in (0, 1, 3, 4)):
-        batch, channels, _, height, width = before.shape
+def _check_alike(name: str, part: Tensor, like: Tensor | None) -> Tensor:
+    """Raises `InvalidInput` unless a part continues those before; returns what the next ones must be like."""
+    if like is None:
+        return torch.empty_like(part, device="meta")
+    if part.dtype != like.dtype or any(part.shape[axis] != like.shape[axis] for axis in (0, 1, 3, 4)):
+        batch, channels, _, height, width = like.shape
         raise InvalidInput(
             f"{name} has shape {tuple(part.shape)} and dtype {part.dtype}: the ones before have "
-            f"({batch}, {channels}, any, {height}, {width}) and {before.dtype}"
+            f"({batch}, {channels}, any, {height}, {width}) and {like.dtype}"
         )
+    return like

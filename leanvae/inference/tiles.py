@@ -5,27 +5,26 @@ reads of the tiles above and to the left, these hand on: the last rows and colum
 would need from below and from the right is not there yet, so its output ends one token earlier than its input, and the
 next tile begins there. Every token thus passes every layer once, and behind the lower and right edge follow tiles
 that only finish what is left. After all layers a tile has moved by the receptive field: 6 tokens to encode and 14 to
-decode with the published depth. In time each tile has a past of its own, at each layer where the tile is by then.
+decode with the published depth.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from leanvae.bottleneck import ISTABottleneck
 from leanvae.config import LeanVAEConfig
-from leanvae.naf import PAST_FRAMES, NAFLayers
-from leanvae.ops import gradient_step, soft_threshold
+from leanvae.network import Layers, parameters_of
+from leanvae.patchify import clip_frames, latent_frames, pad_to_patches
+from leanvae.surroundings import PAST_FRAMES, Past, Whole, last_frames
+from litevae.memory import empty_cache, is_out_of_memory, return_freed_memory
 from litevae.tiling import split_evenly
 
-if TYPE_CHECKING:
-    from leanvae.model import Decoder, Encoder
+logger = logging.getLogger("leanvae")
 
 CONV_REACH = 2  # a convolution's output begins, as it ends, one token before its input: it reads two tokens before that
-
-TilePast = tuple[Tensor | None, ...]  # of a tile, one a convolution; empty at the start of a clip
 
 
 def encoder_halo(config: LeanVAEConfig) -> int:
@@ -40,7 +39,7 @@ def decoder_halo(config: LeanVAEConfig) -> int:
 
 
 class Span(NamedTuple):
-    """Tokens `start` to `stop` of an axis of `length`; those outside the axis are not there."""
+    """Tokens `start` to `stop` of an axis of `length`; those outside the axis do not exist."""
 
     start: int
     stop: int
@@ -55,7 +54,7 @@ class Span(NamedTuple):
         return Span(self.start - steps, self.stop, self.length)
 
     def last(self, steps: int) -> "Span":
-        """The last `steps` tokens up to the span's end, be they its own or before it."""
+        """The last `steps` tokens up to the span's end, its own or those before it."""
         return Span(self.stop - steps, self.stop, self.length)
 
     @property
@@ -75,20 +74,15 @@ class Span(NamedTuple):
         return slice(start - origin, stop - origin)
 
 
-class Grid(NamedTuple):
+class TileGrid(NamedTuple):
     """Where tiles lie at the first layer; they run in reading order."""
 
     rows: list[Span]
     columns: list[Span]
 
-    @property
-    def num_tiles(self) -> int:
-        """How many tiles there are."""
-        return len(self.rows) * len(self.columns)
 
-
-def tile_grid(size: tuple[int, int], tile: tuple[int, int], halo: int) -> Grid:
-    """Tiles that will have covered all tokens when they have moved by `halo`.
+def tile_grid(size: tuple[int, int], tile: tuple[int, int], halo: int) -> TileGrid:
+    """Lays tiles that will have covered all tokens when they have moved by `halo`.
 
     Args:
         size: tokens (height, width) of a latent frame.
@@ -100,7 +94,7 @@ def tile_grid(size: tuple[int, int], tile: tuple[int, int], halo: int) -> Grid:
         parts = [(0, length + halo)] if most >= length else split_evenly(length + halo, most)
         return [Span(start, stop, length) for start, stop in parts]
 
-    return Grid(spans(size[0], tile[0]), spans(size[1], tile[1]))
+    return TileGrid(spans(size[0], tile[0]), spans(size[1], tile[1]))
 
 
 class Placed(NamedTuple):
@@ -111,13 +105,20 @@ class Placed(NamedTuple):
     columns: Span
 
 
-class Tile:
+class Tile(Whole):
     """A tile on its way through the layers: where it is, what its neighbours left for it, what it leaves for others.
+
+    Args:
+        rows, columns: where it is at the first layer.
+        above, left: `below` of the tile above and `right` of the one to the left; empty at the edge.
+        past: of the whole frame, by number of the convolution, without those that start at zero; None if the clip is
+            whole.
+        before: `next_past` of this tile's frames right before these, if there are any.
 
     Attributes:
         rows, columns: where it is by now.
         below, right: what the tile below and the one to the right will read, in the order in which layers ask.
-        future: the past of its next frames.
+        next_past: what each convolution leaves for the next frames, where the tile was; None where it was not.
     """
 
     def __init__(
@@ -126,131 +127,240 @@ class Tile:
         columns: Span,
         above: Sequence[Tensor] = (),
         left: Sequence[Tensor] = (),
-        past: TilePast | None = None,
+        past: Mapping[int, Tensor] | None = None,
+        before: "Sequence[Placed | None]" = (),
     ) -> None:
-        """Places a tile.
-
-        Args:
-            rows, columns: where it is at the first layer.
-            above, left: `below` of the tile above and `right` of the one to the left; empty at the edge.
-            past: `future` of its frames before, empty at the start of a clip; `None` if the clip is whole.
-        """
         self.rows, self.columns = rows, columns
         self.below: list[Tensor] = []
         self.right: list[Tensor] = []
-        self.future: list[Tensor | None] = []
+        self.next_past: list[Placed | None] = []
         self._above, self._left = iter(above), iter(left)
-        self._is_chunk = past is not None
-        self._past = iter(past or ())
+        self._past, self._before = past, before
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing of it lies on the frame."""
         return not (self.rows.size and self.columns.size)
 
-    def move(self, steps: int) -> None:
-        """Goes up and to the left."""
-        self.rows, self.columns = self.rows.moved(steps), self.columns.moved(steps)
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Index of its tokens in the last two axes of a frame."""
+        return (..., slice(*self.rows.present), slice(*self.columns.present))
 
-    def cut(self, whole: Placed) -> Tensor:
-        """What lies where the tile is."""
-        return whole.tokens[:, :, self.rows.within(whole.rows), self.columns.within(whole.columns)]
+    def convolve(self, conv: Any, x: Tensor, residual: bool) -> Tensor:
+        """Convolves the tile's tokens, by which it moves on one token."""
+        held = self.hold(x, CONV_REACH)
+        self.rows, self.columns = self.rows.moved(1), self.columns.moved(1)
+        if self.is_empty:
+            self.next_past.append(None)
+            return self.here(held)
+        past = self._past_of(held)
+        if past is not None:
+            self.next_past.append(held._replace(tokens=last_frames(past, held.tokens)))
+        y = conv(held.tokens, past, residual)
+        # Outputs beyond where the tile is now lack a neighbour.
+        return self.here(held._replace(tokens=y)).contiguous()
 
-    def join(self, x: Tensor, reach: int) -> Placed:
-        """The tile's tokens `x` and the `reach` rows above and columns to the left of them, as far as there are any.
+    def _past_of(self, held: Placed) -> Tensor | None:
+        number, x = len(self.next_past), held.tokens
+        if self._before:
+            before = self._before[number]
+            assert before is not None, "it was here"
+            return before.tokens
+        if self._past is None:
+            return None
+        if number not in self._past:
+            return x.new_zeros(len(x), PAST_FRAMES, *x.shape[2:])
+        return self._past[number][:, :, slice(*held.rows.present), slice(*held.columns.present)]
+
+    def leave_past(self, past: dict[int, Tensor]) -> None:
+        """Writes what it leaves for the next frames, but not where a tile after it still reads what was before."""
+        for number, held in enumerate(self.next_past):
+            if held is not None:
+                x, spans = held.tokens, (held.rows, held.columns)
+                if number not in past:
+                    past[number] = x.new_zeros(*x.shape[:2], *(span.length for span in spans), x.shape[-1])
+                rows, columns = (
+                    span if span.stop > span.length else span._replace(stop=span.stop - CONV_REACH) for span in spans
+                )
+                place = (slice(None), slice(None), slice(*rows.present), slice(*columns.present))
+                past[number][place] = x[:, :, rows.within(held.rows), columns.within(held.columns)]
+
+    def side_by_side(self, stacks: Iterable[Any], tokens: list[Tensor]) -> list[Tensor]:
+        """Runs each stack on its tokens, all from where the tile is."""
+        place = (self.rows, self.columns)
+        for index, stack in enumerate(stacks):
+            self.rows, self.columns = place
+            tokens[index] = stack(tokens[index], around=self)
+        return tokens
+
+    def hold(self, x: Tensor, num_convs: int) -> Placed:
+        """Joins the tile's tokens and the rows above and columns to the left of them, as far as there are any.
 
         As many of its own are left for the neighbours.
         """
         left, above = next(self._left, None), next(self._above, None)
-        rows, columns = self.rows.extended(reach), self.columns.extended(reach)
+        rows, columns = self.rows.extended(num_convs), self.columns.extended(num_convs)
         if left is not None:
             x = torch.cat((left, x), dim=3)
-        self.right.append(x[:, :, :, self.columns.last(reach).within(columns)].clone())
+        self.right.append(x[:, :, :, self.columns.last(num_convs).within(columns)].clone())
         if above is not None:
             x = torch.cat((above, x), dim=2)
-        self.below.append(x[:, :, self.rows.last(reach).within(rows)].clone())
+        self.below.append(x[:, :, self.rows.last(num_convs).within(rows)].clone())
         return Placed(x, rows, columns)
 
-    def convolve(self, conv: nn.Module, residual: bool, x: Tensor) -> Tensor:
-        """A convolution of the tile's tokens, by which it moves on one token."""
-        joined = self.join(x, CONV_REACH)
-        self.move(1)
-        past = next(self._past, None)
-        if self.is_empty:
-            self.future.append(None)
-            return self.cut(joined)
-        if self._is_chunk and past is None:
-            past = joined.tokens.new_zeros(len(joined.tokens), PAST_FRAMES, *joined.tokens.shape[2:])
-        y, last_frames = conv(joined.tokens, past, residual)
-        self.future.append(last_frames)
-        # Outputs beyond where the tile is now lack a neighbour.
-        return self.cut(joined._replace(tokens=y)).contiguous()
+    def here(self, held: Placed) -> Tensor:
+        """Cuts what lies where the tile is."""
+        return held.tokens[:, :, self.rows.within(held.rows), self.columns.within(held.columns)]
 
 
-def run_tiles(run: Callable[[Tile], None], grid: Grid, pasts: list[TilePast] | None) -> list[TilePast]:
-    """Takes all tiles of a chunk of frames through the layers, in reading order.
+class StoppedMidway(RuntimeError):
+    """Memory ran out in the middle of a frame, one latent frame at a time: part of the past is of the next frames."""
+
+
+def run_tiles(
+    run: Callable[[Tile, int, int], None], grid: TileGrid, past: dict[int, Tensor] | None, num_frames: int
+) -> int:
+    """Takes all tiles of some latent frames through the layers, in reading order.
+
+    If memory runs out, it goes on with fewer of them at a time.
 
     Args:
-        run: does so with one of them.
-        grid: where they lie.
-        pasts: of each tile, empty ones at the start of a clip; `None` if the clip is whole. The list is emptied on
-            the way, so that memory never holds the old and the new past of more than one tile.
+        run: takes a tile and the first and last of its latent frames.
+        grid: where the tiles lie.
+        past: of the whole frame by convolution, which becomes that of the next frames; None if the clip is whole.
+        num_frames: latent frames.
 
     Returns:
-        The pasts for the next chunk.
+        Latent frames that were possible at a time.
+
+    Raises:
+        StoppedMidway: memory ran out again, and the past is lost.
     """
-    future = []
+    at_once, is_first = num_frames, True
     above: list[Sequence[Tensor]] = [()] * len(grid.columns)
     for rows in grid.rows:
         left: Sequence[Tensor] = ()
         for index, columns in enumerate(grid.columns):
-            tile = Tile(rows, columns, above[index], left, None if pasts is None else pasts.pop(0))
-            run(tile)
-            above[index], left = tile.below, tile.right
-            future.append(tuple(tile.future))
-    return future
+            done: list[Tile] = []
+            start = 0
+            while start < num_frames:
+                stop = min(num_frames, start + at_once)
+                borders = [[x[:, start:stop] for x in side] for side in (above[index], left)]
+                tile = Tile(rows, columns, borders[0], borders[1], past, done[-1].next_past if done else ())
+                error = _error_of(lambda tile=tile, start=start, stop=stop: run(tile, start, stop))
+                if error is None:
+                    done.append(tile)
+                    start = stop
+                elif past is not None and stop - start > 1:
+                    at_once = (stop - start) // 2
+                    logger.warning("out of memory; goes on with %d latent frames at a time", at_once)
+                    empty_cache()
+                elif past is not None and not is_first:
+                    raise StoppedMidway(f"out of memory with one latent frame of a tile at a time: {error}")
+                else:
+                    raise error
+            above[index], left = (_in_turn([getattr(tile, side) for tile in done]) for side in ("below", "right"))
+            if past is not None:
+                done[-1].leave_past(past)
+            is_first = False
+    return at_once
 
 
-def run_layers(stack: NAFLayers, x: Tensor, tile: Tile) -> Tensor:
-    """`NAFLayers` on the tokens `(B, T, h, w, D)` of a tile, which moves by the number of layers."""
-    for conv, feedforward in zip(stack.convs, stack.feedforwards, strict=True):
-        x = tile.convolve(conv, stack.residual, x)
-        x = x if tile.is_empty else feedforward(x, stack.residual)
-    return x
+def _error_of(work: Callable[[], None]) -> Exception | None:
+    """Does work; returns the error if memory ran out, without the tensors of its frames."""
+    try:
+        work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return error.with_traceback(None)
+    return None
 
 
-def _run_streams(streams: nn.ModuleDict, tokens: dict[str, Tensor], tile: Tile) -> dict[str, Tensor]:
-    """The streams side by side, all from where the tile is."""
-    place, outputs = (tile.rows, tile.columns), {}
-    for name, x in tokens.items():
-        tile.rows, tile.columns = place
-        outputs[name] = run_layers(streams[name], x, tile)  # pyright: ignore[reportArgumentType]
-    return outputs
+def _in_turn(borders: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """Borders of frames that follow each other."""
+    return borders[0] if len(borders) == 1 else [torch.cat(parts, dim=1) for parts in zip(*borders, strict=True)]
 
 
-def encode_tile(encoder: "Encoder", tokens: dict[str, Tensor], tile: Tile) -> Tensor:
-    """`Encoder` after the embedding: tokens by stream of a tile, which moves, to features."""
-    return run_layers(encoder.fusion, torch.cat(list(_run_streams(encoder.streams, tokens, tile).values()), -1), tile)
+def encode_tiles(
+    layers: Layers, frames: Tensor, past: Past | None, tile_size: tuple[int, int], starts_clip: bool
+) -> tuple[Tensor, Tensor, Past, int]:
+    """Encodes frames in tiles.
+
+    Args:
+        layers: of the model.
+        frames: `(B, 3, t, H, W)` in [-1, 1], not padded.
+        past: of the frames before, which is used up; empty at the start of a clip; None if the clip is whole.
+        tile_size: most tokens (height, width) of a tile.
+        starts_clip: whether the first frame is the first of the clip.
+
+    Returns:
+        Mean and log-variance `(B, Z, t', H', W')`, the past of the next frames, and the latent frames that were
+        possible at a time.
+    """
+    config = layers.config
+    group, patch_height, patch_width = config.patch_size
+    batch, _, count, height, width = frames.shape
+    num_latent = latent_frames(count, group, starts_clip)
+    size = (-(-height // patch_height), -(-width // patch_width))
+    shape = (batch, config.latent_channels, num_latent, *size)
+    mean, logvar = frames.new_empty(shape), frames.new_empty(shape)
+
+    def run(tile: Tile, start: int, stop: int) -> None:
+        return_freed_memory(frames.device)
+        begins = starts_clip and not start
+        first, last = (clip_frames(number, group, starts_clip) if number else 0 for number in (start, stop))
+        (top, bottom), (left, right) = tile.rows.present, tile.columns.present
+        if tile.is_empty:
+            area = ((bottom - top) * patch_height, (right - left) * patch_width)
+            pixels = frames.new_empty(batch, 3, last - first, *area)
+        else:
+            place = (slice(top * patch_height, bottom * patch_height), slice(left * patch_width, right * patch_width))
+            pixels = pad_to_patches(frames[:, :, first:last, *place], config.patch_size, begins)
+        # Not by a call, since compiled for the whole: a tile's size and course differ each time.
+        features = layers.encoder.forward(pixels, around=tile, starts_clip=begins)
+        if not tile.is_empty:
+            mean[:, :, start:stop][tile.place], logvar[:, :, start:stop][tile.place] = parameters_of(layers, features)
+
+    kept = None if past is None else dict(enumerate(past))
+    at_once = run_tiles(run, tile_grid(size, tile_size, encoder_halo(config)), kept, num_latent)
+    return mean, logvar, _as_past(kept), at_once
 
 
-def recover_tile(bottleneck: nn.Module, z: Placed, tile: Tile) -> Tensor:
-    """`recover` of either bottleneck: the latent of the whole frame to features of a tile, which moves."""
-    if not isinstance(bottleneck, ISTABottleneck):
-        return bottleneck.recover(tile.cut(z))[0]  # pyright: ignore[reportCallIssue]
-    x = tile.cut(z) @ bottleneck.initial.T
-    stacks = iter(bottleneck.causal_stacks)
-    for step, threshold in zip(bottleneck.steps, bottleneck.thresholds, strict=True):
-        forward, backward = next(stacks), next(stacks)
-        x = gradient_step(x, tile.cut(z), bottleneck.phi, step)
-        joined = tile.join(x, len(forward.convs) + len(backward.convs))  # where the tile will be, x is added again
-        x = soft_threshold(run_layers(forward, x, tile), threshold)
-        x = run_layers(backward, x, tile)
-        x = tile.cut(joined) + x
-    return x
+def decode_tiles(
+    layers: Layers, latent: Tensor, past: Past | None, tile_size: tuple[int, int], starts_clip: bool, out: Tensor
+) -> tuple[Past, int]:
+    """Decodes a latent `(B, Z, t', H', W')` in tiles into `out` `(B, 3, t, H, W)`, which may be smaller by the padding.
+
+    The other arguments are those of `encode_tiles`.
+
+    Returns:
+        The past of the next frames, and the latent frames that were possible at a time.
+    """
+    group, patch_height, patch_width = layers.config.patch_size
+    frames, height, width = latent.shape[2:]
+
+    def run(tile: Tile, start: int, stop: int) -> None:
+        return_freed_memory(latent.device)
+        z = Placed(latent[:, :, start:stop].movedim(1, -1), Span(0, height, height), Span(0, width, width))
+        features = layers.bottleneck.recover(z, around=tile)
+        pixels = layers.decoder.forward(features, around=tile, starts_clip=starts_clip and not start)
+        if not tile.is_empty:
+            first = clip_frames(start, group, starts_clip) if start else 0
+            part = out[:, :, first : first + pixels.shape[2]]
+            write_frames(pixels, part, tile.rows.present[0] * patch_height, tile.columns.present[0] * patch_width)
+
+    kept = None if past is None else dict(enumerate(past))
+    at_once = run_tiles(run, tile_grid((height, width), tile_size, decoder_halo(layers.config)), kept, frames)
+    return _as_past(kept), at_once
 
 
-def decode_tile(decoder: "Decoder", features: Tensor, tile: Tile) -> dict[str, Tensor]:
-    """`Decoder` up to the projection: features of a tile, which moves, to tokens by stream."""
-    features = run_layers(decoder.fusion, features, tile)
-    parts = features.split(list(decoder.widths.values()), dim=-1)
-    return _run_streams(decoder.streams, dict(zip(decoder.widths, parts, strict=True)), tile)
+def _as_past(kept: dict[int, Tensor] | None) -> Past:
+    return () if kept is None else tuple(kept[number] for number in sorted(kept))
+
+
+def write_frames(frames: Tensor, out: Tensor, top: int = 0, left: int = 0) -> None:
+    """Writes frames into a larger or smaller tensor, from row `top` and column `left` on."""
+    out = out[..., top : top + frames.shape[3], left : left + frames.shape[4]]
+    out.copy_(frames[:, :, : out.shape[2], : out.shape[3], : out.shape[4]])

@@ -16,5 +16,5 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels run where `x` is, and in its dtype."""
-    return _ENABLED and x.is_cuda and x.dtype in _DTYPES
+    """Whether the kernels run where `x` is, and in its dtype; they cannot be launched on nothing."""
+    return _ENABLED and x.is_cuda and x.dtype in _DTYPES and x.numel() > 0

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from leanvae.checkpoint import load_vae
-from leanvae.latents.encoding import MEMORY_LIMIT_ON_CPU, VAE
-from leanvae.latents.entry import TENSORS, Entry, read_entry
+from leanvae.latents.encoder import MEMORY_LIMIT_ON_CPU, VAE
+from leanvae.latents.entry import TENSORS, StoreEntry, read_entry
 from leanvae.latents.session import hash_checkpoint
 from leanvae.latents.store import Store, StoreError
 from leanvae.media.writer import VideoWriter
 from leanvae.model import LeanVAE
+from leanvae.progress import Progress
+from litevae.errors import NotFinite
 from litevae.pixels import to_bytes
 
 _TIME_BASE = Fraction(1, 90_000)  # of MPEG; exact for the common frame rates
@@ -48,6 +49,7 @@ def decode_latents(
 
     Raises:
         StoreError: there is no such store or entry, it is damaged, or another checkpoint encoded it.
+        NotFinite: the model's output is not.
     """
     vae = load_vae(checkpoint)
     known = hash_checkpoint(vae)
@@ -56,22 +58,23 @@ def decode_latents(
     output.mkdir(parents=True, exist_ok=True)
     entries = _find_entries(source, keys)
     num_decoded = 0
-    for key, read in tqdm(entries.items(), desc="decoding", unit="clip", disable=None):
-        target = output / f"{key}.mp4"
-        if target.exists():
-            continue
-        entry = read()
-        if entry.facts["checkpoint"] != known:
-            raise StoreError(
-                f"{source}: {key} was encoded with the checkpoint {entry.facts['checkpoint'][:12]}..., "
-                f"not with {checkpoint}, which is {known[:12]}..."
-            )
-        write_clip(vae, entry, target)
-        num_decoded += 1
+    with Progress("decoding", "clip", len(entries)) as progress:
+        for key, read in entries.items():
+            target = output / f"{key}.mp4"
+            if not target.exists():
+                entry = read()
+                if entry.facts["checkpoint"] != known:
+                    raise StoreError(
+                        f"{source}: {key} was encoded with the checkpoint {entry.facts['checkpoint'][:12]}..., "
+                        f"not with {checkpoint}, which is {known[:12]}..."
+                    )
+                write_clip(vae, entry, target)
+                num_decoded += 1
+            progress.add()
     return {"decoded": num_decoded, "present": len(entries) - num_decoded}
 
 
-def _find_entries(source: str | Path, keys: Sequence[str]) -> dict[str, Callable[[], Entry]]:
+def _find_entries(source: str | Path, keys: Sequence[str]) -> dict[str, Callable[[], StoreEntry]]:
     """The wanted entries by key, each with what reads it."""
     if str(source).endswith(f".{TENSORS}"):
         return {Path(source).stem: partial(read_entry, Path(source))}
@@ -84,7 +87,7 @@ def _find_entries(source: str | Path, keys: Sequence[str]) -> dict[str, Callable
     return {key: partial(store.read_entry, rows[key]) for key in keys or rows}
 
 
-def write_clip(vae: VAE, entry: Entry, path: Path) -> None:
+def write_clip(vae: VAE, entry: StoreEntry, path: Path) -> None:
     """Decodes an entry to an mp4 file with the source's timestamps, counted from the clip's start."""
     facts = entry.facts
     _, height, width = facts["size"]
@@ -97,14 +100,14 @@ def write_clip(vae: VAE, entry: Entry, path: Path) -> None:
 
 
 @torch.inference_mode()
-def decode_entry(vae: VAE, entry: Entry) -> Iterator[Tensor]:
+def decode_entry(vae: VAE, entry: StoreEntry) -> Iterator[Tensor]:
     """Decodes the mean of an entry's posterior.
 
     Yields:
         Frames `(t, 3, H, W)` of the clip's true size, float32 in [0, 1].
 
     Raises:
-        StoreError: they are not finite.
+        NotFinite: they are not.
     """
     parameter = next(vae.parameters())
     limit = MEMORY_LIMIT_ON_CPU if parameter.device.type == "cpu" else None
@@ -114,7 +117,7 @@ def decode_entry(vae: VAE, entry: Entry) -> Iterator[Tensor]:
         frames = frames[:missing, :, :height, :width].float()
         missing -= len(frames)
         if not frames.isfinite().all():
-            raise StoreError(f"{entry.key}: the decoder's output is not finite: it needs another dtype (float32)")
+            raise NotFinite(f"{entry.key}: the decoder's output is not finite: it needs another dtype (float32)")
         yield ((frames + 1) / 2).clamp(0, 1)
 
 

@@ -1,6 +1,5 @@
 """Encoding of sources into a latent store: what is left of the work, who does it, and what came of it."""
 
-import json
 import logging
 import time
 from collections import defaultdict
@@ -12,20 +11,18 @@ from typing import Any, Literal
 
 from leanvae.checkpoint import load_vae
 from leanvae.data.quarantine import modification_time
-from leanvae.distributed import barrier, gather, joined_ranks, on_main, rank, world_size
+from leanvae.distributed import barrier, gather, join_ranks, on_main, rank, world_size
 from leanvae.latents.clips import Finished, Order, Rejected, belongs_to, list_sources
-from leanvae.latents.encoding import VAE, Encoded, EncodedClip
-from leanvae.latents.engines import Work, encode_here, load_for_encoding
-from leanvae.latents.entry import Entry, make_entry
-from leanvae.latents.session import STATISTICS_FIELDS, hash_checkpoint, writing
+from leanvae.latents.encoder import VAE, Encoded, EncodedClip, EncodeJob, encode_here, load_for_encoding, make_entry
+from leanvae.latents.entry import StoreEntry
+from leanvae.latents.session import hash_checkpoint, writing
 from leanvae.latents.shards import ShardWriter
 from leanvae.latents.statistics import merge_moments
 from leanvae.latents.store import INDEX, STATISTICS, SUMMARY, SourceRecord, Store, StoreError
 from leanvae.media.item import Item, printable
 from leanvae.progress import Progress
 from litevae.errors import InvalidInput
-from litevae.files import write_text
-from litevae.pretrained import CONFIG_FILE
+from litevae.pretrained import CONFIG_FILE, STATISTICS_FIELDS, update_config
 
 logger = logging.getLogger("leanvae")
 
@@ -35,11 +32,11 @@ EngineName = Literal["local", "ray"]
 _BYTES_HELD_OF_A_SOURCE = 2**29
 
 
-@joined_ranks()
+@join_ranks()
 def encode_clips(
     inputs: Sequence[str],
     output: str | Path,
-    work: Work,
+    job: EncodeJob,
     device: str = "cpu",
     engine: EngineName = "local",
     shard_bytes: int = 2**28,
@@ -54,7 +51,7 @@ def encode_clips(
     Args:
         inputs: as in `leanvae.latents.clips.list_sources`.
         output: path or fsspec address of the store's folder.
-        work: how clips are decoded and encoded.
+        job: how clips are decoded and encoded.
         device: where the model runs; with Ray, `cuda` gives each of its actors a GPU.
         engine: `local`, or `ray` for a cluster, where this process writes what the actors encode.
         shard_bytes: length of a shard.
@@ -68,49 +65,51 @@ def encode_clips(
     Raises:
         SourceError: an input is missing or wrongly written.
         StoreError: the store was made with something else; the message says what differs.
-        ValueError: another run is writing to the store, or the model's output is not finite.
+        InvalidInput: another run is writing to the store.
+        NotFinite: the model's output is not finite.
+        OSError: a file cannot be written; it is named.
     """
     if engine == "ray" and world_size() > 1:
         raise InvalidInput("--engine ray: Ray starts its own processes; start one with plain python")
-    if work.nvdec and (engine == "ray" or not device.startswith("cuda")):
+    if job.nvdec and (engine == "ray" or not device.startswith("cuda")):
         raise InvalidInput(f"--nvdec: decodes on the model's GPU, and not with --device {device} and --engine {engine}")
-    if work.nvdec:
+    if job.nvdec:
         import_module("leanvae.media.nvdec")  # says what is missing now, and not of each file
-    if update_checkpoint and not Path(work.checkpoint, CONFIG_FILE).is_file():
-        raise InvalidInput(f"--update-checkpoint: {work.checkpoint} is no folder with a {CONFIG_FILE}")
-    unreadable: dict[str, str] = {}  # folders, and why
-    store, sources = Store(output), list_sources(inputs, unreadable)
-    stored_vae = load_vae(work.checkpoint)
+    if update_checkpoint and not Path(job.checkpoint, CONFIG_FILE).is_file():
+        raise InvalidInput(f"--update-checkpoint: {job.checkpoint} is not a folder with a {CONFIG_FILE}")
+    unreadable: dict[str, str] = {}  # folders, and why; known on the main rank
+    store, sources = Store(output), on_main(lambda: list_sources(inputs, unreadable))
+    stored_vae = load_vae(job.checkpoint)
     checkpoint = hash_checkpoint(stored_vae)
     started = time.monotonic()
-    with writing(store, _describe(work, stored_vae, checkpoint)):
+    with writing(store, _made_with(job, stored_vae, checkpoint)):
         orders = _orders(store, [source for source in sources if belongs_to(source, rank(), world_size())])
         with (
             ShardWriter(store, f"{rank():05d}", shard_bytes) as writer,
-            Progress(len(orders), is_shown=rank() == 0) as progress,
+            Progress("encoding", "file", len(orders), is_shown=rank() == 0) as progress,
         ):
-            collector = _Collector(writer, progress, work, checkpoint, orders)
-            for encoded in _encode(work, device, engine, stored_vae, orders):
+            collector = _Collector(writer, progress, job, checkpoint, orders)
+            for encoded in _encode(job, device, engine, stored_vae, orders):
                 collector.take(encoded)
-        done = gather((progress.clips, progress.frames))
+        done = gather((progress.counts["clips"], progress.counts["frames"]))
         barrier()
         run = _run_figures([sum(counts) for counts in zip(*done, strict=True)], time.monotonic() - started)
-        return on_main(lambda: _close(store, sources, unreadable, run, work if update_checkpoint else None))
+        return on_main(lambda: _close(store, sources, unreadable, run, job if update_checkpoint else None))
 
 
-def _describe(work: Work, vae: VAE, checkpoint: str) -> dict[str, Any]:
-    """What all entries of a store have in common."""
-    compute_dtype = work.compute_dtype or next(vae.parameters()).dtype
+def _made_with(job: EncodeJob, vae: VAE, checkpoint: str) -> dict[str, Any]:
+    """Lists what all entries of a store have in common."""
+    compute_dtype = job.compute_dtype or next(vae.parameters()).dtype
     return {
         "model": type(vae).__name__,
         "config": vae.config.model_dump(mode="json", exclude=STATISTICS_FIELDS, exclude_defaults=True),
         "checkpoint": checkpoint,
-        "rule": work.rule.model_dump(mode="json"),
-        "dtype": str(work.dtype).removeprefix("torch."),
+        "rule": job.rule.model_dump(mode="json"),
+        "dtype": str(job.dtype).removeprefix("torch."),
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "flips": work.flips,
-        "thumbnails": work.thumbnails,
-        "decoder": "nvdec" if work.nvdec else "pyav",
+        "flips": job.flips,
+        "thumbnails": job.thumbnails,
+        "decoder": "nvdec" if job.nvdec else "pyav",
     }
 
 
@@ -133,21 +132,21 @@ def _is_done(source: Item, record: SourceRecord | None) -> bool:
     return record.reason is None or (record.modified != -1 and record.modified == modification_time(source.address))
 
 
-def _encode(work: Work, device: str, engine: EngineName, vae: VAE, orders: Sequence[Order]) -> Iterator[Encoded]:
+def _encode(job: EncodeJob, device: str, engine: EngineName, vae: VAE, orders: Sequence[Order]) -> Iterator[Encoded]:
     if not orders:
         return iter(())
     if engine == "ray":
         from leanvae.latents.ray import encode_with_ray
 
-        return encode_with_ray(work, vae, device, orders)
-    return encode_here(work, load_for_encoding(vae, work, device), orders)
+        return encode_with_ray(job, vae, device, orders)
+    return encode_here(job, load_for_encoding(vae, job, device), orders)
 
 
 @dataclass
 class _OpenSource:
     """A source of which not all clips have been encoded yet."""
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[StoreEntry] = field(default_factory=list)
     num_bytes: int = 0
     num_encoded: int = 0
     num_written: int = 0
@@ -158,11 +157,11 @@ class _Collector:
     """Brings clips of a source together, and writes them when the source has proved to be good."""
 
     def __init__(
-        self, writer: ShardWriter, progress: Progress, work: Work, checkpoint: str, orders: Sequence[Order]
+        self, writer: ShardWriter, progress: Progress, job: EncodeJob, checkpoint: str, orders: Sequence[Order]
     ) -> None:
         self._writer = writer
         self._progress = progress
-        self._rule = work.rule
+        self._rule = job.rule
         self._checkpoint = checkpoint
         self._num_known = {source.id: len(known) for source, known in orders}
         self._open: dict[str, _OpenSource] = defaultdict(_OpenSource)
@@ -185,7 +184,7 @@ class _Collector:
             state.entries.append(entry)
             state.num_bytes += sum(tensor.nbytes for tensor in entry.tensors.values())
             state.num_encoded += 1
-            self._progress.add_clip(len(encoded.times))
+            self._progress.count(clips=1, frames=len(encoded.times))
             if state.num_bytes > _BYTES_HELD_OF_A_SOURCE:
                 self._write(state)
         else:
@@ -206,7 +205,7 @@ class _Collector:
         self._writer.note(SourceRecord(source.id, source.name, modified, num_frames, num_clips, reason))
         del self._open[source.id]
         self._closed.add(source.id)
-        self._progress.add_source()
+        self._progress.add()
 
 
 def _run_figures(counts: Sequence[int], seconds: float) -> dict[str, Any]:
@@ -221,7 +220,7 @@ def _run_figures(counts: Sequence[int], seconds: float) -> dict[str, Any]:
 
 
 def _close(
-    store: Store, sources: Sequence[Item], unreadable: dict[str, str], run: dict[str, Any], update: Work | None
+    store: Store, sources: Sequence[Item], unreadable: dict[str, str], run: dict[str, Any], update: EncodeJob | None
 ) -> dict[str, Any]:
     """Writes what is about the store as a whole, and the summary, which it returns."""
     index = store.merge_indexes()
@@ -260,7 +259,4 @@ def write_statistics(checkpoint: Path, mean: Sequence[float], std: Sequence[floa
     """
     if min(std) <= 0:
         raise StoreError(f"latent_std: channel {list(std).index(min(std))} is constant: {checkpoint} stays as it is")
-    file = checkpoint / CONFIG_FILE
-    tree = json.loads(file.read_text(encoding="utf-8"))
-    tree |= {"latent_mean": list(mean), "latent_std": list(std)}
-    write_text(file, json.dumps(tree, indent=2) + "\n")
+    update_config(checkpoint, {"latent_mean": list(mean), "latent_std": list(std)})

@@ -1,4 +1,4 @@
-"""An entry of the store: what a clip's members of the tar hold."""
+"""An entry of the store: what the members of a clip in a tar hold."""
 
 import json
 from dataclasses import dataclass
@@ -9,19 +9,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from leanvae.latents.clips import ClipRule
-from leanvae.latents.encoding import EncodedClip
 from litevae.errors import InvalidInput, MissingFile
 
 TENSORS, FACTS, THUMBNAIL = "safetensors", "json", "jpg"
+_NEEDED_FACTS = set("key source start end first_frame stride fps times size source_size checkpoint".split())
+
+
+class StoreError(InvalidInput):
+    """A store is missing, damaged or another one than expected; the message says which store and how."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoreEntry:
     """A clip in the store.
 
     Attributes:
-        facts: all that is known of it; the content of its JSON member.
+        facts: all that is known about it; the content of its JSON member.
         tensors: the safetensors member: `mean` and `logvar` `(Z, T', H', W')`, and perhaps those of its mirror image.
         thumbnail: the clip's first frame as JPEG, if there is one.
     """
@@ -32,77 +35,71 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """Its name in the tar."""
+        """The entry's name in the tar."""
         return self.facts["key"]
 
     def members(self) -> dict[str, bytes]:
-        """Content by extension."""
+        """Returns the content of its members by extension."""
         members = {TENSORS: save(self.tensors), FACTS: json.dumps(self.facts, default=str).encode()}
         if self.thumbnail is not None:
             members[THUMBNAIL] = self.thumbnail
         return members
 
 
-def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> Entry:
-    """Puts together what the store keeps of a clip.
+def read_json(data: bytes, name: str) -> dict[str, Any]:
+    """Reads a JSON object.
 
-    Args:
-        checkpoint: hash of the weights and the configuration that it was encoded with.
+    Raises:
+        StoreError: the data are something else; the message begins with `name`.
     """
-    source, last = clip.source, clip.last
-    facts = {
-        "key": f"{source.id}_{clip.first:07d}",
-        "source": source.name,
-        "start": source.start,
-        "end": source.end,
-        "first_frame": clip.first,
-        "stride": rule.stride,
-        "fps": last.fps,
-        "times": clip.times,
-        "size": [len(clip.times), *last.placement.resolution],
-        "source_size": list(last.source_size),
-        "resized": list(last.placement.resized),
-        "crop": list(last.placement.crop),
-        "latent_shape": list(clip.tensors["mean"].shape),
-        "dtype": str(clip.tensors["mean"].dtype).removeprefix("torch."),
-        "flipped": len(clip.tensors) > 2,
-        "checkpoint": checkpoint,
-        "caption": _text(source.columns.get("caption")),
-        "columns": source.columns,
-    }
-    return Entry(facts, clip.tensors, clip.thumbnail)
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise StoreError(f"{name}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise StoreError(f"{name}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+def parse_facts(data: bytes, name: str) -> dict[str, Any]:
+    """Reads an entry's JSON member.
+
+    Raises:
+        StoreError: it holds something else; the message begins with `name`.
+    """
+    facts = read_json(data, name)
+    missing = _NEEDED_FACTS - facts.keys()
+    if missing:
+        raise StoreError(f"{name}: {', '.join(sorted(missing))} missing")
+    if len(facts["times"]) != facts["size"][0]:
+        raise StoreError(f"{name}: {len(facts['times'])} timestamps for {facts['size'][0]} frames")
+    return facts
 
 
 def read_tensors(data: bytes, name: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors member.
+    """Reads a safetensors member.
 
     Raises:
-        ValueError: it holds something else; the message begins with `name`.
+        StoreError: it holds something else; the message begins with `name`.
     """
     try:
         tensors = load(data)
     except SafetensorError as error:
-        raise InvalidInput(f"{name}: no valid safetensors file: {error}") from error
+        raise StoreError(f"{name}: not a valid safetensors file: {error}") from error
     if not {"mean", "logvar"} <= tensors.keys():
-        raise InvalidInput(f"{name}: expected the tensors 'mean' and 'logvar', found {sorted(tensors)}")
+        raise StoreError(f"{name}: expected the tensors 'mean' and 'logvar', found {sorted(tensors)}")
     return tensors
 
 
-def read_entry(path: Path) -> Entry:
+def read_entry(path: Path) -> StoreEntry:
     """Reads an entry that was taken out of a tar: `KEY.safetensors` with `KEY.json` beside it.
 
     Raises:
-        FileNotFoundError: one of the files is missing.
-        ValueError: one of them holds something else.
+        MissingFile: one of the files is missing.
+        StoreError: one of them holds something else.
     """
     facts = path.with_suffix(f".{FACTS}")
-    if not facts.is_file():
-        raise MissingFile(f"{facts}: missing; it belongs to {path}")
-    try:
-        return Entry(json.loads(facts.read_text(encoding="utf-8")), read_tensors(path.read_bytes(), str(path)))
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"{facts}: no valid JSON: {error}") from error
+    for file, other in ((path, facts), (facts, path)):
+        if not file.is_file():
+            raise MissingFile(f"{file}: missing; it belongs to {other}")
+    return StoreEntry(parse_facts(facts.read_bytes(), str(facts)), read_tensors(path.read_bytes(), str(path)))

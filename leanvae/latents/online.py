@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
 
 from leanvae.latents.clips import ClipRequest, ClipRule, Decoded, Piece, Rejected, decode_ahead, list_sources
-from leanvae.latents.encoding import VAE, ClipEncoder, EncodedClip, frames_per_latent
-from leanvae.latents.entry import make_entry
+from leanvae.latents.encoder import VAE, ClipEncoder, EncodedClip, frames_per_latent, make_entry
 from leanvae.latents.reading import epoch_order, make_item, process_place
+from litevae.errors import InvalidInput
 from litevae.normalization import normalize_posterior
 from litevae.posterior import DiagonalGaussian
 
@@ -42,7 +43,7 @@ class OnlineLatents:
         num_workers: decoder processes.
         timeout: seconds that one of them may be silent.
         seed: of order, flips, augmentation and samples.
-        rank, world_size: of this process; those of `torch.distributed` by default, if that is in use.
+        rank, world_size: of this process; by default those that it has in distributed training.
 
     Attributes:
         epoch: the current epoch; it moves on when one has been iterated over.
@@ -67,7 +68,7 @@ class OnlineLatents:
     ) -> None:
         self._sources = list_sources([sources] if isinstance(sources, str) else sources)
         self._vae = vae
-        self._decoding = ClipRequest(rule, frames_per_latent(vae))
+        self._request = ClipRequest(rule, frames_per_latent(vae))
         self._mode = mode
         self._flip = flip
         self._augment = augment
@@ -80,11 +81,17 @@ class OnlineLatents:
         self.epoch = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields the items of an epoch."""
+        """Yields the items of an epoch.
+
+        Raises:
+            InvalidInput: this is a `DataLoader` worker, which may not start decoder processes.
+        """
+        if get_worker_info() is not None:
+            raise InvalidInput("OnlineLatents has decoder processes of its own: give the DataLoader num_workers=0")
         order = epoch_order(len(self._sources), self._seed, self.epoch)[self._rank :: self._world_size]
         orders = ((self._sources[number], frozenset[int]()) for number in order.tolist())
         ahead = 2 * (self._num_workers + self._batch_size)
-        decoded = decode_ahead(orders, self._decoding, self._num_workers, ahead, self._timeout)
+        decoded = decode_ahead(orders, self._request, self._num_workers, ahead, self._timeout)
         encoder = ClipEncoder(self._vae, torch.float32, self._batch_size, flips=False)
         for result in encoder.run(self._augmented(decoded)):
             if isinstance(result, EncodedClip):
@@ -116,5 +123,5 @@ class OnlineLatents:
             posterior = normalize_posterior(posterior, self._vae.config)
         seed = int(self._generator(_NOISE, clip.source.id, clip.first).integers(2**63))
         latent = posterior.mode() if self._mode else posterior.sample(torch.Generator().manual_seed(seed))
-        facts = make_entry(clip, self._decoding.rule, checkpoint="").facts
+        facts = make_entry(clip, self._request.rule, checkpoint="").facts
         return make_item(latent[0], facts, self._is_flipped(clip.source.id, clip.first))

@@ -12,15 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from leanvae.checkpoint import load_vae
 from leanvae.latents.clips import ClipRequest, Decoded, Order, Piece, decode_source
-from leanvae.latents.encoding import VAE, Encoded
-from leanvae.latents.engines import Work, load_for_encoding, make_decoding, make_encoder
+from leanvae.latents.encoder import VAE, Encoded, EncodeJob, load_for_encoding, make_encoder, make_request
 from litevae.errors import extra
 
 with extra("video"):
     import cv2
-
 with extra("ray"):
     import ray
     import ray.data
@@ -29,14 +26,15 @@ _SOURCES_PER_TASK = 8
 Batch = Any  # a dictionary of columns; Ray's own type also allows for tables
 
 
-def encode_with_ray(work: Work, vae: VAE, device: str, orders: Sequence[Order]) -> Iterator[Encoded]:
+def encode_with_ray(job: EncodeJob, vae: VAE, device: str, orders: Sequence[Order]) -> Iterator[Encoded]:
     """Encodes sources on the cluster that `RAY_ADDRESS` names, or on a local one.
 
     On GPUs each one gets an actor; on CPUs there is one actor for every two of them. A clip goes through the object
     store as a whole.
 
     Args:
-        vae: the model as `load_vae` gave it; actors load their own.
+        vae: the model as `load_vae` gave it. Actors are sent a copy, so that it is the same on every node, and no node
+            needs the checkpoint.
     """
     if not ray.is_initialized():
         # A local cluster's workers would have the lowest priority but four, and starve beside anything else.
@@ -50,29 +48,32 @@ def encode_with_ray(work: Work, vae: VAE, device: str, orders: Sequence[Order]) 
     on_gpu = device.startswith("cuda")
     num_actors = int(resources.get("GPU", 1)) if on_gpu else max(1, int(resources["CPU"]) // 2)
     num_tasks = -(-len(orders) // _SOURCES_PER_TASK)
-    decoding = make_decoding(work, vae)
+    request = make_request(job, vae)
+    stored_vae = [ray.put(vae)]
     results = (
         ray.data.from_items([{"order": order} for order in orders], override_num_blocks=num_tasks)
-        .map_batches(lambda batch: _decode(batch, decoding), batch_size=1, batch_format="numpy", num_cpus=1)
+        .map_batches(lambda batch: _decode(batch, request), batch_size=1, batch_format="numpy", num_cpus=1)
         .map_batches(
             _Encoder,
-            batch_size=work.batch_size,
+            batch_size=job.batch_size,
             batch_format="numpy",
-            fn_constructor_args=(work, "cuda" if on_gpu else "cpu"),
+            fn_constructor_args=(stored_vae, job, "cuda" if on_gpu else "cpu"),
             compute=ray.data.ActorPoolStrategy(size=num_actors),
             num_gpus=1 if on_gpu else 0,
             num_cpus=0,
         )
     )
     for row in results.iter_rows():
+        if isinstance(row["encoded"], Exception):
+            raise row["encoded"]
         yield row["encoded"]
 
 
-def _decode(batch: Batch, decoding: ClipRequest) -> Iterator[Batch]:
+def _decode(batch: Batch, request: ClipRequest) -> Iterator[Batch]:
     """Decodes sources: a row for each clip, and one at the end of each source."""
     cv2.setNumThreads(1)
     for source, known in batch["order"]:
-        for result in _join_pieces(decode_source(source, decoding, known)):
+        for result in _join_pieces(decode_source(source, request, known)):
             yield {"decoded": _column(result)}
 
 
@@ -95,13 +96,17 @@ def _join_pieces(results: Iterator[Decoded]) -> Iterator[Decoded]:
 class _Encoder:
     """An actor with a model."""
 
-    def __init__(self, work: Work, device: str) -> None:
-        self._encoder = make_encoder(work, load_for_encoding(load_vae(work.checkpoint), work, device))
+    def __init__(self, stored_vae: "list[ray.ObjectRef[VAE]]", job: EncodeJob, device: str) -> None:
+        (vae,) = ray.get(stored_vae)
+        self._encoder = make_encoder(job, load_for_encoding(vae, job, device))
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        """Encodes a batch of clips; rows that are no clips pass through."""
-        for result in self._encoder.run(iter(batch["decoded"])):
-            yield {"encoded": _column(result)}
+        """Encodes a batch of clips; rows that are not clips pass through, and an error becomes one."""
+        try:
+            for result in self._encoder.run(iter(batch["decoded"])):
+                yield {"encoded": _column(result)}
+        except Exception as error:  # Ray would count its sources as lost, and say no more of it
+            yield {"encoded": _column(error)}
 
 
 def _column(value: object) -> Any:

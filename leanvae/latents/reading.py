@@ -1,4 +1,4 @@
-"""Reading of a store for diffusion training: by index, or in an order that resumes exactly."""
+"""A store is read here for diffusion training: by index, or in an order that resumes exactly."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from leanvae import distributed
 from leanvae.latents.store import STATISTICS, Store, StoreError
 from litevae.errors import InvalidInput
 from litevae.posterior import DiagonalGaussian
 
 # Separate the random streams that share a seed.
 _ORDER, _NOISE = 1, 2
+_NO_WORKER = 2**32 - 1
 
 Key = int | tuple[int, int]
 
@@ -25,11 +27,12 @@ class LatentClips(Dataset[dict[str, Any]]):
     """The clips of a store, by index or one after the other.
 
     An item is a dictionary of `latent` `(Z, T', H', W')` float32, `size` (3,) the true (T, H, W), `fps` (0 where
-    unknown), `key`, `source`, `caption` (empty where there is none) and `flipped`. All of it depends on the seed, the
-    epoch and the clip alone.
+    unknown), `key`, `source`, `caption` (empty where there is none) and `flipped`.
 
-    As an iterable it yields an epoch's share of this rank and, in a `DataLoader` worker, of this worker. For batches
-    of one shape give `ShapeBatches` to a `DataLoader` as `batch_sampler`.
+    `clips[epoch, index]` depends on the seed, the epoch and the clip alone. So does what an iteration yields: an
+    epoch's share of this rank and, in a `DataLoader` worker, of this worker. For batches of one shape give
+    `ShapeBatches` to a `DataLoader` as `batch_sampler`. `clips[index]`, which other samplers ask for, is a new sample
+    each time, drawn with torch's global generator, as a `DataLoader` draws its order.
 
     Args:
         store: path or fsspec address.
@@ -37,16 +40,16 @@ class LatentClips(Dataset[dict[str, Any]]):
         flip: take the mirror image of half of the clips; the store must hold them.
         normalize: bring the channels to mean 0 and standard deviation 1 by the store's statistics.
         seed: of samples, flips and order.
-        rank, world_size: of this process; those of `torch.distributed` by default, if that is in use.
+        rank, world_size: of this process; by default those that it has in distributed training.
 
     Attributes:
         manifest: what the store was made with.
         statistics: `mean` and `std` of each channel, with `normalize`.
-        epoch: the current epoch; it moves on when one has been iterated over.
 
     Raises:
-        StoreError: there is no store, it holds no clips or it is damaged.
-        ValueError: `flip` with a store without mirror images.
+        StoreError: there is no store, it holds no clips, it is damaged, or a channel that `normalize` divides is
+            constant.
+        InvalidInput: `flip` with a store without mirror images.
     """
 
     def __init__(
@@ -68,28 +71,42 @@ class LatentClips(Dataset[dict[str, Any]]):
         if not len(self):
             raise StoreError(f"{store}: holds no clips yet")
         self.statistics = self._store.read_json(STATISTICS) if normalize else None
+        if self.statistics and min(self.statistics["std"]) <= 0:
+            raise StoreError(f"{store}: normalize: channel {self.statistics['std'].index(0)} is constant")
         self._mode = mode
         self._flip = flip
         self.seed = seed
         self.rank, self.world_size = process_place(rank, world_size)
-        self.epoch = 0
-        self._position = 0
+        # Seen by the copies in a loader's workers: the last epoch with who finished it, and an epoch with its position.
+        self._progress = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._finished_here: int | None = None
+        self.load_state_dict({"epoch": 0, "position": 0})
 
     def __len__(self) -> int:
         return self._index.num_rows
 
     @property
+    def epoch(self) -> int:
+        """The current epoch; it moves on when one has been iterated over, here or in a loader's workers."""
+        return _unpack(self._progress[0])[0] + 1
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.load_state_dict({"epoch": epoch, "position": 0})
+
+    @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shape `(Z, T', H', W')` of each clip's latent."""
+        """The shape `(Z, T', H', W')` of each clip's latent."""
         return [tuple(shape) for shape in self._index["latent_shape"].to_pylist()]
 
     def facts(self, index: int) -> dict[str, Any]:
-        """A clip's row of the index, with `columns` as a dictionary of what its source came with."""
+        """Returns a clip's row of the index, with `columns`, what its source came with, as a dictionary."""
         row = self._index.slice(index, 1).to_pylist()[0]
         return {**row, "columns": json.loads(row["columns"])}
 
     def posterior(self, index: int, flipped: bool = False) -> DiagonalGaussian:
-        """A clip's posterior as the store holds it, `(1, Z, T', H', W')` in float32, with its true size."""
+        """Returns a clip's posterior as the store holds it, `(1, Z, T', H', W')` in float32, with its true size."""
         row = self._index.slice(index, 1).to_pylist()[0]
         return self._read(row, flipped)
 
@@ -100,13 +117,26 @@ class LatentClips(Dataset[dict[str, Any]]):
         return DiagonalGaussian(mean, logvar, tuple(row["size"]))
 
     def __getitem__(self, index: Key) -> dict[str, Any]:
-        """An item; an index may be a pair of epoch and index, and is of the current epoch otherwise."""
-        epoch, index = index if isinstance(index, tuple) else (self.epoch, index)
+        """Gives the item of a pair of epoch and index; of an index alone, a new sample each time.
+
+        Raises:
+            InvalidInput: an index alone, with several ranks: it does not say which of them the clip is for.
+        """
+        epoch, index = index if isinstance(index, tuple) else (None, index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"the store holds {len(self)} clips, there is no number {index}")
         index %= len(self)
+        if epoch is not None:
+            seed = int(np.random.SeedSequence([_NOISE, self.seed, epoch, index]).generate_state(1, np.uint64)[0])
+        elif self.world_size == 1:
+            seed = int(torch.randint(2**63 - 1, ()))
+        else:
+            raise InvalidInput(
+                f"clip {index}: {self.world_size} ranks would all read all clips. Give the DataLoader "
+                "batch_sampler=ShapeBatches(clips, batch_size), or make LatentClips(..., rank=0, world_size=1) and "
+                "share its indices out by a DistributedSampler. A single item is clips[epoch, index]"
+            )
         row = self._index.slice(index, 1).to_pylist()[0]
-        seed = int(np.random.SeedSequence([_NOISE, self.seed, epoch, index]).generate_state(1, np.uint64)[0])
         generator = torch.Generator().manual_seed(seed)
         flipped = self._flip and row["flipped"] and bool(torch.rand((), generator=generator) < 0.5)
         posterior = self._read(row, flipped)
@@ -123,24 +153,49 @@ class LatentClips(Dataset[dict[str, Any]]):
         """Yields what is left of this rank's and this worker's share of the epoch, which then moves on."""
         worker = get_worker_info()
         share, num_shares = (worker.id, worker.num_workers) if worker else (0, 1)
-        order = epoch_order(len(self), self.seed, self.epoch)
-        for number, place in enumerate(range(self._position + self.rank, len(order), self.world_size)):
-            self._position = place - self.rank + self.world_size
+        loop = (worker.seed - worker.id) % _NO_WORKER if worker else _NO_WORKER  # the same in all its workers
+        finished, finished_by = _unpack(self._progress[0])
+        # Another worker of this loop may have finished before this one begins.
+        is_late = finished_by == loop != _NO_WORKER and finished != self._finished_here
+        epoch = finished if is_late else finished + 1
+        order = epoch_order(len(self), self.seed, epoch)
+        for number, place in enumerate(range(self._position(epoch) + self.rank, len(order), self.world_size)):
+            if worker is None:
+                self._progress[1] = _pack(epoch, place - self.rank + self.world_size)
             if number % num_shares == share:
-                yield self[self.epoch, int(order[place])]
-        self.epoch, self._position = self.epoch + 1, 0
+                yield self[epoch, int(order[place])]
+        self._progress[0] = _pack(epoch, loop)
+        self._finished_here = epoch
+
+    def _position(self, epoch: int) -> int:
+        """Returns how many clips of an epoch all ranks together have had."""
+        begun, position = _unpack(self._progress[1])
+        return position if begun == epoch else 0
 
     def state_dict(self) -> dict[str, int]:
-        """Where the iteration is: the epoch, and how many clips of it all ranks together have had."""
-        return {"epoch": self.epoch, "position": self._position}
+        """Says where the iteration is: the epoch, and how many of its clips all ranks together have had.
+
+        If a loader's workers iterate, only the epoch is known.
+        """
+        return {"epoch": self.epoch, "position": self._position(self.epoch)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where an iteration with the same seed was, on any number of ranks."""
-        self.epoch, self._position = state["epoch"], state["position"]
+        """Continues where an iteration with the same seed was, on any number of ranks."""
+        self._progress[1] = _pack(state["epoch"], state["position"])
+        self._progress[0] = _pack(state["epoch"] - 1, _NO_WORKER)
+
+
+def _pack(epoch: int, number: int) -> int:
+    """Puts an epoch and a number below 2^32 into one, which no process sees half written."""
+    return epoch << 32 | number
+
+
+def _unpack(packed: Tensor) -> tuple[int, int]:
+    return int(packed) >> 32, int(packed) % 2**32
 
 
 class ShapeBatches(Sampler[list[Key]]):
-    """Batches of clips whose latents have one shape, to be a `DataLoader`'s `batch_sampler`.
+    """Batches of clips whose latents have one shape, for a `DataLoader`'s `batch_sampler`.
 
     Each rank gets as many batches as the others, of the same shape at a time. An epoch has each clip once; where the
     last batch of a shape is not full, clips of that shape come again in it.
@@ -166,7 +221,7 @@ class ShapeBatches(Sampler[list[Key]]):
         self._position = 0
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Returns the number of batches of an epoch."""
         together = self._batch_size * self._clips.world_size
         return sum(-(-len(bucket) // together) for bucket in self._buckets)
 
@@ -181,19 +236,19 @@ class ShapeBatches(Sampler[list[Key]]):
         self.epoch, self._position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Where the iteration is: the epoch, and its batches so far.
+        """Says where the iteration is: the epoch, and its batches so far.
 
         A `DataLoader` with workers draws batches ahead: there, count those that it has yielded instead.
         """
         return {"epoch": self.epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where an iteration with the same seed, batch size and number of ranks was."""
+        """Continues where an iteration with the same seed, batch size and number of ranks was."""
         self.epoch, self._position = state["epoch"], state["position"]
 
 
 def make_item(latent: Tensor, facts: dict[str, Any], flipped: bool) -> dict[str, Any]:
-    """An item of a data set of latents; see `LatentClips`."""
+    """Builds an item of a data set of latents; see `LatentClips`."""
     return {
         "latent": latent,
         "size": torch.tensor(facts["size"]),
@@ -206,14 +261,14 @@ def make_item(latent: Tensor, facts: dict[str, Any], flipped: bool) -> dict[str,
 
 
 def epoch_order(num_clips: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The clips of an epoch in order: a permutation."""
+    """Orders the clips of an epoch: a permutation."""
     return np.random.default_rng([_ORDER, seed, epoch]).permutation(num_clips)
 
 
 def shape_batches(
     buckets: Sequence[NDArray[np.int64]], batch_size: int, seed: int, epoch: int
 ) -> list[NDArray[np.int64]]:
-    """The batches of an epoch in order, each from one bucket; a bucket's last one is filled up with its first clips."""
+    """Orders the batches of an epoch, each from one bucket, whose last batch is filled up with its first clips."""
     generator = np.random.default_rng([_ORDER, seed, epoch])
     batches: list[NDArray[np.int64]] = []
     for bucket in buckets:
@@ -224,12 +279,11 @@ def shape_batches(
 
 
 def process_place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Rank and number of ranks, those of `torch.distributed` where they are not given."""
+    """Returns the rank and the number of ranks, those of this process if they are not given."""
     if (rank is None) != (world_size is None):
         raise InvalidInput(f"rank and world_size: give both or none, got {rank} and {world_size}")
     if rank is None or world_size is None:
-        in_use = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if in_use else (0, 1)
+        return distributed.rank(), distributed.world_size()
     if not 0 <= rank < world_size:
         raise InvalidInput(f"rank: expected 0 to {world_size - 1}, got {rank}")
     return rank, world_size

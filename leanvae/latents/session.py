@@ -1,4 +1,4 @@
-"""Opening of a store for writing: one run at a time, with the same weights, rule and types as before."""
+"""A store is opened for writing here: by one run at a time, with the same weights, rule and types as before."""
 
 import fcntl
 import hashlib
@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from leanvae.distributed import LOCK_FILE, barrier, lock_folder, on_main
-from leanvae.latents.encoding import VAE
-from leanvae.latents.store import FORMAT, INDEX, MANIFEST, Store, StoreError
-
-STATISTICS_FIELDS = {"latent_mean", "latent_std"}
+from leanvae.latents.encoder import VAE
+from leanvae.latents.store import FORMAT, INDEX, MANIFEST, Store, StoreError, naming
+from litevae.pretrained import STATISTICS_FIELDS
 
 
 def hash_checkpoint(vae: VAE) -> str:
-    """SHA-256 over a model's configuration and its weights as they are stored; the latents' statistics do not count."""
+    """Computes the SHA-256 of a model's configuration, without the latents' statistics, and its weights as stored."""
     digest = hashlib.sha256()
     # Without defaults, fields that configurations may gain leave the hash as it is.
     digest.update(vae.config.model_dump_json(exclude=STATISTICS_FIELDS, exclude_defaults=True).encode())
@@ -30,21 +29,23 @@ def hash_checkpoint(vae: VAE) -> str:
 
 @contextmanager
 def writing(store: Store, made_with: dict[str, Any]) -> Iterator[None]:
-    """Holds a store open for all ranks of a run; to be entered by all of them together.
+    """Holds a store open for all ranks of a run; all of them enter it together.
 
     Args:
-        made_with: everything that entries of the store must have in common.
+        store: the store.
+        made_with: everything that the store's entries must have in common.
 
     Raises:
         StoreError: the store was made with something else; the message says what differs.
-        ValueError: another run is writing to it.
+        InvalidInput: another run is writing to it.
     """
     descriptors: list[int] = []
 
     def begin() -> None:
         store.fs.makedirs(store.root, exist_ok=True)
         if store.is_local:
-            descriptors.append(lock_folder(Path(store.root)))
+            with naming(store.path(LOCK_FILE)):
+                descriptors.append(lock_folder(Path(store.root)))
         _prepare(store, made_with)
 
     try:
@@ -64,7 +65,7 @@ def writing(store: Store, made_with: dict[str, Any]) -> Iterator[None]:
 def _prepare(store: Store, made_with: dict[str, Any]) -> None:
     made_with = {"format": FORMAT, **made_with}
     if store.exists(MANIFEST):
-        differences = describe_differences(store.manifest(), made_with)
+        differences = find_differences(store.manifest(), made_with)
         if differences:
             raise StoreError(
                 f"{store.address}: made with other settings, and cannot be continued with these: {differences}; "
@@ -76,13 +77,13 @@ def _prepare(store: Store, made_with: dict[str, Any]) -> None:
     store.remove(INDEX)
 
 
-def describe_differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """The keys in which two nested dictionaries differ, with both values."""
+def find_differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
+    """Lists the keys in which two nested dictionaries differ, with both values."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found.append(describe_differences(old, new, f"{prefix}{key}."))
+            found.append(find_differences(old, new, f"{prefix}{key}."))
         elif old != new:
             found.append(f"{prefix}{key} was {_shortened(old)}, is {_shortened(new)}")
     return "; ".join(filter(None, found))

@@ -1,32 +1,33 @@
-"""Writing of shards: each becomes part of the store in one step."""
+"""Shards are written here; each becomes part of the store in one step."""
 
 import hashlib
 import json
 import tarfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from io import BufferedWriter, BytesIO, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from leanvae.latents.entry import FACTS, TENSORS, Entry
+from leanvae.latents.entry import FACTS, TENSORS, StoreEntry
 from leanvae.latents.statistics import Moments
-from leanvae.latents.store import SHARDS, SHARED_COLUMNS, ShardFacts, SourceRecord, Store
+from leanvae.latents.store import SHARDS, SHARED_COLUMNS, ShardFacts, SourceRecord, Store, naming
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_INDEXED = {TENSORS: "", FACTS: "facts_"}  # members that the index tells the place of, with its columns' prefix
-_SECONDS_PER_SHARD = 120.0  # the most work that a kill costs
+_INDEXED = {TENSORS: "", FACTS: "facts_"}  # members whose place the index gives, with the prefix of its columns
+_SECONDS_PER_SHARD = 120.0  # the most work that a kill can cost
 
 
 class ShardWriter:
-    """Collects entries into shards; use it in a `with` block, whose regular end completes the last one.
+    """Writer of shards, to be used in a `with` block; the block's regular end completes the last shard.
 
     Args:
-        writer: name of the process among those that write to the store at a time.
-        shard_bytes: length at which a shard is complete; two minutes complete one, too.
+        store: the store.
+        writer: name of this process, unique among those that write to the store at the same time.
+        shard_bytes: length at which a shard is complete; it is also complete after two minutes.
     """
 
     def __init__(self, store: Store, writer: str, shard_bytes: int) -> None:
@@ -41,12 +42,14 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.complete()
-        elif self._shard is not None:
-            self._shard.discard()
+        try:
+            if kind is None:
+                self.complete()
+        finally:
+            if self._shard is not None:
+                self._shard.discard()
 
-    def add(self, entries: Sequence[Entry]) -> None:
+    def add(self, entries: Sequence[StoreEntry]) -> None:
         """Adds entries."""
         for entry in entries:
             if self._shard is None:
@@ -66,7 +69,7 @@ class ShardWriter:
             self.complete()
 
     def complete(self) -> None:
-        """Makes what was added part of the store, first the entries, then the sources that they complete."""
+        """Makes what was added part of the store: first the entries, then the sources that they complete."""
         if self._shard is None and not self._records:
             return
         if self._shard is not None:
@@ -82,7 +85,7 @@ class ShardWriter:
 
 
 class _OpenShard:
-    """A tar that is being written."""
+    """A tar being written."""
 
     def __init__(self, store: Store, name: str) -> None:
         self.started = time.monotonic()
@@ -92,6 +95,7 @@ class _OpenShard:
         self._moments = Moments()
         with ExitStack() as stack:
             path = stack.enter_context(store.new_file(f"{SHARDS}/{name}.tar"))
+            self._path = store.path(f"{SHARDS}/{name}.tar") if store.is_local else str(path)
             self._file = stack.enter_context(_HashedFile(path))
             self._tar = stack.enter_context(tarfile.open(fileobj=self._file, mode="w|", format=tarfile.USTAR_FORMAT))
             self._stack = stack.pop_all()
@@ -100,7 +104,7 @@ class _OpenShard:
     def num_bytes(self) -> int:
         return self._tar.offset
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: StoreEntry) -> None:
         facts = entry.facts
         row = {name: facts[name] for name in SHARED_COLUMNS}
         row |= {"source_id": entry.key.partition("_")[0], "shard": self._name}
@@ -111,22 +115,26 @@ class _OpenShard:
             if extension in _INDEXED:
                 prefix = _INDEXED[extension]
                 row |= {f"{prefix}offset": self._tar.offset + tarfile.BLOCKSIZE, f"{prefix}bytes": len(data)}
-            self._tar.addfile(info, BytesIO(data))
+            with naming(self._path):
+                self._tar.addfile(info, BytesIO(data))
         self._rows.append(row)
         self._moments.add(entry.tensors["mean"], entry.tensors["logvar"])
 
     def complete(self) -> None:
-        self._tar.close()
+        with naming(self._path):
+            self._tar.close()
+            self._file.flush()
         facts = ShardFacts(self._file.hash.hexdigest(), self._file.tell(), self._moments)
         self._store.write_shard_index(self._name, self._rows, facts)
         self._stack.close()
 
     def discard(self) -> None:
-        self._stack.__exit__(RuntimeError, RuntimeError("the shard is given up"), None)
+        with suppress(OSError):  # what is still to be written may not fit
+            self._stack.__exit__(RuntimeError, RuntimeError("the shard is given up"), None)
 
 
 class _HashedFile(BufferedWriter):
-    """A file that is written once, from its beginning to its end, and hashed on the way."""
+    """A file written once from start to end, and hashed on the way."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(FileIO(path, "wb"))

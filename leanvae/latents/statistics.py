@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """Sums over the latents that samples of posteriors are: their distribution is the mixture of the posteriors.
+    """Sums over latents, which are samples of posteriors and so distributed as the mixture of these.
 
     Attributes:
-        count: elements of each channel.
+        count: number of elements per channel.
         sums: (Z,) float64, of the elements' expected values.
         square_sums: (Z,) float64, of their expected squares, mean^2 + variance.
     """
@@ -30,7 +30,7 @@ class Moments:
         self.merge(Moments(mean.shape[1], mean.sum(1).numpy(), squares.numpy()))
 
     def merge(self, other: "Moments") -> None:
-        """Adds what other latents sum up to."""
+        """Adds the sums over other latents."""
         if not self.count:
             self.sums, self.square_sums = np.zeros_like(other.sums), np.zeros_like(other.square_sums)
         if other.count:
@@ -40,27 +40,27 @@ class Moments:
 
     @property
     def mean(self) -> list[float]:
-        """Mean of each channel."""
+        """The mean of each channel."""
         return (self.sums / max(1, self.count)).tolist()
 
     @property
     def std(self) -> list[float]:
-        """Standard deviation of each channel, sqrt(E[z^2] - E[z]^2)."""
+        """The standard deviation of each channel, sqrt(E[z^2] - E[z]^2)."""
         mean = self.sums / max(1, self.count)
         return np.sqrt(np.maximum(0.0, self.square_sums / max(1, self.count) - mean**2)).tolist()
 
     def to_json(self) -> dict[str, Any]:
-        """The sums as they stand in a shard's index."""
+        """Returns the sums as a shard's index holds them."""
         return {"count": self.count, "sums": self.sums.tolist(), "square_sums": self.square_sums.tolist()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Moments":
-        """Reads what `to_json` gave."""
+        """Reads what `to_json` returned."""
         return cls(values["count"], np.asarray(values["sums"]), np.asarray(values["square_sums"]))
 
 
 def merge_moments(parts: Iterable[Moments]) -> Moments:
-    """The sums over all parts."""
+    """Adds the sums of all parts."""
     total = Moments()
     for part in parts:
         total.merge(part)

@@ -1,18 +1,19 @@
-"""The store on disk or at any fsspec address: shards with their indexes, and what is known of the sources.
+"""The store on disk or at any fsspec address: shards with their indexes, and what is known about the sources.
 
-    store.json              what the store was made with; nothing else may be added to it
+    store.json              what the store was made with; only clips made alike may be added
     shards/NAME.tar         entries, in WebDataset's form
     shards/NAME.parquet     a row for each of them; written before the tar appears under its name
-    sources/NAME.parquet    sources that are done with: their number of clips, or why they cannot be used
+    sources/NAME.parquet    finished sources: their number of clips, or why they cannot be used
     index.parquet           the rows of all shards; while a run is writing there is none
     statistics.json         mean and standard deviation of the latents' channels
     summary.json            what the last run did
 
-A tar appears under its name in one step, complete and with its index in place: the tars alone decide what the store
-holds. A source is noted as done with after its last clip is in a tar, so that a run that was killed repeats at most
-the decoding of sources whose clips are there already.
+A tar appears under its name in one step, complete and with its index in place, so the tars alone decide what the store
+holds. A source is noted as finished after its last clip is in a tar. So a run that was killed repeats at most the
+decoding of sources whose clips are already stored.
 """
 
+import errno
 import io
 import json
 import os
@@ -21,17 +22,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from leanvae.latents.entry import FACTS, TENSORS, Entry, read_tensors
+from leanvae.latents.entry import FACTS, TENSORS, StoreEntry, StoreError, parse_facts, read_json, read_tensors
 from leanvae.latents.statistics import Moments
-from litevae.errors import InvalidInput
 from litevae.files import atomic_path
 
 FORMAT = 1
@@ -57,21 +58,31 @@ SOURCE_SCHEMA = pa.schema([
 # fmt: on
 
 
-class StoreError(InvalidInput):
-    """A store is missing, damaged, or not the one that it should be; the message says which and how."""
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Names a file in errors that do not, such as those of a full disk or a network."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(error.errno or errno.EIO, reason, path) from error
 
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """What is known of a source that is done with.
+    """A finished source.
 
     Attributes:
-        id: of the source.
+        id: the source's id.
         source: its name.
-        modified: time at which its file was last changed, in nanoseconds; -1 where unknown, or of no account.
-        num_frames: frames that it holds; 0 if it cannot be used.
-        num_clips: clips of it in the store.
-        reason: why it cannot be used, or None.
+        modified: time of its file's last change in nanoseconds; -1 if unknown or irrelevant.
+        num_frames: its number of frames; 0 if it cannot be used.
+        num_clips: its number of clips in the store.
+        reason: why it cannot be used; None if it can.
     """
 
     id: str
@@ -84,11 +95,11 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What a shard's index says of the shard itself.
+    """Facts about a shard, which its index holds.
 
     Attributes:
-        sha256: of the tar, in hexadecimal.
-        bytes: its length.
+        sha256: hash of the tar, in hexadecimal.
+        bytes: length of the tar.
         moments: sums over its latents.
     """
 
@@ -98,98 +109,125 @@ class ShardFacts:
 
 
 class Store:
-    """A store's files.
+    """The files of a store.
 
     Args:
-        address: path or fsspec address of its folder.
+        address: path or fsspec address of the folder.
     """
 
     def __init__(self, address: str | Path) -> None:
         self.address = str(address)
-        self.fs, self.root = fsspec.url_to_fs(self.address)
-        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self._fs, self.root = fsspec.url_to_fs(self.address)
+        self._opened_by = os.getpid()
+        self.is_local = isinstance(self._fs, LocalFileSystem)
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
+        return Store, (self.address,)
+
+    @property
+    def fs(self) -> AbstractFileSystem:
+        """The file system, opened in this process: connections and event loops do not survive a fork."""
+        if self._opened_by != os.getpid():
+            self._fs, _ = fsspec.url_to_fs(self.address)
+            self._opened_by = os.getpid()
+        return self._fs
 
     def path(self, name: str) -> str:
-        """A file's path in the store's file system."""
+        """Returns a file's path in the store's file system."""
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return self.fs.exists(self.path(name))
-
-    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """A file's content, or a part of it.
+        """Says whether a file exists.
 
         Raises:
-            StoreError: there is no such file.
+            OSError: the file system does not answer; fsspec's own `exists` and `isdir` would return False.
+        """
+        self.fs.invalidate_cache()
+        try:
+            with naming(self.path(name)):
+                self.fs.info(self.path(name))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """Reads a file, or the bytes from `start` to `end`.
+
+        Raises:
+            StoreError: the file does not exist.
         """
         try:
-            return self.fs.cat_file(self.path(name), start=start, end=end)
+            with naming(self.path(name)):
+                return cast(bytes, self.fs.cat_file(self.path(name), start=start, end=end))
         except FileNotFoundError as error:
             raise StoreError(f"{self.address}: {name} is missing") from error
 
     def names(self, folder: str, suffix: str) -> list[str]:
-        """Names of a folder's files without the suffix, sorted; hidden ones are left out."""
-        if not self.fs.isdir(self.path(folder)):
-            return []
-        self.fs.invalidate_cache(self.path(folder))
-        names = [str(path).rpartition("/")[2] for path in self.fs.ls(self.path(folder), detail=False)]
+        """Lists a folder's files by name without the suffix, sorted; hidden files are left out."""
+        names = [path.rpartition("/")[2] for path in self._paths(folder)]
         return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix) and name[0] != ".")
+
+    def _paths(self, folder: str) -> list[str]:
+        """Lists the paths in a folder; none if it does not exist."""
+        self.fs.invalidate_cache()  # other ranks write too
+        try:
+            with naming(self.path(folder)):
+                return [str(path) for path in self.fs.ls(self.path(folder), detail=False)]
+        except FileNotFoundError:
+            return []
 
     @contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
-        """Yields a local path to write to; if the block succeeds, the file appears under its name, complete."""
+        """Gives a local path to write to; the file appears under its name, complete, when the block succeeds."""
         self.fs.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
         if self.is_local:
-            with atomic_path(self.path(name)) as temporary:
+            with naming(self.path(name)), atomic_path(self.path(name)) as temporary:
                 yield temporary
             return
         with tempfile.TemporaryDirectory(prefix="leanvae-") as folder:
             file = Path(folder, "file")
-            yield file
+            with naming(str(file)):
+                yield file
             # Not every file system writes a file in one step, but all of them rename in one.
             folder_name, _, base = self.path(name).rpartition("/")
             arriving = f"{folder_name}/.{base}.{os.getpid()}.tmp"
-            self.fs.put_file(str(file), arriving)
-            self.fs.mv(arriving, self.path(name))
+            with naming(self.path(name)):
+                self.fs.put_file(str(file), arriving)
+                self.fs.mv(arriving, self.path(name))
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file: it appears complete or not at all."""
+        """Writes a file, which appears complete or not at all."""
         with self.new_file(name) as temporary:
             temporary.write_bytes(data)
 
     def remove(self, name: str) -> None:
-        """Removes a file, if it is there."""
+        """Removes a file if it exists."""
         if self.exists(name):
             self.fs.rm_file(self.path(name))
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """The content of a JSON file.
+        """Reads a JSON file.
 
         Raises:
             StoreError: it is missing or damaged.
         """
-        try:
-            return json.loads(self.read(name))
-        except ValueError as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"{self.address}: {name} is no valid JSON: {error}") from error
+        return read_json(self.read(name), f"{self.address}: {name}")
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file."""
         self.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def read_table(self, name: str) -> pa.Table:
-        """The content of a Parquet file.
+        """Reads a Parquet file.
 
         Raises:
             StoreError: it is missing or damaged.
         """
+        data = io.BytesIO(self.read(name))
         try:
-            return pq.read_table(io.BytesIO(self.read(name)))
-        except pa.ArrowInvalid as error:
-            raise StoreError(f"{self.address}: {name} is no valid Parquet file: {error}") from error
+            return pq.read_table(data)
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(f"{self.address}: {name} is not a valid Parquet file: {error}") from error
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Writes a Parquet file."""
@@ -197,24 +235,47 @@ class Store:
             pq.write_table(table, temporary, compression="zstd")
 
     def manifest(self) -> dict[str, Any]:
-        """What the store was made with.
+        """Reads what the store was made with.
 
         Raises:
-            StoreError: there is no store here.
+            StoreError: there is no store here, or it has another format.
         """
         if not self.exists(MANIFEST):
-            raise StoreError(f"{self.address}: no latent store: {MANIFEST} is missing")
-        return self.read_json(MANIFEST)
+            raise StoreError(f"{self.address}: not a latent store: {MANIFEST} is missing")
+        manifest = self.read_json(MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise StoreError(f"{self.address}: {MANIFEST}: expected format {FORMAT}, got {manifest.get('format')}")
+        return manifest
 
     def shards(self) -> list[str]:
-        """Names of the shards."""
+        """Lists the names of the shards."""
         return self.names(SHARDS, ".tar")
 
+    def shard_index(self, shard: str) -> pa.Table:
+        """Reads a shard's index, a row for each clip.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        name = f"{SHARDS}/{shard}.parquet"
+        table = self.read_table(name).replace_schema_metadata()
+        if not table.schema.equals(INDEX_SCHEMA):
+            raise StoreError(f"{self.address}: {name} has other columns than the index of a shard")
+        return table
+
     def shard_facts(self, shard: str) -> ShardFacts:
-        """What a shard's index says of the shard itself."""
-        metadata = self.read_table(f"{SHARDS}/{shard}.parquet").schema.metadata or {}
-        facts = json.loads(metadata[_METADATA])
-        return ShardFacts(facts["sha256"], facts["bytes"], Moments.from_json(facts["moments"]))
+        """Reads what a shard's index says about the shard itself.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        name = f"{SHARDS}/{shard}.parquet"
+        metadata = self.read_table(name).schema.metadata or {}
+        try:
+            facts = json.loads(metadata[_METADATA])
+            return ShardFacts(facts["sha256"], facts["bytes"], Moments.from_json(facts["moments"]))
+        except (KeyError, ValueError) as error:
+            raise StoreError(f"{self.address}: {name} does not describe its shard: {error!r}") from error
 
     def write_shard_index(self, shard: str, rows: Sequence[dict[str, Any]], facts: ShardFacts) -> None:
         """Writes a shard's index; the tar itself follows."""
@@ -224,30 +285,27 @@ class Store:
         self.write_table(f"{SHARDS}/{shard}.parquet", table)
 
     def index(self) -> pa.Table:
-        """A row for each clip of the store, shard by shard; also while a run is writing."""
+        """Returns a row for each clip, shard by shard; also while a run is writing."""
         return self.read_table(INDEX) if self.exists(INDEX) else self.merge_indexes()
 
     def merge_indexes(self) -> pa.Table:
-        """A row for each clip, from the shards' own indexes."""
-        tables = [self.read_table(f"{SHARDS}/{shard}.parquet").replace_schema_metadata() for shard in self.shards()]
+        """Returns a row for each clip, from the shards' own indexes."""
+        tables = [self.shard_index(shard) for shard in self.shards()]
         return pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
 
     def read_tensors(self, row: dict[str, Any]) -> dict[str, Tensor]:
-        """The tensors of the entry that a row of the index is of."""
+        """Reads the tensors of the entry that a row of the index describes."""
         data, place = self._read_member(row, "")
         return read_tensors(data, f"{place}.{TENSORS}")
 
-    def read_entry(self, row: dict[str, Any]) -> Entry:
-        """The entry that a row of the index is of, without its thumbnail.
+    def read_entry(self, row: dict[str, Any]) -> StoreEntry:
+        """Reads the entry that a row of the index describes, without its thumbnail.
 
         Raises:
-            StoreError: the shard is not what the index says.
+            StoreError: the shard does not hold what the index says.
         """
         data, place = self._read_member(row, "facts_")
-        try:
-            return Entry(json.loads(data), self.read_tensors(row))
-        except json.JSONDecodeError as error:
-            raise StoreError(f"{place}.{FACTS}: no valid JSON: {error}") from error
+        return StoreEntry(parse_facts(data, f"{place}.{FACTS}"), self.read_tensors(row))
 
     def _read_member(self, row: dict[str, Any], prefix: str) -> tuple[bytes, str]:
         name = f"{SHARDS}/{row['shard']}.tar"
@@ -255,7 +313,7 @@ class Store:
         return self.read(name, start, start + row[f"{prefix}bytes"]), f"{self.address}: {name}: {row['key']}"
 
     def sources(self) -> dict[str, SourceRecord]:
-        """The sources that are done with, by id; of those noted twice, what counts is that they could be used."""
+        """Returns the finished sources by id; of a source noted twice, the note that it could be used counts."""
         records: dict[str, SourceRecord] = {}
         for name in self.names(SOURCES, ".parquet"):
             for row in self.read_table(f"{SOURCES}/{name}.parquet").to_pylist():
@@ -265,24 +323,22 @@ class Store:
         return records
 
     def write_sources(self, name: str, records: Sequence[SourceRecord]) -> None:
-        """Notes sources that are done with."""
+        """Notes finished sources."""
         table = pa.Table.from_pylist([asdict(record) for record in records], SOURCE_SCHEMA)
         self.write_table(f"{SOURCES}/{name}.parquet", table)
 
     def next_number(self, writer: str) -> int:
-        """The number of a writer's next shard."""
+        """Returns the number of a writer's next shard."""
         names = [*self.shards(), *self.names(SOURCES, ".parquet")]
         return 1 + max((int(name.rpartition("-")[2]) for name in names if name.startswith(f"{writer}-")), default=-1)
 
     def remove_leftovers(self) -> None:
-        """Removes what a run that was killed left behind; to be called while no run is writing."""
+        """Removes what a run that was killed left behind; call it only while no run is writing."""
         shards = set(self.shards())
         for shard in self.names(SHARDS, ".parquet"):
             if shard not in shards:
                 self.remove(f"{SHARDS}/{shard}.parquet")
-        for folder in ("", SHARDS, SOURCES):
-            if self.fs.isdir(self.path(folder)):
-                for path in self.fs.ls(self.path(folder), detail=False):
-                    name = str(path).rpartition("/")[2]
-                    if name.startswith(".") and ".tmp" in name:
-                        self.fs.rm_file(str(path))
+        for path in (path for folder in ("", SHARDS, SOURCES) for path in self._paths(folder)):
+            name = path.rpartition("/")[2]
+            if name.startswith(".") and ".tmp" in name:
+                self.fs.rm_file(path)

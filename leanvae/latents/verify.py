@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import math
 import tarfile
 from collections import Counter
@@ -11,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from leanvae.checkpoint import load_vae
 from leanvae.latents.clips import ClipRequest, ClipRule, Piece, Rejected, decode_source, find_source
 from leanvae.latents.decode import decode_entry
-from leanvae.latents.encoding import VAE, frames_per_latent
-from leanvae.latents.entry import FACTS, TENSORS, Entry, read_tensors
+from leanvae.latents.encoder import VAE, frames_per_latent
+from leanvae.latents.entry import FACTS, TENSORS, StoreEntry, StoreError, parse_facts, read_tensors
 from leanvae.latents.session import hash_checkpoint
-from leanvae.latents.store import INDEX, SHARDS, SHARED_COLUMNS, STATISTICS, Store, StoreError
-from leanvae.media.errors import SourceError
-from leanvae.media.item import Item
+from leanvae.latents.store import INDEX, INDEX_SCHEMA, SHARDS, SHARED_COLUMNS, STATISTICS, Store
 from leanvae.metrics.frames import psnr
+from leanvae.progress import Progress
+from litevae.errors import LeanVAEError
+
+_SAME_TIME = 2e-3  # seconds
 
 
 def verify_store(
@@ -48,63 +49,75 @@ def verify_store(
     store = Store(address)
     manifest = store.manifest()
     problems: list[str] = []
-    num_clips: Counter[str] = Counter()
-    keys: Counter[str] = Counter()
-    for shard in tqdm(store.shards(), desc="verifying", unit="shard", disable=None):
-        try:
-            for row in _check_shard(store, shard, manifest, problems):
-                num_clips[row["source_id"]] += 1
-                keys[row["key"]] += 1
-        except (StoreError, tarfile.TarError, KeyError) as error:
-            problems.append(f"{shard}: {error}")
-    problems += [f"{key}: {count} times in the store" for key, count in keys.items() if count > 1]
-    problems += _check_index(store)
-    for record in store.sources().values():
-        if num_clips[record.id] != record.num_clips:
-            problems.append(f"{record.source}: {num_clips[record.id]} clips in the store, {record.num_clips} expected")
+    indexes: list[pa.Table] = []
+    intact: list[pa.Table] = []
+    shards = store.shards()
+    with Progress("verifying", "shard", len(shards)) as progress:
+        for shard in shards:
+            num_before = len(problems)
+            try:
+                index = store.shard_index(shard)
+                problems += [f"{shard}: {problem}" for problem in _check_shard(store, shard, index, manifest)]
+            except (StoreError, tarfile.TarError) as error:
+                problems.append(f"{shard}: {error}")
+            else:
+                indexes.append(index)
+                intact += [index] if len(problems) == num_before else []
+            progress.add()
+    merged = pa.concat_tables(indexes) if indexes else INDEX_SCHEMA.empty_table()
+    counts = Counter(merged["key"].to_pylist())
+    problems += [f"{key}: {count} times in the store" for key, count in counts.items() if count > 1]
+    problems += _check_index(store, merged if len(indexes) == len(shards) else None)
+    problems += _check_sources(store, Counter(merged["source_id"].to_pylist()))
     samples = []
-    if checkpoint is not None and not problems:
-        samples = list(_compare_samples(store, manifest, load_vae(checkpoint), num_samples, device, problems))
+    if checkpoint is not None and intact:
+        vae = load_vae(checkpoint)
+        if hash_checkpoint(vae) != manifest["checkpoint"]:
+            raise StoreError(f"{store.address}: encoded with another checkpoint than the one given")
+        rows = _spread(pa.concat_tables(intact), num_samples)
+        samples = list(_compare_samples(store, manifest, vae.to(device), rows, problems))
     return {
         "store": store.address,
-        "shards": len(store.shards()),
-        "clips": sum(keys.values()),
+        "shards": len(shards),
+        "clips": merged.num_rows,
         "problems": problems,
         "samples": samples,
     }
 
 
-def _check_shard(store: Store, shard: str, manifest: dict[str, Any], problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Compares a shard with its index; yields the index's rows."""
+def _check_shard(store: Store, shard: str, index: pa.Table, manifest: dict[str, Any]) -> Iterator[str]:
+    """Yields in what a shard is not what its index says.
+
+    Raises:
+        StoreError: the tar is not the one that was written; its clips do not count.
+    """
     data = store.read(f"{SHARDS}/{shard}.tar")
     facts = store.shard_facts(shard)
     if len(data) != facts.bytes or hashlib.sha256(data).hexdigest() != facts.sha256:
-        problems.append(f"{shard}: the tar is not the one that was written: its SHA-256 differs")
-        return
-    rows = {row["key"]: row for row in store.read_table(f"{SHARDS}/{shard}.parquet").to_pylist()}
+        raise StoreError("the tar is not the one that was written: its SHA-256 differs")
+    rows = {row["key"]: row for row in index.to_pylist()}
     seen: set[str] = set()
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for info in tar:
             key, _, extension = info.name.partition(".")
             seen.add(info.name)
             if key not in rows:
-                problems.append(f"{shard}: {info.name} is not in the index")
+                yield f"{info.name} is not in the index"
             elif extension == TENSORS and info.offset_data != rows[key]["offset"]:
-                problems.append(f"{shard}: {info.name} lies elsewhere than the index says")
+                yield f"{info.name} lies elsewhere than the index says"
     for key, row in rows.items():
-        if not {f"{key}.{TENSORS}", f"{key}.{FACTS}"} <= seen:
-            problems.append(f"{shard}: {key} is in the index and not in the tar")
-            continue
-        problems += [f"{shard}: {key}: {problem}" for problem in _check_entry(store, row, data, manifest)]
-    yield from rows.values()
+        if {f"{key}.{TENSORS}", f"{key}.{FACTS}"} <= seen:
+            yield from (f"{key}: {problem}" for problem in _check_entry(row, data, manifest))
+        else:
+            yield f"{key} is in the index and not in the tar"
 
 
-def _check_entry(store: Store, row: dict[str, Any], shard: bytes, manifest: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with an entry."""
+def _check_entry(row: dict[str, Any], shard: bytes, manifest: dict[str, Any]) -> Iterator[str]:
+    """Yields what is wrong with an entry."""
     try:
-        tensors = read_tensors(shard[row["offset"] : row["offset"] + row["bytes"]], row["key"])
-        facts = json.loads(shard[row["facts_offset"] : row["facts_offset"] + row["facts_bytes"]])
-    except ValueError as error:
+        tensors = read_tensors(shard[row["offset"] : row["offset"] + row["bytes"]], TENSORS)
+        facts = parse_facts(shard[row["facts_offset"] : row["facts_offset"] + row["facts_bytes"]], FACTS)
+    except StoreError as error:
         yield str(error)
         return
     for name, tensor in tensors.items():
@@ -117,41 +130,57 @@ def _check_entry(store: Store, row: dict[str, Any], shard: bytes, manifest: dict
             yield f"{name} is {facts.get(name)} in the tar and {row[name]} in the index"
     if facts["checkpoint"] != manifest["checkpoint"]:
         yield "it was encoded with another checkpoint than the store"
-    if len(facts["times"]) != facts["size"][0]:
-        yield f"{len(facts['times'])} timestamps for {facts['size'][0]} frames"
 
 
-def _check_index(store: Store) -> Iterator[str]:
+def _check_index(store: Store, merged: pa.Table | None) -> Iterator[str]:
+    """Compares the store's index with what the shards' own indexes make together, if all of them can be read."""
     if not store.exists(INDEX):
         yield f"{INDEX} is missing: the run that was to write it has not ended; start it again"
-    elif not store.read_table(INDEX).equals(store.merge_indexes()):
-        yield f"{INDEX} is not what the shards' own indexes make together"
+        return
+    try:
+        index = store.read_table(INDEX)
+    except StoreError as error:
+        yield str(error)
+    else:
+        if merged is not None and not index.equals(merged):
+            yield f"{INDEX} is not what the shards' own indexes make together"
+
+
+def _check_sources(store: Store, num_clips: Counter[str]) -> Iterator[str]:
+    """Compares the clips by source with what was noted when each source was done."""
+    try:
+        records = store.sources()
+    except StoreError as error:
+        yield str(error)
+        return
+    for record in records.values():
+        if num_clips[record.id] != record.num_clips:
+            yield f"{record.source}: {num_clips[record.id]} clips in the store, {record.num_clips} expected"
+
+
+def _spread(index: pa.Table, number: int) -> list[dict[str, Any]]:
+    """Rows that are spread evenly over an index."""
+    places = np.linspace(0, index.num_rows - 1, min(number, index.num_rows)).round().astype(int)
+    return index.take(places).to_pylist()
 
 
 def _compare_samples(
-    store: Store, manifest: dict[str, Any], vae: VAE, num_samples: int, device: str, problems: list[str]
+    store: Store, manifest: dict[str, Any], vae: VAE, rows: list[dict[str, Any]], problems: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Decodes clips spread over the store, and measures them against their sources."""
-    if hash_checkpoint(vae) != manifest["checkpoint"]:
-        raise StoreError(f"{store.address}: encoded with another checkpoint than the one given")
-    vae = vae.to(device)
-    index = store.index()
-    numbers = np.linspace(0, index.num_rows - 1, min(num_samples, index.num_rows)).round().astype(int)
+    """Decodes clips and measures them against their sources; adds those for which that is impossible to `problems`."""
     rule = ClipRule.model_validate(manifest["rule"])
-    for number in numbers.tolist():
-        row = index.slice(number, 1).to_pylist()[0]
-        entry = store.read_entry(row)
+    for row in rows:
         try:
-            yield {"key": entry.key, "source": row["source"], "psnr": _psnr(vae, entry, rule)}
-        except (StoreError, SourceError, OSError) as error:
-            problems.append(f"{entry.key}: {error}")
+            psnr_of_clip = _psnr(vae, store.read_entry(row), rule)
+        except (LeanVAEError, OSError) as error:
+            problems.append(f"{row['key']}: {error}")
+        else:
+            yield {"key": row["key"], "source": row["source"], "psnr": psnr_of_clip}
 
 
-def _psnr(vae: VAE, entry: Entry, rule: ClipRule) -> float | None:
+def _psnr(vae: VAE, entry: StoreEntry, rule: ClipRule) -> float | None:
     """Mean PSNR in decibels over a clip's frames; None where infinite."""
-    facts = entry.facts
-    source = find_source(facts["source"], facts["start"], facts["end"])
-    originals = _source_frames(source, ClipRequest(rule, frames_per_latent(vae)), facts["first_frame"])
+    originals = _source_frames(entry.facts, ClipRequest(rule, frames_per_latent(vae)))
     decoded = (frame for frames in decode_entry(vae, entry) for frame in frames.cpu().split(1))
     values = [
         psnr(frame, torch.from_numpy(original).movedim(-1, 0)[None].float() / 255).item()
@@ -161,23 +190,34 @@ def _psnr(vae: VAE, entry: Entry, rule: ClipRule) -> float | None:
     return mean if math.isfinite(mean) else None
 
 
-def _source_frames(source: Item, decoding: ClipRequest, first: int) -> Iterator[NDArray[np.uint8]]:
-    """The frames of a source's clip that begins with its frame `first`.
+def _source_frames(facts: dict[str, Any], request: ClipRequest) -> Iterator[NDArray[np.uint8]]:
+    """Yields the frames of an entry's clip as its source gives them now.
 
     Raises:
-        StoreError: the source cannot be read any more, or holds no such clip.
+        StoreError: the source cannot be read any more, or gives other frames than when it was encoded.
     """
-    for result in decode_source(source, decoding):
+    source = find_source(facts["source"], facts["start"], facts["end"])
+    changed = f"{source.name}: has changed since it was encoded"
+    times = facts["times"]
+    for result in decode_source(source, request):
         if isinstance(result, Rejected):
-            raise StoreError(f"the source cannot be read: {result.reason}")
-        if isinstance(result, Piece) and result.first == first:
-            yield from result.frames
-            if result.ends:
-                return
-    raise StoreError(f"{source.name} holds no clip from frame {first} on")
+            raise StoreError(f"{source.name}: cannot be read any more: {result.reason}")
+        if not isinstance(result, Piece) or result.first != facts["first_frame"]:
+            continue
+        if list(result.source_size) != facts["source_size"]:
+            now, before = ("x".join(map(str, reversed(size))) for size in (result.source_size, facts["source_size"]))
+            raise StoreError(f"{changed}: its pictures are {now}, and were {before}")
+        expected, times = times[: len(result.times)], times[len(result.times) :]
+        same = len(expected) == len(result.times) and np.allclose(result.times, expected, rtol=0, atol=_SAME_TIME)
+        if not same or (result.ends and times):
+            raise StoreError(f"{changed}: it has other frames from number {result.first} on")
+        yield from result.frames
+        if result.ends:
+            return
+    raise StoreError(f"{changed}: it has no clip from frame {facts['first_frame']} on")
 
 
-def describe_store(address: str | Path) -> dict[str, Any]:
+def store_info(address: str | Path) -> dict[str, Any]:
     """What a store holds: counts, shapes, reasons of skipped sources, and the latents' statistics.
 
     Raises:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from leanvae.media.writer import Interpolation, to_yuv
 from litevae.errors import MissingFile, extra
 
 with extra("video"):
@@ -164,13 +165,7 @@ def _write_clip(path: Path, frames: Iterator[NDArray[np.uint8]]) -> None:
             context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
             context.color_range = 1  # limited
             for index, image in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-                    format="yuv420p",
-                    dst_colorspace="ITU709",
-                    src_color_range="JPEG",
-                    dst_color_range="MPEG",
-                    interpolation="BICUBIC",
-                )
+                frame = to_yuv(image, interpolation=Interpolation.BICUBIC)  # other flags would change the clips
                 frame.pts = index
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))

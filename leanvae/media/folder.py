@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import islice
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -144,3 +145,19 @@ def open_clip(item: Item, *, square: bool = True, threads: int = 1) -> Iterator[
         return
     with open_item(item) as file, VideoReader(file, item.name, square=square, threads=threads) as reader:
         yield reader
+
+
+def read_frames(item: Item, count: int | None = None) -> Iterator[Frame]:
+    """Read a clip, on all cores, or an image as a clip of one frame.
+
+    Args:
+        count: most frames to read; None reads all.
+
+    Raises:
+        MediaError, OSError: the file cannot be read.
+    """
+    if item.kind == "image":
+        yield Frame(read_image(item), None, 0.0)
+        return
+    with open_clip(item, threads=0) as reader:
+        yield from islice(reader.frames(item.start, item.end), count)

@@ -135,7 +135,7 @@ class VideoWriter:
         if last is not None and pts <= last:
             pts = last + 1
             self._moved += 1
-        frame = _to_yuv(image, self._stream.pix_fmt or "yuv420p")
+        frame = to_yuv(image, self._stream.pix_fmt or "yuv420p")
         frame.pts = pts
         frame.time_base = self._time_base
         self._encode_held(next_pts=pts)
@@ -189,15 +189,23 @@ def _movie_timescale(time_base: Fraction) -> int:
     return timescale
 
 
-def _to_yuv(image: NDArray[np.uint8], pix_fmt: str) -> VideoFrame:
-    """Converts (H, W, 3) full-range RGB to limited-range BT.709."""
+def to_yuv(
+    image: NDArray[np.uint8], pix_fmt: str = "yuv420p", interpolation: Interpolation = _INTERPOLATION
+) -> VideoFrame:
+    """Converts (H, W, 3) full-range RGB to limited-range BT.709, tagged so.
+
+    Args:
+        image: the picture; yuv420p needs even sides.
+        pix_fmt: FFmpeg's name of the layout.
+        interpolation: swscale's flags; the default is the most exact.
+    """
     frame = VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
     frame = frame.reformat(
         format=pix_fmt,
         dst_colorspace=Colorspace.ITU709,
         src_color_range=ColorRange.JPEG,
         dst_color_range=ColorRange.MPEG,
-        interpolation=_INTERPOLATION,
+        interpolation=interpolation,
         threads=1,
     )
     frame.colorspace = Colorspace.ITU709

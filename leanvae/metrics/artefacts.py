@@ -4,7 +4,7 @@ Steps of the error, not of the picture: an edge of the content is no artefact.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,33 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WINDOW = 64  # pixels a side of the crop that shows block artefacts
-
-
-@dataclass(frozen=True)
-class Parts:
-    """How a model works on frames in parts, which may show at their borders.
-
-    Attributes:
-        tiles: (height, width) in pixels that tiles are apart, of each way in which frames are tiled.
-        first: frames of the first chunk; None where a clip is not cut.
-        chunk: frames of each further chunk.
-    """
-
-    tiles: tuple[tuple[int, int], ...] = ()
-    first: int | None = None
-    chunk: int = 1
-
-    def rows(self, height: int) -> set[int]:
-        """Rows of pixels that a tile begins with, the first left out."""
-        return {row for tile, _ in self.tiles for row in range(tile, height, tile)}
-
-    def columns(self, width: int) -> set[int]:
-        """Columns of pixels that a tile begins with, the first left out."""
-        return {column for _, tile in self.tiles for column in range(tile, width, tile)}
-
-    def frames(self, count: int) -> set[int]:
-        """Frames that a chunk begins with, the first left out."""
-        return set() if self.first is None else set(range(self.first, count, self.chunk))
 
 
 @dataclass(frozen=True)
@@ -54,7 +27,7 @@ class Profile:
     count: int
 
 
-def border_score(profiles: Iterable[tuple[Profile, set[int]]]) -> float | None:
+def border_score(profiles: Iterable[tuple[Profile, Collection[int]]]) -> float | None:
     """Mean absolute step of the error at borders over that elsewhere: 1 where borders do not show.
 
     Args:
@@ -165,15 +138,14 @@ class ErrorSteps:
         lines = [grid_lines(size, self._period) for size in (height, width)]
         return border_score(zip(self._in_space(), lines, strict=True))
 
-    def tile_seam(self, parts: Parts) -> float | None:
-        """`border_score` of tiles."""
-        height, width = self._size
-        return border_score(zip(self._in_space(), [parts.rows(height), parts.columns(width)], strict=True))
+    def tile_seam(self, rows: Collection[int], columns: Collection[int]) -> float | None:
+        """`border_score` of tiles, by the rows and columns that they begin with."""
+        return border_score(zip(self._in_space(), [rows, columns], strict=True))
 
-    def chunk_seam(self, parts: Parts) -> float | None:
-        """`border_score` of chunks, in time."""
+    def chunk_seam(self, frames: Collection[int]) -> float | None:
+        """`border_score` of chunks, in time, by the frames that they begin with."""
         height, width = self._size
-        return border_score([(Profile(self._frames, 3 * height * width), parts.frames(self._num_frames))])
+        return border_score([(Profile(self._frames, 3 * height * width), frames)])
 
     def _in_space(self) -> list[Profile]:
         height, width = self._size

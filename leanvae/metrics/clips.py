@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from leanvae.metrics.artefacts import ErrorSteps, Parts
+from leanvae.metrics.artefacts import ErrorSteps
 from leanvae.metrics.frames import ms_ssim, psnr, ssim
 from leanvae.metrics.i3d import CLIP_FRAMES
 from leanvae.metrics.networks import FeatureNetworks
@@ -50,13 +51,19 @@ class ClipMeasures:
         self.steps.update(output, reference)
         self.features.update(output)
 
-    def row(self, parts: Parts) -> dict[str, Any]:
-        """The measures by name, None where one is infinite or not defined."""
+    def row(
+        self, rows: Collection[int] = (), columns: Collection[int] = (), frames: Collection[int] = ()
+    ) -> dict[str, Any]:
+        """The measures by name, None where one is infinite or not defined.
+
+        Args:
+            rows, columns, frames: what the parts begin with that the model worked in, 0 left out.
+        """
         scores = {
             "flicker": self.steps.flicker(),
             "block_score": self.steps.block_score(),
-            "tile_seam": self.steps.tile_seam(parts),
-            "chunk_seam": self.steps.chunk_seam(parts),
+            "tile_seam": self.steps.tile_seam(rows, columns),
+            "chunk_seam": self.steps.chunk_seam(frames),
         }
         return {
             **{name: _finite_mean(self._values[name]) for name in FRAME_MEASURES},
@@ -162,7 +169,7 @@ def measure_clip(
     measures = ClipMeasures(frames.shape[2], frames.shape[3], period, networks)
     for output_frames, target_frames in zip(frames.split(_FRAMES_AT_ONCE), target.split(_FRAMES_AT_ONCE), strict=True):
         measures.update(output_frames, target_frames)
-    return measures.row(Parts())
+    return measures.row()
 
 
 def picture_row(output: Tensor, reference: Tensor) -> NDArray[np.uint8]:

@@ -20,11 +20,12 @@ from leanvae.distributed import on_main, rank
 from leanvae.media.item import BUILTIN, Item
 from leanvae.model import LeanVAE
 from leanvae.training.config import LossConfig, TrainConfig
-from leanvae.training.engine import build_engine
-from leanvae.training.initial import freeze, frozen_names, load_initial
+from leanvae.training.deepspeed import DeepSpeedEngine
+from leanvae.training.engine import Engine, PlainEngine
+from leanvae.training.initial import check_freeze, freeze, load_initial
+from leanvae.training.losses import Perceptual
 from leanvae.training.state import items_digest
 from leanvae.training.step import TrainingStep
-from leanvae.training.terms import Perceptual
 from litevae.discriminators import build_discriminator
 from litevae.errors import InvalidInput, MissingFile
 from litevae.files import write_text
@@ -43,7 +44,7 @@ logger = logging.getLogger("leanvae")
 
 
 def check_passes(config: TrainConfig, world_size: int) -> None:
-    """Raises `ConfigError` unless every batch divides among the ranks and passes, as the losses need it."""
+    """Raise `ConfigError` unless every batch divides among the ranks and passes, as the losses need."""
     passes = config.curriculum.all_passes(world_size)
     if config.gan and config.gan.weighting == "adaptive" and max(passes) > 1:
         raise ConfigError(
@@ -53,18 +54,18 @@ def check_passes(config: TrainConfig, world_size: int) -> None:
 
 
 def count_items(items: Sequence[Item]) -> str:
-    """A number of clips and images in words."""
+    """Return a number of clips and images in words."""
     images = sum(item.kind == "image" for item in items)
     parts = [f"{number} {kind}" for number, kind in ((len(items) - images, "clips"), (images, "images")) if number]
     return " and ".join(parts) or "nothing"
 
 
 def find_items(data: DataConfig) -> tuple[list[Item], list[Item]]:
-    """Lists the sources' clips or images, the same on all ranks, and splits the held-out ones off.
+    """List the sources' clips or images, the same on all ranks, and split the held-out ones off.
 
     Raises:
         SourceError: a source is missing, empty or wrongly written.
-        ValueError: nothing is left to train on.
+        InvalidInput: nothing is left to train on.
     """
     items: list[Item] = on_main(lambda: list_training_items(data))
     train, held_out = split_held_out(items, data.held_out)
@@ -80,10 +81,10 @@ def find_items(data: DataConfig) -> tuple[list[Item], list[Item]]:
 
 
 def make_schedule(config: TrainConfig, items: Sequence[Item], kept: Path | None = None) -> Schedule:
-    """What each step draws, the same on all ranks; files are measured first where there are buckets to choose from.
+    """Return what each step draws, the same on all ranks; measure files first if there are buckets to choose from.
 
     Args:
-        kept: file of a run that keeps what was measured: a file that breaks later must not change the order.
+        kept: file of a run that keeps the measured shapes; a file that breaks later must not change the order.
     """
     phases = config.curriculum.phases
     shapes = None
@@ -110,7 +111,7 @@ def _shapes_of_run(data: DataConfig, items: Sequence[Item], kept: Path | None) -
 def build_networks(
     config: TrainConfig, device: torch.device, resumes: bool = False
 ) -> tuple[TrainingStep, dict[str, Tensor]]:
-    """Both networks under their engines, and the averaged weights.
+    """Build both networks under their engines, and the averaged weights.
 
     The main rank keeps the average up; with the LDL loss, whose reference it gives, every rank does.
 
@@ -138,11 +139,23 @@ def build_networks(
     return TrainingStep(config, vae, discriminator, perceptual, average_model, device), average
 
 
+def build_engine(
+    module: nn.Module, config: TrainConfig, device: torch.device, freeze: Sequence[Sequence[str]] = ()
+) -> Engine:
+    """Put a network on its device, with AdamW, under the engine that `training.engine` names.
+
+    Args:
+        freeze: patterns of the parameters that each phase freezes, for `set_frozen`.
+    """
+    build = PlainEngine if config.training.engine == "plain" else DeepSpeedEngine
+    return build(module, config, device, freeze)
+
+
 def build_autoencoder(config: TrainConfig, resumes: bool) -> LeanVAE | LiteVAE:
-    """The autoencoder as `training` wants it: initial weights, frozen parameters, activation checkpointing, compiled.
+    """Build the autoencoder that `training` describes: initial weights, frozen parameters, recomputation, compilation.
 
     Raises:
-        ConfigError: the initial weights do not fit at all, or what is to be frozen does not exist.
+        ConfigError: the initial weights do not fit at all, or a pattern of `freeze` is wrong; see `check_freeze`.
     """
     training = config.training
     model = build_vae(config.model)
@@ -151,12 +164,11 @@ def build_autoencoder(config: TrainConfig, resumes: bool) -> LeanVAE | LiteVAE:
         if rank() == 0:
             level = logging.INFO if fit.is_complete else logging.WARNING
             logger.log(level, "initial weights from %s: %s", training.initial_weights, fit)
+    check_freeze(model, training.freeze, config.curriculum.freeze)
     if training.freeze:
         share = freeze(model, training.freeze)
         if rank() == 0:
             logger.info("training.freeze: %.1f %% of the autoencoder's numbers stay as they are", 100 * share)
-    for number, patterns in enumerate(config.curriculum.freeze):
-        frozen_names(model, patterns, f"phases.{number}.freeze")
     if training.activation_checkpointing:
         recompute_activations(model)
     if training.compile:
@@ -165,10 +177,10 @@ def build_autoencoder(config: TrainConfig, resumes: bool) -> LeanVAE | LiteVAE:
 
 
 def load_perceptual(losses: LossConfig, device: torch.device) -> Perceptual:
-    """Networks of the perceptual terms that have a weight, as `losses.perceptual` says.
+    """Load the networks of the perceptual terms that have a weight, as `losses.perceptual` says.
 
     Raises:
-        FileNotFoundError, ImportError: a backbone or package is missing that the configuration insists on.
+        MissingFile, ImportError: a backbone or package that the configuration insists on is missing.
     """
     kinds: dict[str, tuple[Backbone, str | None, Callable[[str | None], Any]]] = {
         "lpips": ("vgg16", losses.lpips_backbone, load_lpips),
@@ -191,9 +203,9 @@ def load_perceptual(losses: LossConfig, device: torch.device) -> Perceptual:
 
 
 def load_held_out_lpips(losses: LossConfig, perceptual: Perceptual, device: torch.device) -> PerceptualDistance | None:
-    """LPIPS to measure held-out files with: the loss's own, or else one whose weights are found.
+    """Return LPIPS to measure held-out files with: the loss's own, or else one whose weights are found.
 
-    `None` where they are not, or where `losses.perceptual` is `none`.
+    None if they are not, or if `losses.perceptual` is `none`.
     """
     if isinstance(distance := perceptual.get("lpips"), PerceptualDistance):
         return distance

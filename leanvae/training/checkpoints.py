@@ -11,25 +11,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from safetensors import SafetensorError
 
 from litevae.errors import InvalidInput, MissingFile
 from litevae.files import flush_to_disk, write_text
+from litevae.pretrained import CONFIG_FILE, STATISTICS_FIELDS, config_text
 
 logger = logging.getLogger("leanvae")
 
 LATEST = "latest"
 BEST = "best"
 STATE_FILE = "trainer.json"
+RESOLVED_CONFIG = "train.yaml"
 MANIFEST_FILE = "manifest.json"
 FIGURES_FILE = "held_out.json"  # of the averaged weights, where they were evaluated
 _BLOCK = 2**24  # bytes read at a time
 _ALMOST_NOTHING = 2**20  # bytes free on a full disk
+# What torch (whose writers raise RuntimeError) and safetensors say.
+_OF_WRITING = re.compile(
+    r"inline_container\.cc|PytorchStreamWriter|iostream error|write\(\): fd |I/O error|"
+    r"Parent directory .* does not exist"
+)
 _NAME = re.compile(r"step_(\d{8,})(?:_(\d+))?")
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Checkpoints of a run by age; a folder bears such a name only once all of it is on the disk."""
+    """Return a run's checkpoints by age; a folder has such a name only once all of it is on the disk."""
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         if (match := _NAME.fullmatch(path.name)) and path.is_dir():
@@ -38,7 +46,7 @@ def complete_checkpoints(root: Path) -> list[Path]:
 
 
 def new_checkpoint(root: Path, step: int) -> Path:
-    """A free name for the checkpoint after `step` steps; a resumed run may come by a step again."""
+    """Return a free name for the checkpoint after `step` steps; a resumed run may reach a step again."""
     name, revision = f"step_{step:08d}", 0
     while (folder := root / (f"{name}_{revision}" if revision else name)).exists():
         revision += 1
@@ -46,13 +54,15 @@ def new_checkpoint(root: Path, step: int) -> Path:
 
 
 def temporary_folder(folder: Path) -> Path:
-    """Where a checkpoint is written before it takes its name."""
+    """Return where a checkpoint is written before it takes its name."""
     return folder.with_name(f".{folder.name}.tmp")
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Removes what was written of a checkpoint when that fails, and says where and why.
+    """Remove what was written of a checkpoint if writing fails, and say where and why.
+
+    Errors of another kind, as of a GPU or of another rank, keep their type.
 
     Raises:
         OSError: with the checkpoint's folder; torch and safetensors have errors of their own for a full disk.
@@ -60,6 +70,8 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_of_writing(error):
+            raise
         free = shutil.disk_usage(folder.parent).free
         number = getattr(error, "errno", None) or (errno.ENOSPC if free < _ALMOST_NOTHING else errno.EIO)
         shutil.rmtree(temporary_folder(folder), ignore_errors=True)
@@ -67,15 +79,22 @@ def writing(folder: Path) -> Iterator[None]:
         raise OSError(number, message, str(folder)) from error
 
 
-def commit(folder: Path, keep: int, keep_every: int | None = None) -> None:
-    """Gives a written checkpoint its name, points `latest` to it and `best` to the best, and removes old ones.
+def _is_of_writing(error: Exception) -> bool:
+    """Return whether the error says that a file could not be written."""
+    if isinstance(error, OSError):
+        return not isinstance(error, ConnectionError)  # with another rank
+    return _OF_WRITING.search(str(error)) is not None
 
-    Killed at any moment, `latest` names a complete checkpoint.
+
+def commit(folder: Path, keep: int, keep_every: int | None = None) -> None:
+    """Give a written checkpoint its name, point `latest` to it and `best` to the best, and remove old ones.
+
+    Whenever the process is killed, `latest` names a complete checkpoint.
 
     Args:
-        folder: the checkpoint's name, which must be free; its content stands in `temporary_folder(folder)`.
-        keep: how many of the newest checkpoints stay.
-        keep_every: checkpoints after a multiple of so many steps stay for good.
+        folder: the checkpoint's name, which must be free; its content is in `temporary_folder(folder)`.
+        keep: number of the newest checkpoints that stay.
+        keep_every: checkpoints after a multiple of this number of steps stay for good.
     """
     root = folder.parent
     written = temporary_folder(folder)
@@ -90,7 +109,7 @@ def commit(folder: Path, keep: int, keep_every: int | None = None) -> None:
     flush_to_disk(root)
     for old in complete_checkpoints(root)[:-keep]:
         if old not in (folder, best) and not (keep_every and _step(old) and _step(old) % keep_every == 0):
-            # Killed half-way, it must not stay behind under a complete one's name.
+            # If this is killed half-way, the rest must not have a complete checkpoint's name.
             shutil.rmtree(old.rename(temporary_folder(old)))
 
 
@@ -102,20 +121,20 @@ def _point(link: Path, folder: Path) -> None:
 
 
 def best_checkpoint(root: Path) -> Path | None:
-    """The checkpoint with the highest PSNR of held-out files, the older of equals; `None` if none was evaluated."""
+    """Return the checkpoint with the highest held-out PSNR, the older of equals; None if none was evaluated."""
     figures = {folder: held_out_psnr(folder) for folder in complete_checkpoints(root)}
     evaluated = {folder: psnr for folder, psnr in figures.items() if psnr is not None}
     return max(evaluated, key=evaluated.__getitem__, default=None)
 
 
 def is_best(root: Path, psnr: float | None) -> bool:
-    """Whether a PSNR of held-out files is above that of every checkpoint."""
+    """Return whether a PSNR of held-out files is above that of every checkpoint."""
     others = [held_out_psnr(folder) for folder in complete_checkpoints(root)]
     return psnr is not None and all(other is None or psnr > other for other in others)
 
 
 def held_out_psnr(folder: Path) -> float | None:
-    """PSNR in dB of held-out files with a checkpoint's averaged weights; `None` if it is not known."""
+    """Return the PSNR in dB of held-out files with a checkpoint's averaged weights; None if it is not known."""
     try:
         return json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))["psnr"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -133,7 +152,7 @@ def _step(folder: Path) -> int:
 
 
 def size_and_sum(path: Path) -> tuple[int, int]:
-    """A file's length in bytes and its CRC-32."""
+    """Return a file's length in bytes and its CRC-32."""
     size = total = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -143,9 +162,10 @@ def size_and_sum(path: Path) -> tuple[int, int]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; `None` if they are as they were written.
+    """Return what is wrong with a checkpoint's files; None if they are as the run wrote them.
 
-    One without a manifest, of before there were any, passes for whole.
+    Statistics of latents, which `encode_clips --update-checkpoint` puts into `config.json`, do not count. Checkpoints
+    older than manifests are assumed intact.
     """
     manifest = folder / MANIFEST_FILE
     if not manifest.exists():
@@ -154,34 +174,46 @@ def damage(folder: Path) -> str | None:
         expected = json.loads(manifest.read_text(encoding="utf-8"))
         for name, (size, total) in expected.items():
             found = size_and_sum(folder / name)
-            if found != (size, total):
+            if found != (size, total) and not (name == CONFIG_FILE and _sum_as_trained(folder) == (size, total)):
                 length = f"has {found[0]} bytes, not {size}" if found[0] != size else "has changed"
                 return f"{name} {length}"
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
     except (ValueError, AttributeError, TypeError) as error:
-        return f"{MANIFEST_FILE} is no list of files: {error}"
+        return f"{MANIFEST_FILE} is not a list of files: {error}"
     return None
 
 
+def _sum_as_trained(folder: Path) -> tuple[int, int] | None:
+    """Return length and CRC-32 that `config.json` had before statistics were put into it; None if unknown."""
+    try:
+        tree = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        trained = yaml.safe_load((folder / RESOLVED_CONFIG).read_text(encoding="utf-8"))["model"]
+        kept = {name: value for name, value in tree.items() if name not in STATISTICS_FIELDS or name in trained}
+        text = config_text(kept | {name: trained[name] for name in STATISTICS_FIELDS if name in trained})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return None
+    return len(text.encode()), zlib.crc32(text.encode())
+
+
 def clean(root: Path) -> None:
-    """Removes what a run that was killed while it wrote has left behind."""
+    """Remove what a run left behind when it was killed while writing."""
     for path in root.glob(".step_*.tmp"):
         shutil.rmtree(path)
 
 
 def find_checkpoint(root: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from.
+    """Return the checkpoint to go on from; None to begin.
 
     Args:
         root: folder of the run's checkpoints.
-        resume: `auto` takes the newest of the run that is not damaged, if there is one, and warns of those that
-            are; `none` starts anew; else a checkpoint's path.
+        resume: `auto` takes the run's newest checkpoint that is not damaged, if there is one, and warns of damaged
+            ones; `none` begins; anything else is a checkpoint's path.
 
     Raises:
-        ValueError: `none` where there are checkpoints, which a new run would overwrite; or `auto` where all are
+        InvalidInput: `none`, but there are checkpoints, which a new run would overwrite; or `auto`, but all are
             damaged.
-        FileNotFoundError: the path is no training checkpoint.
+        MissingFile: the path is not a training checkpoint.
     """
     existing = complete_checkpoints(root)
     if resume == "none":
@@ -203,7 +235,7 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
     folder = Path(resume)
     if not (folder / STATE_FILE).is_file():
         raise MissingFile(
-            f"--resume {resume}: {STATE_FILE} is missing, so it is no training checkpoint; name one, as in "
+            f"--resume {resume}: {STATE_FILE} is missing, so it is not a training checkpoint; name one, as in "
             f"RUN/checkpoints/{LATEST}"
         )
     return folder.resolve()

@@ -13,10 +13,10 @@ from pydantic import (
     model_validator,
 )
 
-from leanvae.config import LeanVAEConfig, merge
+from leanvae.config import LeanVAEConfig
 from leanvae.data.buckets import Shape
 from leanvae.data.config import ClipDataConfig, DataConfig, ImageDataConfig
-from leanvae.training.phases import BatchRule, Curriculum, PhaseConfig, lay_out
+from leanvae.training.curriculum import BatchRule, Curriculum, PhaseConfig, lay_out
 from litevae.config import DOWNSAMPLING, LiteVAEConfig, StrictConfig
 from litevae.discriminators import DiscriminatorConfig
 
@@ -32,6 +32,7 @@ _KEYS_OF_OURS = {
     "scheduler": "optimizer",
     "activation_checkpointing": "training.activation_checkpointing",
 }
+_EXAMPLES = {"bf16": "{enabled: true}", "zero_optimization": "{stage: 2}"}
 # The other top-level keys of DeepSpeed's configuration; it takes unknown ones for nothing, which hides misspelt ones.
 _DEEPSPEED_KEYS = frozenset(
     """aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile
@@ -46,7 +47,7 @@ class LossTerm(StrictConfig):
     """A term of the loss: a number, or a mapping with these fields.
 
     Attributes:
-        weight: what it is multiplied with; 0 leaves it out.
+        weight: its factor; 0 leaves it out.
         start_step: first step in which it counts.
     """
 
@@ -63,7 +64,7 @@ class LossTerm(StrictConfig):
         return {"weight": self.weight, "start_step": self.start_step} if self.start_step else self.weight
 
     def at(self, step: int) -> float:
-        """The weight in a step."""
+        """Return the weight in a step."""
         return self.weight if step >= self.start_step else 0.0
 
 
@@ -88,9 +89,9 @@ class LossConfig(StrictConfig):
         ldl: locally discriminative learning, of each frame (LiteVAE, Table 15); takes another pass, of the averaged
             weights.
         kl: KL divergence to a standard normal, summed over the latent.
-        perceptual: `auto` uses the perceptual terms whose backbone's weights are found and warns of the others,
-            `required` insists on them, `none` goes without.
-        lpips_backbone: file of VGG16's weights; the torch cache is searched without it.
+        perceptual: `auto` uses the perceptual terms whose backbone's weights are found and warns of the others;
+            `required` insists on them; `none` leaves them out.
+        lpips_backbone: file of VGG16's weights; without it the torch cache is searched.
         vgg_backbone: file of VGG19's weights, likewise.
     """
 
@@ -164,12 +165,12 @@ class OptimizerConfig(StrictConfig):
 
 
 class FaultConfig(StrictConfig):
-    """What to do about bad steps: those whose loss or gradient is not finite, which update nothing.
+    """What to do about bad steps, whose loss or gradient is not finite and which update nothing.
 
     Attributes:
-        max_bad_steps: so many in a row, and the networks go back to an older checkpoint.
-        max_rollbacks: how often they may in all; then the run stops.
-        gan_weight_factor: what each time the weight of the adversarial loss is multiplied with, where it counted.
+        max_bad_steps: number in a row after which the networks go back to an older checkpoint.
+        max_rollbacks: how often they may go back in all; then the run stops.
+        gan_weight_factor: factor applied to the GAN's weight at each rollback, if the GAN counted there.
     """
 
     max_bad_steps: PositiveInt = 5
@@ -182,8 +183,8 @@ class WandbConfig(StrictConfig):
 
     Attributes:
         project: its project.
-        entity: user or team; without it, the account's default.
-        name: of the run; without it, Weights & Biases makes one up.
+        entity: user or team; None takes the account's default.
+        name: name of the run; None lets Weights & Biases make one up.
     """
 
     project: str = Field(min_length=1)
@@ -262,7 +263,7 @@ class TrainingConfig(StrictConfig):
         return value
 
     def is_logged(self, step: int) -> bool:
-        """Whether a step, counted from 0, is among those whose figures are shown: the first, then every few."""
+        """Return whether a step, counted from 0, is shown: the first, then one in `log_every`."""
         return step == 0 or (step + 1) % self.log_every == 0
 
 
@@ -295,8 +296,12 @@ class TrainConfig(StrictConfig):
                 raise ValueError(f"deepspeed.{key} is set by {field}: remove it from the deepspeed block")
         if "fp16" in self.deepspeed:
             raise ValueError("deepspeed.fp16: training in float16 is not supported, use bf16")
-        zero = self.deepspeed.get("zero_optimization")
-        if self.training.compile and isinstance(zero, dict) and zero.get("stage") == 3:
+        for key in ("bf16", "zero_optimization"):
+            if not isinstance(value := self.deepspeed.get(key, {}), dict):
+                raise ValueError(f"deepspeed.{key} is {value!r}: it must be a mapping, as in {_EXAMPLES[key]}")
+        if (stage := self.deepspeed.get("zero_optimization", {}).get("stage", 0)) not in range(4):
+            raise ValueError(f"deepspeed.zero_optimization.stage is {stage!r}: it must be 0, 1, 2 or 3")
+        if self.training.compile and stage == 3:
             raise ValueError(
                 "training.compile: torch.compile does not see the weights that ZeRO-3 gathers on its way through the "
                 "network: use a lower deepspeed.zero_optimization.stage"
@@ -316,17 +321,17 @@ class TrainConfig(StrictConfig):
 
     @property
     def stretches(self) -> tuple[PhaseConfig, ...]:
-        """The phases; at least one."""
+        """The phases, at least one."""
         return self.phases or (PhaseConfig(steps=self.training.max_steps or self.default_steps),)
 
     def shapes(self, phase: PhaseConfig) -> tuple[Shape, ...]:
-        """The buckets of a phase."""
+        """Return the buckets of a phase."""
         if phase.buckets:
             return phase.buckets
         return self.data.shapes_at(phase.resolution) if phase.resolution else self.data.shapes
 
     def batch_rule(self, phase: PhaseConfig) -> BatchRule:
-        """How large the batches of a phase are."""
+        """Return how large the batches of a phase are."""
         training = self.training
         return BatchRule(
             patch_size=self.patch_size,
@@ -339,7 +344,7 @@ class TrainConfig(StrictConfig):
 
     @property
     def curriculum(self) -> Curriculum:
-        """What depends on the number of a step alone."""
+        """What depends only on the number of a step."""
         rules, shapes = map(self.batch_rule, self.stretches), map(self.shapes, self.stretches)
         return lay_out(self.stretches, list(rules), list(shapes), self.training.max_steps)
 
@@ -374,21 +379,49 @@ class TrainVideoConfig(TrainConfig):
         return self
 
 
-# What differs from video: the paper's rates, batch and discriminator, and LDM's hinge loss. It gives no weights of
-# the losses: pixels count once and the GAN waits until half of the default steps, which are ours.
-_IMAGE_DEFAULTS: dict[str, Any] = {
-    "losses": {"l1": 1.0, "lpips": 1.0, "low_bands": 0.0, "high_bands": 0.0, "kl": 1e-7},
-    "gan": {
-        "weight": 0.1,
-        "generator_loss": "hinge",
-        "start_step": 50_000,
-        "lecam": 0.0,
-        "learning_rate": 1e-4,
-        "discriminator": {"kind": "unet"},
-    },
-    "optimizer": {"learning_rate": 1e-4, "final_learning_rate": 1e-4, "warmup_steps": 0},
-    "training": {"batch_size": 16, "output": "runs/image"},
-}
+# What differs for images: the paper's rates, batch and discriminator, and LDM's hinge loss. The paper gives no weights
+# for the losses: pixels count once and the GAN waits for a quarter of the default steps, which are ours.
+
+
+class ImageLossConfig(LossConfig):
+    """`LossConfig` with the defaults of LiteVAE: pixels and LPIPS count once."""
+
+    l1: LossTerm = _term(1.0)
+    lpips: LossTerm = _term(1.0)
+    low_bands: LossTerm = _term(0.0)
+    high_bands: LossTerm = _term(0.0)
+
+
+class ImageDiscriminatorConfig(DiscriminatorConfig):
+    """`DiscriminatorConfig` with the default of LiteVAE: a UNet."""
+
+    kind: Literal["patch", "unet", "stylegan"] = "unet"
+
+
+class ImageGANConfig(GANConfig):
+    """`GANConfig` with the defaults of LiteVAE."""
+
+    weight: NonNegativeFloat = 0.1
+    generator_loss: Literal["non_saturating", "hinge"] = "hinge"
+    start_step: NonNegativeInt = 50_000
+    lecam: NonNegativeFloat = 0.0
+    learning_rate: PositiveFloat = 1e-4
+    discriminator: ImageDiscriminatorConfig = ImageDiscriminatorConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class ImageOptimizerConfig(OptimizerConfig):
+    """`OptimizerConfig` with the defaults of LiteVAE: a constant rate."""
+
+    learning_rate: PositiveFloat = 1e-4
+    final_learning_rate: NonNegativeFloat = 1e-4
+    warmup_steps: NonNegativeInt = 0
+
+
+class ImageTrainingConfig(TrainingConfig):
+    """`TrainingConfig` with the batch of LiteVAE."""
+
+    batch_size: PositiveInt = 16
+    output: str = "runs/image"
 
 
 class TrainImageConfig(TrainConfig):
@@ -400,14 +433,13 @@ class TrainImageConfig(TrainConfig):
 
     model: LiteVAEConfig = LiteVAEConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     data: ImageDataConfig = ImageDataConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    losses: ImageLossConfig = ImageLossConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    gan: ImageGANConfig | None = ImageGANConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    optimizer: ImageOptimizerConfig = ImageOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    training: ImageTrainingConfig = ImageTrainingConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     default_steps: ClassVar[int] = 200_000
     small_config: ClassVar[str] = "configs/lite_demo_cpu.yaml"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_images(cls, tree: Any) -> Any:
-        return merge(_IMAGE_DEFAULTS, tree) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _latents_are_whole(self) -> Self:

@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: its configuration, its first steps, its parameters and memory on each rank."""
+"""What a run would do, without running: its configuration, first steps, parameters, and memory on each rank."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,8 +12,9 @@ from leanvae.data.buckets import Shape
 from leanvae.data.schedule import Schedule
 from leanvae.training.build import check_passes, find_items, make_schedule
 from leanvae.training.config import TrainConfig
+from leanvae.training.initial import check_freeze
+from leanvae.training.losses import as_images
 from leanvae.training.state import resolved_config
-from leanvae.training.terms import as_images
 from litevae.discriminators import build_discriminator
 from litevae.recompute import recompute_activations
 
@@ -21,12 +22,12 @@ NUM_STEPS = 20
 
 
 def describe_run(config: TrainConfig, world_size: int) -> str:
-    """The resolved configuration, the schedule of the first steps, and estimates for each of `world_size` ranks.
+    """Return the resolved configuration, the first steps, and estimates for each of `world_size` ranks, as text.
 
-    Lists the data sources, and measures their files where there are buckets to choose from, as the run would.
+    The data sources are listed, and their files measured if there are buckets to choose from, as in the run.
 
     Raises:
-        ConfigError, ValueError, FileNotFoundError: as the run would.
+        InvalidInput, MissingFile: as the run would.
     """
     check_passes(config, world_size)
     train, _ = find_items(config.data)
@@ -62,6 +63,7 @@ def _memory(config: TrainConfig, world_size: int) -> Iterator[str]:
     with torch.device("meta"):
         vae = build_vae(config.model)
         discriminator = build_discriminator(config.gan.discriminator) if config.gan else None
+    check_freeze(vae, config.training.freeze, config.curriculum.freeze)
     if config.training.activation_checkpointing:
         recompute_activations(vae)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
@@ -86,7 +88,7 @@ def _memory(config: TrainConfig, world_size: int) -> Iterator[str]:
 
 
 def _passes(config: TrainConfig, world_size: int) -> set[tuple[Shape, int]]:
-    """Every bucket with the samples that a rank takes of it in one pass."""
+    """Return every bucket with the number of samples that a rank takes in one pass."""
     curriculum = config.curriculum
     return {
         (bucket, size // world_size // rule.passes(bucket, world_size))
@@ -96,7 +98,7 @@ def _passes(config: TrainConfig, world_size: int) -> set[tuple[Shape, int]]:
 
 
 def state_bytes(count: int, stage: int, is_half: bool, world_size: int) -> dict[str, float]:
-    """Bytes of a network's state on each rank (ZeRO, Section 5): sharded from stage 1, 2 and 3 on.
+    """Return the bytes of a network's state on each rank (ZeRO, Section 5), sharded from stage 1, 2 and 3 on.
 
     Args:
         count: its parameters.
@@ -115,7 +117,7 @@ def state_bytes(count: int, stage: int, is_half: bool, world_size: int) -> dict[
 def activation_bytes(
     vae: nn.Module, discriminator: nn.Module | None, bucket: Shape, samples: int, is_half: bool
 ) -> float:
-    """Bytes that one pass keeps for its backward pass, counted on the meta device.
+    """Return the bytes that a forward pass keeps for its backward pass, counted on the meta device.
 
     Args:
         vae, discriminator: on the meta device.
@@ -143,7 +145,7 @@ def activation_bytes(
 
 
 def _saved_bytes(work: Callable[[], Any]) -> float:
-    """Bytes of the tensors that autograd keeps, each storage once, without those of parameters."""
+    """Return the bytes of the tensors that autograd keeps, each storage once, parameters aside."""
     storages: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:

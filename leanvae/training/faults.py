@@ -1,11 +1,12 @@
 """What a run does about steps whose loss or gradient is not finite: pure functions of what has happened so far.
 
 A step's number never goes back: data, rates and noise depend on it. A bad step updates nothing. After several in a row
-the networks go back to an older checkpoint while the numbers go on, so that just the updates in between are lost, and
-the GAN, which most often is at fault, counts less from then on.
+the networks go back to an older checkpoint while the numbers go on, so only the updates in between are lost. The GAN,
+the most frequent cause, counts less from then on.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ class FaultRecord:
         bad_in_a_row: bad steps since the last good one or the last roll-back.
         skipped: numbers, from 1, of all bad steps.
         lost: first and last step of each stretch whose updates a roll-back took back.
-        gan_factor: what the weight of the adversarial loss is multiplied with.
+        gan_factor: factor applied to the weight of the adversarial loss.
     """
 
     updates: int = 0
@@ -35,32 +36,32 @@ class FaultRecord:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> "FaultRecord":
-        """What `to_json` made."""
+        """Read what `to_json` made."""
         return cls(**{**tree, "skipped": tuple(tree["skipped"]), "lost": tuple(map(tuple, tree["lost"]))})
 
     def to_json(self) -> dict[str, Any]:
-        """As plain containers."""
+        """Return plain containers."""
         return asdict(self)
 
     @property
     def roll_backs(self) -> int:
-        """How often the run has gone back."""
+        """Number of times that the run has gone back."""
         return len(self.lost)
 
     def after(self, step: int, bad: bool) -> "FaultRecord":
-        """The record after a step, whose number counts from 1."""
+        """Return the record after a step, whose number counts from 1."""
         if bad:
             return replace(self, bad_in_a_row=self.bad_in_a_row + 1, skipped=(*self.skipped, step))
         return replace(self, bad_in_a_row=0, updates=self.updates + 1)
 
     def rolled_back(self, restored: "FaultRecord", restored_step: int, step: int, gan_factor: float) -> "FaultRecord":
-        """The record after a roll-back.
+        """Return the record after a roll-back.
 
         Args:
             restored: the record in the checkpoint that the networks went back to.
             restored_step: number of that checkpoint's step.
             step: number of the last step taken, which stays.
-            gan_factor: by how much less the GAN counts from now on.
+            gan_factor: factor applied to the GAN's weight from now on, beside the earlier ones.
         """
         return replace(
             self,
@@ -71,8 +72,31 @@ class FaultRecord:
         )
 
 
+def bad_values(logs: Mapping[str, float]) -> str:
+    """Return what is wrong with a bad step, in words."""
+    values = [f"{name} is {value}" for name, value in logs.items() if not math.isfinite(value)]
+    return ", ".join(values) or "a gradient is not finite"
+
+
+def reason_to_go_back(
+    config: FaultConfig, record: FaultRecord, step: int, files: Mapping[int, Sequence[str]]
+) -> str | None:
+    """Return why the networks should go back to an older checkpoint; None if they should not.
+
+    Args:
+        config: how many bad steps in a row are too many.
+        record: the record after the step.
+        step: its number, from 1.
+        files: of the bad steps in a row.
+    """
+    if record.bad_in_a_row < config.max_bad_steps:
+        return None
+    listed = ", ".join(sorted({file for part in files.values() for file in part}))
+    return f"steps {step - record.bad_in_a_row + 1} to {step} are not finite; their files: {listed}"
+
+
 def check_roll_back(config: FaultConfig, record: FaultRecord, reason: str) -> None:
-    """Raises `TrainingDiverged`, with the reason for going back, if the run has done so as often as it may."""
+    """Raise `TrainingDiverged`, with the reason for going back, if the run has done so as often as it may."""
     if record.roll_backs >= config.max_rollbacks:
         raise TrainingDiverged(
             f"{reason}; the run has gone back {record.roll_backs} times already, as often as "
@@ -82,11 +106,11 @@ def check_roll_back(config: FaultConfig, record: FaultRecord, reason: str) -> No
 
 
 def checkpoint_to_restore(newest_first: Iterable[tuple[T, int]], updates: int) -> T | None:
-    """The newest checkpoint whose weights are older than those of now; else the newest that is as old.
+    """Return the newest checkpoint whose weights are older than the present ones; else the newest as old as those.
 
     Args:
         newest_first: checkpoints and the updates that their weights have had.
-        updates: those of the weights of now, which bad steps leave alone.
+        updates: those of the present weights, which bad steps leave alone.
     """
     as_old = None
     for checkpoint, its_updates in newest_first:

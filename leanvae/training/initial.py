@@ -16,13 +16,13 @@ from litevae.model import LiteVAE
 
 @dataclass(frozen=True)
 class Fit:
-    """What a model has taken of a file's weights.
+    """What a model took of a file's weights.
 
     Attributes:
-        loaded: names of the weights taken.
-        share: of the model's numbers, those in the weights taken.
-        new: name and reason of each weight of the model that starts as if there were no file.
-        unused: likewise of the file's weights that the model has no place for.
+        loaded: names of the weights that were taken.
+        share: share of the model's numbers in those weights.
+        new: name and reason for each weight of the model that starts anew.
+        unused: likewise for the file's weights that the model has no place for.
         differences: settings of the two architectures that differ, as `field: there -> here`.
     """
 
@@ -34,7 +34,7 @@ class Fit:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the file's model is the same."""
+        """Whether the file's model is the same as this one."""
         return not (self.new or self.unused or self.differences)
 
     def __str__(self) -> str:
@@ -46,10 +46,10 @@ class Fit:
 
 
 def load_initial(model: LeanVAE | LiteVAE, path: str | Path) -> Fit:
-    """Takes over the weights of a file that have the name, the shape and the kind of one in the model.
+    """Take over the weights of a file that have the name, shape and kind of one in the model.
 
-    Nothing is cut to size, and no weight of a self-modulated map becomes one of a plain map or the other way round,
-    since they mean different things. What does not fit stays as the model was initialised.
+    Nothing is cut to size. Weights of self-modulated and of plain maps are not exchanged, since they mean different
+    things. Weights of the model that find no match stay as they were initialised.
 
     Args:
         model: with fresh weights.
@@ -86,7 +86,7 @@ def load_initial(model: LeanVAE | LiteVAE, path: str | Path) -> Fit:
 
 
 def _misfit(name: str, source: nn.Module, model: nn.Module) -> str | None:
-    """Why a weight of the source cannot become the model's; `None` if it can."""
+    """Return why a weight of the source cannot become the model's; None if it can."""
     there, here = _find(source, name), _find(model, name)
     if there is None or here is None:
         return "it is not in the file" if there is None else "the model has none"
@@ -99,7 +99,7 @@ def _misfit(name: str, source: nn.Module, model: nn.Module) -> str | None:
 
 
 def _find(model: nn.Module, name: str) -> tuple[str, Tensor] | None:
-    """The kind of module that a weight is of, and the weight."""
+    """Return the kind of module that a weight belongs to, and the weight."""
     try:
         weight = model.get_parameter(name)
     except AttributeError:
@@ -112,12 +112,12 @@ def _count(weights: Iterable[Tensor]) -> int:
 
 
 def matches_any(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a parameter's name fits one of the patterns: the wildcards are `*`, also across dots, `?`, `[...]`."""
+    """Return whether a name matches one of the patterns, with wildcards `*` (also across dots), `?` and `[...]`."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def frozen_names(model: nn.Module, patterns: Sequence[str], field: str = "training.freeze") -> list[str]:
-    """Names of the parameters that patterns take out of training.
+    """Return the names of the parameters that patterns take out of training.
 
     Args:
         model: the network.
@@ -141,10 +141,30 @@ def frozen_names(model: nn.Module, patterns: Sequence[str], field: str = "traini
     return frozen
 
 
-def freeze(model: nn.Module, patterns: Sequence[str]) -> float:
-    """Keeps parameters as they are: no gradient is computed for them, and no optimizer takes them.
+def check_freeze(model: nn.Module, always: Sequence[str], phases: Sequence[Sequence[str]]) -> None:
+    """Check before a run that every phase leaves something to train; otherwise it would fail when it begins.
 
-    It has to happen before the model goes under its engine.
+    Args:
+        model: the network.
+        always: `training.freeze`.
+        phases: `freeze` of each phase.
+
+    Raises:
+        ConfigError: a pattern matches no parameter, or a phase and `training.freeze` together leave nothing to train.
+    """
+    frozen = frozen_names(model, always)
+    left = {name for name, _ in model.named_parameters()}.difference(frozen)
+    for number, patterns in enumerate(phases):
+        field = f"phases.{number}.freeze"
+        if left.issubset(frozen_names(model, patterns, field)):
+            both = f"{', '.join(patterns)} and training.freeze ({', '.join(always)})"
+            raise ConfigError(f"{field}: {both} together leave nothing to train")
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> float:
+    """Keep parameters as they are: no gradient is computed for them, and no optimizer takes them.
+
+    This must happen before the model goes under its engine.
 
     Args:
         model: the network.

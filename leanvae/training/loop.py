@@ -1,4 +1,4 @@
-"""The course of a run: counts steps, logs, validates, saves and resumes."""
+"""The course of a run: opens it, counts steps, validates, saves, goes back, and tells its listeners."""
 
 import errno
 import logging
@@ -6,43 +6,47 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
+from torch import Tensor
 
 from leanvae.config import load_config
 from leanvae.data.loader import Batch, Loader
 from leanvae.data.quarantine import check_bad_share
-from leanvae.distributed import StopRequests, gather, highest, lock_folder, on_main, rank, world_size
-from leanvae.training.build import (
-    build_networks,
-    check_passes,
-    find_items,
-    load_held_out_lpips,
-    make_schedule,
+from leanvae.distributed import (
+    StopRequests,
+    barrier,
+    gather,
+    lock_folder,
+    max_over_ranks,
+    on_main,
+    rank,
+    start_processes,
+    stop_processes,
+    world_size,
 )
-from leanvae.training.checkpoints import clean, complete_checkpoints, damage, find_checkpoint, is_best
+from leanvae.training.build import build_networks, check_passes, find_items, load_held_out_lpips, make_schedule
+from leanvae.training.checkpoints import RESOLVED_CONFIG, clean, complete_checkpoints, find_checkpoint, is_best
+from leanvae.training.comparison import write_comparisons
 from leanvae.training.config import TrainConfig, TrainImageConfig, TrainVideoConfig
-from leanvae.training.engine import start_processes
-from leanvae.training.faults import FaultRecord, check_roll_back, checkpoint_to_restore
-from leanvae.training.profiling import StepTimes, StepTrace, memory_in_use
-from leanvae.training.record import RunRecord, write_summary
-from leanvae.training.schedule import ema_decay
+from leanvae.training.curriculum import ema_decay
+from leanvae.training.faults import FaultRecord, bad_values, check_roll_back, checkpoint_to_restore, reason_to_go_back
+from leanvae.training.listeners import Listener, StepReport, check_wandb, default_listeners, write_summary
+from leanvae.training.profiling import StepTimes, StepTrace, step_costs
 from leanvae.training.state import (
-    RESOLVED_CONFIG,
     check_same_run,
     items_digest,
-    read_state,
     resolved_config,
     restore,
     save_run,
+    updates_of_checkpoints,
 )
-from leanvae.training.step import update_average
+from leanvae.training.step import TrainingStep, update_average
 from leanvae.training.validation import Validation, read_validation_samples
-from leanvae.training.wandb_run import check_wandb
 from litevae.errors import NotFinite, TrainingDiverged
 from litevae.files import write_text
 
@@ -50,9 +54,8 @@ logger = logging.getLogger("leanvae")
 
 CHECKPOINTS = "checkpoints"
 HELD_OUT = "held_out.txt"
+HELD_OUT_FOLDER = "held_out"
 SHAPES = "shapes.json"
-_LONG_RUN_SECONDS = 24 * 3600.0
-_STEPS_BEFORE_ESTIMATE = 4
 
 
 def train(
@@ -61,21 +64,23 @@ def train(
     overrides: list[str],
     output: str | Path | None,
     resume: str = "auto",
+    listeners: Sequence[Listener] = (),
 ) -> int:
-    """Trains an autoencoder as a YAML file says.
+    """Train an autoencoder as a YAML file says.
 
     Args:
         config_class: what the file is read as: `TrainVideoConfig` or `TrainImageConfig`.
         config: the YAML file.
         overrides: dotted `key.path=value` settings.
-        output: folder of the run; `training.output` if `None`.
+        output: folder of the run; None takes `training.output`.
         resume: `auto`, `none` or a checkpoint folder; see `find_checkpoint`.
+        listeners: more of them, beside those that write the run's files; called on the main rank.
 
     Returns:
         Exit status: 0 when done or stopped by SIGTERM (after saving), 130 when interrupted by SIGINT.
 
     Raises:
-        ConfigError, ValueError, FileNotFoundError: the configuration, the data or the checkpoint is wrong.
+        InvalidInput, MissingFile, MissingPackage: the configuration, the data or the checkpoint is wrong.
         TooManyBadClips: the share of unusable files is too large.
         TrainingDiverged: steps go on being not finite.
         OSError: the disk is full; the newest checkpoint is intact.
@@ -92,9 +97,8 @@ def train(
 
     try:
         lock = on_main(take_folder)
-        with Trainer(settings, root, device, resume) as trainer:
-            trainer.start()
-            return trainer.run(requests)
+        with open_run(settings, root, device, resume, listeners) as run:
+            return run.go_on(requests)
     except OSError as error:
         if error.errno == errno.ENOSPC and error.filename is None:
             raise OSError(error.errno, error.strerror, str(root)) from error
@@ -102,105 +106,126 @@ def train(
     finally:
         if lock is not None and rank() == 0:
             os.close(lock)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        stop_processes()
 
 
-class Trainer:
-    """A run. Every rank makes one; they take the same steps.
+@contextmanager
+def open_run(
+    config: TrainConfig, root: Path, device: torch.device, resume: str, listeners: Sequence[Listener] = ()
+) -> Iterator["Run"]:
+    """Find a run's files, build its networks, and go on from its checkpoint or begin; all ranks together.
 
     Args:
         config: the run's configuration.
         root: its output folder.
         device: this rank's device.
         resume: see `find_checkpoint`.
+        listeners: beside `default_listeners`.
 
     Raises:
-        ConfigError: a batch does not divide among the ranks and passes.
-        ValueError: the data sources hold nothing to train on.
+        ConfigError: a batch does not divide among the ranks and passes, or the checkpoint does not fit.
+        InvalidInput: the data sources hold nothing to train on.
     """
-
-    def __init__(self, config: TrainConfig, root: Path, device: torch.device, resume: str) -> None:
-        self.config = config
-        self.root = root
-        self.device = device
-        self.is_main = rank() == 0
-        self.step = 0
-        self.faults = FaultRecord()
-        self.bad_clips: dict[str, str] = {}
-        self._bad_files: dict[int, list[str]] = {}
-        self._saved_step: int | None = None
-        self._first_step, self._busy_seconds = 0, 0.0
-        self.loader: Loader | None = None
-        self.curriculum = config.curriculum
-        check_passes(config, world_size())
-        check_wandb(config.training.wandb)
-        self._checkpoint = on_main(lambda: find_checkpoint(root / CHECKPOINTS, resume))
-        self.train_items, self.held_out = find_items(config.data)
-        self.items_digest = items_digest(self.train_items)
-        self.take_step, self.average = build_networks(config, device, resumes=self._checkpoint is not None)
-        self.record = self.validation = None
-        if self.is_main:
-            self.record = RunRecord(root, config)
-            lpips = load_held_out_lpips(config.losses, self.take_step.perceptual, device)
-            self.validation = Validation(config, read_validation_samples(config, self.held_out), lpips, device)
-        self._figures: tuple[int, dict[str, float | None]] = (0, {})  # of held-out files, after so many steps
-
-    def __enter__(self) -> "Trainer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.loader:
-            self.loader.close()
-        if self.record:
-            self.record.close()
-
-    def start(self) -> None:
-        """Goes on from the checkpoint that was found, or begins."""
-        if folder := self._checkpoint:
-            check_same_run(folder, self.config, self.take_step, self.items_digest)
-            state = restore(folder, self.take_step, self.average)
-            self.step, self.faults = state.step, FaultRecord.from_json(state.faults)
-            self.take_step.gan_factor = self.faults.gan_factor
-            if self.is_main:
-                logger.info("resuming from %s (step %d)", folder, self.step)
-        if self.record:
-            clean(self.root / CHECKPOINTS)
-            self.record.start(self.step if folder else None)
-            write_text(self.root / RESOLVED_CONFIG, resolved_config(self.config))
-            write_text(self.root / HELD_OUT, "".join(f"{item.name}\n" for item in self.held_out))
-        self.loader = Loader(
-            self.config.data,
-            make_schedule(self.config, self.train_items, self.root / SHAPES),
+    check_passes(config, world_size())
+    check_wandb(config.training.wandb)
+    checkpoint = on_main(lambda: find_checkpoint(root / CHECKPOINTS, resume))
+    items, held_out = find_items(config.data)
+    digest = items_digest(items)
+    take_step, average = build_networks(config, device, resumes=checkpoint is not None)
+    validation = None
+    if rank() == 0:
+        lpips = load_held_out_lpips(config.losses, take_step.perceptual, device)
+        validation = Validation(config, read_validation_samples(config, held_out), lpips, device)
+    barrier()  # here, and not in DeepSpeed's group, the others wait while the main rank decodes
+    step, faults = 0, FaultRecord()
+    if checkpoint:
+        check_same_run(checkpoint, config, take_step, digest)
+        state = restore(checkpoint, take_step, average)
+        step, faults = state.step, FaultRecord.from_json(state.faults)
+        take_step.gan_factor = faults.gan_factor
+        if rank() == 0:
+            logger.info("resuming from %s (step %d)", checkpoint, step)
+    with ExitStack() as stack:
+        listening = []
+        if rank() == 0:
+            clean(root / CHECKPOINTS)
+            write_text(root / RESOLVED_CONFIG, resolved_config(config))
+            write_text(root / HELD_OUT, "".join(f"{item.name}\n" for item in held_out))
+            listening = [*default_listeners(config), *listeners]
+        for listener in listening:
+            listener.started(root, config, step if checkpoint else None)
+            stack.callback(listener.closed)
+        loader = Loader(
+            config.data,
+            make_schedule(config, items, root / SHAPES),
             rank=rank(),
             world_size=world_size(),
-            start_step=self.step,
-            record=self.root / f"quarantine.rank{rank()}.jsonl",
+            start_step=step,
+            record=root / f"quarantine.rank{rank()}.jsonl",
         )
-        for known in gather(dict(self.loader.rejected_paths)):
-            self.bad_clips.update(known)
+        stack.callback(loader.close)
+        run = Run(config, root, device, take_step, average, loader, validation, listening, step, faults)
+        run.is_new, run.items_digest, run.num_files = checkpoint is None, digest, len({item.name for item in items})
+        for known in gather(dict(loader.rejected_paths)):
+            run.bad_clips.update(known)
+        yield run
 
-    def run(self, requests: StopRequests) -> int:
-        """Takes the remaining steps; returns the exit status."""
-        assert self.loader is not None
-        training, max_steps = self.config.training, self.curriculum.max_steps
-        self._first_step = self.step
-        if not self._checkpoint:
+
+@dataclass(eq=False)
+class Run:
+    """A run that is open. Every rank has one; they take the same steps.
+
+    Attributes:
+        config, root, device: as for `open_run`.
+        take_step: the networks and how they are trained.
+        average: averaged weights, kept on the main rank.
+        loader: gives this rank's part of each batch.
+        validation: evaluates held-out files; on the main rank only.
+        listeners: who watches; on the main rank only.
+        step: steps taken.
+        faults: bad steps so far.
+        is_new: whether the run begins.
+        items_digest: short hash of the list of training files.
+        num_files: how many they are.
+        bad_clips: unusable files, with the reason.
+    """
+
+    config: TrainConfig
+    root: Path
+    device: torch.device
+    take_step: TrainingStep
+    average: dict[str, Tensor]
+    loader: Loader
+    validation: Validation | None
+    listeners: Sequence[Listener]
+    step: int
+    faults: FaultRecord
+    is_new: bool = True
+    items_digest: str = ""
+    num_files: int = 0
+    bad_clips: dict[str, str] = field(default_factory=dict)
+    _bad_files: dict[int, list[str]] = field(default_factory=dict)  # of the bad steps in a row
+    _saved_step: int | None = None
+    _figures: tuple[int, dict[str, float | None]] = (0, {})  # of held-out files, after so many steps
+
+    def go_on(self, requests: StopRequests) -> int:
+        """Take the remaining steps; return the exit status."""
+        training, max_steps = self.config.training, self.config.curriculum.max_steps
+        if self.is_new:
             self._validate()
         if on_main(lambda: not complete_checkpoints(self.root / CHECKPOINTS)):
             # What a first roll-back goes to; it also shows now, not in an hour, whether checkpoints can be written.
             self._save()
         batches = iter(self.loader)
-        bar = tqdm(total=max_steps, initial=self.step, unit="step", disable=None if self.is_main else True)
-        trace = StepTrace(self.root / f"trace.rank{rank()}.json", training.profile)
-        with bar, trace, requests.listening():
+        with StepTrace(self.root / f"trace.rank{rank()}.json", training.profile) as trace, requests.listening():
             while self.step < max_steps:
                 trace.begin(self.step + 1)
                 started = time.monotonic()
                 batch = next(batches)
                 if stop := self._agree(requests, batch):
                     self._save()
-                    logger.info("stopped by a signal after step %d; saved", self.step)
+                    if rank() == 0:
+                        logger.info("stopped by a signal after step %d; saved", self.step)
                     return 130 if stop == signal.SIGINT else 0
                 waited = time.monotonic()
                 logs = self.take_step(batch.pixels, batch.indices, self.step)
@@ -209,15 +234,13 @@ class Trainer:
                     self._update_average()
                 self.step += 1
                 self._meet_faults(logs, batch.paths)
-                self._log(logs, batch, StepTimes(waited - started, stepped - waited, time.monotonic() - started))
-                bar.update()
-                bar.set_postfix(loss=f"{logs['loss']:.4f}")
+                self._report(logs, batch, StepTimes(waited - started, stepped - waited, time.monotonic() - started))
                 # In this order a kill in between repeats the validation instead of leaving it out.
                 last = self.step == max_steps
                 improved = (last or self.step % training.validate_every == 0) and self._validate()
                 if last or improved or self.step % training.checkpoint_every == 0:
                     self._save()
-        if self.record:
+        if rank() == 0:
             if summary := write_summary(self.root):
                 logger.info("%s", summary)
             logger.info("done: %s", self.root / CHECKPOINTS / "latest")
@@ -225,35 +248,31 @@ class Trainer:
 
     def _update_average(self) -> None:
         weights = self.take_step.vae.full_weights()
-        if self.is_main or self.take_step.average:
+        if rank() == 0 or self.take_step.average:
             update_average(self.average, weights, ema_decay(self.step, self.config.training.ema_decay))
 
-    def _meet_faults(self, logs: dict[str, float], paths: list[str]) -> None:
-        """Takes a bad step into the record, names its files, and goes back when there are too many in a row."""
+    def _meet_faults(self, logs: Mapping[str, float], paths: list[str]) -> None:
+        """Note whether a step was bad, name its files, and go back if there are too many in a row."""
         bad = bool(logs["skipped"])
         self.faults = self.faults.after(self.step, bad)
         if not bad:
             self._bad_files.clear()
             return
         files = self._bad_files[self.step] = sorted({path for part in gather(paths) for path in part})
-        if self.is_main:
-            values = [f"{name} is {value}" for name, value in logs.items() if not math.isfinite(value)]
-            reason = ", ".join(values) or "a gradient is not finite"
-            logger.warning("step %d is skipped: %s; its files: %s", self.step, reason, ", ".join(files))
-        if self.faults.bad_in_a_row >= self.config.training.faults.max_bad_steps:
-            listed = ", ".join(sorted({file for files in self._bad_files.values() for file in files}))
-            first = self.step - self.faults.bad_in_a_row + 1
-            self._roll_back(f"steps {first} to {self.step} are not finite; their files: {listed}")
+        if rank() == 0:
+            logger.warning("step %d is skipped: %s; its files: %s", self.step, bad_values(logs), ", ".join(files))
+        if reason := reason_to_go_back(self.config.training.faults, self.faults, self.step, self._bad_files):
+            self._roll_back(reason)
 
     def _roll_back(self, reason: str) -> None:
-        """Sets the networks back to an older checkpoint; the numbers of the steps go on.
+        """Set the networks back to an older checkpoint; the numbers of the steps go on.
 
         Raises:
             TrainingDiverged: the run has gone back as often as it may.
         """
         config, root = self.config.training.faults, self.root / CHECKPOINTS
         check_roll_back(config, self.faults, reason)
-        folder = on_main(lambda: checkpoint_to_restore(_updates_of_checkpoints(root), self.faults.updates))
+        folder = on_main(lambda: checkpoint_to_restore(updates_of_checkpoints(root), self.faults.updates))
         if folder is None:
             raise TrainingDiverged(f"{reason}; {root} holds no checkpoint to go back to")
         state = restore(folder, self.take_step, self.average)
@@ -262,7 +281,7 @@ class Trainer:
         before = FaultRecord.from_json(state.faults)
         self.faults = self.faults.rolled_back(before, state.step, self.step, gan_factor)
         self.take_step.gan_factor = self.faults.gan_factor
-        if self.is_main:
+        if rank() == 0:
             logger.warning(
                 "%s. Back to the weights of %s (roll-back %d of %d); the data go on with step %d; GAN weight x %g",
                 reason,
@@ -276,7 +295,7 @@ class Trainer:
         self._save()  # else a run killed now would take the lost steps again
 
     def _agree(self, requests: StopRequests, batch: Batch) -> int:
-        """Tells all ranks what one has met: requests to stop and broken files.
+        """Tell all ranks what one has met: requests to stop and broken files.
 
         Returns:
             The signal that stops the run, or 0.
@@ -284,76 +303,42 @@ class Trainer:
         Raises:
             TooManyBadClips: the share of broken files is too large; on every rank at once.
         """
-        stop, num_rejected = highest([requests.pending(), len(batch.rejected)], self.device)
+        stop, num_rejected = max_over_ranks([requests.pending(), len(batch.rejected)])
         if num_rejected:
             for rejection in (item for part in gather(batch.rejected) for item in part):
                 if rejection.path not in self.bad_clips:
                     self.bad_clips[rejection.path] = rejection.reason
-                    if self.is_main:
+                    if rank() == 0:
                         logger.warning("unusable file %s: %s", rejection.path, rejection.reason)
-            num_files = len({item.name for item in self.train_items})
-            check_bad_share(self.bad_clips, num_files, self.config.data.max_bad_share)
+            check_bad_share(self.bad_clips, self.num_files, self.config.data.max_bad_share)
         return stop
 
-    def _log(self, logs: dict[str, float], batch: Batch, times: StepTimes) -> None:
-        training, seconds = self.config.training, times.whole
-        self._busy_seconds += seconds
-        of_step = {name: value for name, value in logs.items() if math.isfinite(value)}
-        logs = {
-            **of_step,
-            "seconds_per_step": seconds,
-            "step_seconds": times.step,
-            "data_wait_share": times.wait / seconds,
-            "frames": batch.bucket.frames,
-            "height": batch.bucket.height,
-            "width": batch.bucket.width,
-            "samples_per_second": batch.size / seconds,
-            "frames_per_second": batch.size * batch.bucket.frames / seconds,
-            "memory_mib": memory_in_use(self.device) / 2**20,
+    def _report(self, logs: Mapping[str, float], batch: Batch, times: StepTimes) -> None:
+        """Tell the listeners of a step."""
+        if not self.listeners:
+            return
+        values = {name: value for name, value in logs.items() if math.isfinite(value)}
+        counts = {
             "bad_clips": len(self.bad_clips),
             "skipped_steps": len(self.faults.skipped),
             "roll_backs": self.faults.roll_backs,
         }
-        if not (self.is_main and self.record):
-            return
-        self.record.log(self.step, logs, to_board=training.is_logged(self.step - 1))
-        taken = self.step - self._first_step
-        mean_seconds = self._busy_seconds / taken
-        left = (self.curriculum.max_steps - self.step) * mean_seconds
-        if self.step % training.log_every == 0:
-            shown = " ".join(f"{name} {value:.4g}" for name, value in of_step.items())
-            speed = (
-                f"{seconds:.2f} s, {times.wait / seconds:.0%} of it waiting for data, "
-                f"{logs['samples_per_second']:.3g} samples/s, {logs['frames_per_second']:.3g} frames/s, "
-                f"{logs['memory_mib']:.0f} MiB"
-            )
-            logger.info(
-                "step %d/%d %s: %s; %s; about %s left",
-                self.step,
-                self.curriculum.max_steps,
-                batch.bucket,
-                shown,
-                speed,
-                duration(left),
-            )
-        long = left > _LONG_RUN_SECONDS and self.device.type == "cpu"
-        if taken == (1 if long else _STEPS_BEFORE_ESTIMATE):
-            in_all = duration(self.curriculum.max_steps * mean_seconds)
-            logger.info("%.2f s a step, about %s in all", mean_seconds, in_all)
-            if long:
-                logger.warning("this is a run for GPUs; %s is made for a machine without one", self.config.small_config)
+        figures = values | step_costs(batch.bucket, batch.size, times, self.device) | counts
+        is_logged = self.config.training.is_logged(self.step - 1)
+        for listener in self.listeners:
+            listener.stepped(StepReport(self.step, values, figures, batch.bucket, times, is_logged))
 
     def _validate(self) -> bool:
-        """Measures the averaged weights on held-out data, on the main rank; tells whether they are the best yet."""
+        """Measure the averaged weights on held-out data, on the main rank; return whether they are the best yet."""
 
         def evaluate() -> bool:
             assert self.validation
-            assert self.record
             results = self.validation.run(self.average)
             if results is None:
                 return False
-            self.record.log_validation(self.step, results)
-            logger.info("step %d: held-out %s", self.step, results)
+            files = write_comparisons(self.root / HELD_OUT_FOLDER, self.step, results.comparisons)
+            for listener in self.listeners:
+                listener.validated(self.step, results, files)
             self._figures = (self.step, results.means)
             return is_best(self.root / CHECKPOINTS, results.means["psnr"])
 
@@ -369,19 +354,3 @@ class Trainer:
             save_run(root, self.config, self.take_step, self.average, self.step, digest, self.faults, figures)
         except NotFinite as error:
             self._roll_back(str(error))
-
-
-def _updates_of_checkpoints(root: Path) -> Iterator[tuple[Path, int]]:
-    """Checkpoints that are not damaged, the newest first, and the updates that their weights have had."""
-    for folder in reversed(complete_checkpoints(root)):
-        if damage(folder) is None:
-            yield folder, FaultRecord.from_json(read_state(folder).faults).updates
-
-
-def duration(seconds: float) -> str:
-    """A duration in words: `3 d 4 h`, `2 h 5 min`, `3 min 20 s` or `45 s`."""
-    whole = round(seconds)
-    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // part} {smaller}"
-    return f"{whole} s"

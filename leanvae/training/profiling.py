@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from leanvae.data.buckets import Shape
+
 logger = logging.getLogger("leanvae")
 
 
@@ -17,7 +19,7 @@ class StepTimes:
     Attributes:
         wait: for its data, of all ranks.
         step: forward and backward passes and updates.
-        whole: these and all else.
+        whole: both, and everything else.
     """
 
     wait: float
@@ -26,11 +28,11 @@ class StepTimes:
 
 
 class StepTrace:
-    """Records steps with torch's profiler; a context manager around the loop.
+    """Steps recorded by torch's profiler; a context manager around the loop.
 
     Args:
         path: the trace, a JSON file.
-        steps: first and last step, from 1; `None` records nothing.
+        steps: first and last step, from 1; None records nothing.
     """
 
     def __init__(self, path: Path, steps: tuple[int, int] | None) -> None:
@@ -39,7 +41,7 @@ class StepTrace:
         self._profile: profile | None = None
 
     def begin(self, step: int) -> None:
-        """To be called before each step, with its number: starts with the first of the steps, ends behind the last."""
+        """Start before the first of the steps and end after the last; called before each step, with its number."""
         if self._steps is None:
             return
         first, last = self._steps
@@ -64,8 +66,30 @@ class StepTrace:
             self._profile = None
 
 
+def step_costs(bucket: Shape, size: int, times: StepTimes, device: torch.device) -> dict[str, float]:
+    """Return a step's times, sizes, rates and memory, by the names that they have in `metrics.jsonl`.
+
+    Args:
+        bucket: shape of its samples.
+        size: their number, over all ranks.
+        times: seconds that it took.
+        device: this rank's.
+    """
+    return {
+        "seconds_per_step": times.whole,
+        "step_seconds": times.step,
+        "data_wait_share": times.wait / times.whole,
+        "frames": bucket.frames,
+        "height": bucket.height,
+        "width": bucket.width,
+        "samples_per_second": size / times.whole,
+        "frames_per_second": size * bucket.frames / times.whole,
+        "memory_mib": memory_in_use(device) / 2**20,
+    }
+
+
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the most that torch has had on a GPU so far, or what this process has in memory now."""
+    """Return bytes: the most that torch has had on a GPU so far, or what this process has in memory now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import psutil

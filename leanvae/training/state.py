@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,7 +21,17 @@ from torch import Tensor
 from leanvae.config import ConfigError
 from leanvae.distributed import barrier, on_main, rank, world_size
 from leanvae.media.item import Item
-from leanvae.training.checkpoints import FIGURES_FILE, STATE_FILE, commit, new_checkpoint, temporary_folder, writing
+from leanvae.training.checkpoints import (
+    FIGURES_FILE,
+    RESOLVED_CONFIG,
+    STATE_FILE,
+    commit,
+    complete_checkpoints,
+    damage,
+    new_checkpoint,
+    temporary_folder,
+    writing,
+)
 from leanvae.training.config import TrainConfig
 from leanvae.training.faults import FaultRecord
 from leanvae.training.step import LeCamAverages, TrainingStep
@@ -29,12 +41,14 @@ from litevae.pretrained import WEIGHTS_FILE, save_pretrained
 
 logger = logging.getLogger("leanvae")
 
-RESOLVED_CONFIG = "train.yaml"
+# Errors that say nothing about the files that were being read.
+_OF_MACHINES = (torch.OutOfMemoryError, dist.DistError, ConnectionError)
+_SAID_BY_MACHINES = r"CUDA error|NCCL|gloo/|DefaultCPUAllocator"
 
 
 @dataclass(frozen=True)
 class RunState:
-    """The small things that a checkpoint remembers beside weights and optimizers (`trainer.json`).
+    """Small facts in a checkpoint, beside weights and optimizers (`trainer.json`).
 
     Attributes:
         step: steps taken.
@@ -56,14 +70,14 @@ class RunState:
 
 
 def items_digest(items: Sequence[Item]) -> str:
-    """A short hash of a list of clips or images."""
+    """Return a short hash of a list of clips or images."""
     places = [(item.start, item.end) if item.kind == "clip" else (item.offset, item.size) for item in items]
     text = "\n".join(f"{item.path}\t{start}\t{end}" for item, (start, end) in zip(items, places, strict=True))
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def resolved_config(config: TrainConfig) -> str:
-    """A configuration with all its defaults, as YAML."""
+    """Return a configuration with all its defaults, as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -77,7 +91,7 @@ def save_run(
     faults: FaultRecord,
     figures: Mapping[str, float | None] | None,
 ) -> None:
-    """Writes a checkpoint: averaged weights, both engines, and where the run stands; all ranks together.
+    """Write a checkpoint: averaged weights, both engines, and where the run stands; all ranks together.
 
     Args:
         root: folder of the checkpoints.
@@ -87,11 +101,11 @@ def save_run(
         step: steps taken.
         clips: digest of the training files.
         faults: bad steps so far.
-        figures: of held-out files, by metric, where they were evaluated after this step; read on the main rank.
+        figures: of held-out files, by metric, if they were evaluated after this step; read on the main rank.
 
     Raises:
         NotFinite: nothing is written then.
-        OSError: it cannot be written, as on a full disk; the checkpoints before are as they were.
+        OSError: it cannot be written, as on a full disk; earlier checkpoints are intact.
     """
     on_main(lambda: _check_finite(average, step))
 
@@ -129,19 +143,26 @@ def save_run(
 
 
 def read_state(folder: Path) -> RunState:
-    """Where a run stood when it wrote a checkpoint."""
+    """Return where a run stood when it wrote a checkpoint."""
     with _naming(folder / STATE_FILE):
         return RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
 
 
+def updates_of_checkpoints(root: Path) -> Iterator[tuple[Path, int]]:
+    """Yield checkpoints that are not damaged, the newest first, and the updates that their weights have had."""
+    for folder in reversed(complete_checkpoints(root)):
+        if damage(folder) is None:
+            yield folder, FaultRecord.from_json(read_state(folder).faults).updates
+
+
 def check_same_run(folder: Path, config: TrainConfig, take_step: TrainingStep, clips: str) -> None:
-    """Refuses a checkpoint that does not fit, and warns of what else is no more as it was.
+    """Refuse a checkpoint that does not fit, and warn of everything else that has changed.
 
     Args:
         folder: the checkpoint.
-        config: the configuration of now.
-        take_step: tells the perceptual losses of now.
-        clips: digest of the training files of now.
+        config: the present configuration.
+        take_step: has the present perceptual losses.
+        clips: digest of the present training files.
 
     Raises:
         ConfigError: the checkpoint is damaged, or of another model or engine.
@@ -164,7 +185,7 @@ def check_same_run(folder: Path, config: TrainConfig, take_step: TrainingStep, c
 
 
 def restore(folder: Path, take_step: TrainingStep, average: dict[str, Tensor]) -> RunState:
-    """Sets networks, optimizers and averages to what a checkpoint holds; all ranks together.
+    """Set networks, optimizers and averages to what a checkpoint holds; all ranks together.
 
     Args:
         folder: the checkpoint, of any number of ranks.
@@ -192,7 +213,7 @@ def restore(folder: Path, take_step: TrainingStep, average: dict[str, Tensor]) -
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Tells of which part of a checkpoint an error in reading it is."""
+    """Name the part of a checkpoint that cannot be read; errors of a device or of another rank stay as they are."""
     try:
         yield
     except (
@@ -205,6 +226,8 @@ def _naming(path: Path) -> Iterator[None]:
         UnpicklingError,
         SafetensorError,
     ) as error:
+        if isinstance(error, _OF_MACHINES) or re.search(_SAID_BY_MACHINES, str(error)):
+            raise
         raise ConfigError(
             f"{path} is damaged ({type(error).__name__}: {error}): name an older checkpoint with --resume"
         ) from error
@@ -219,7 +242,7 @@ def _check_finite(average: dict[str, Tensor], step: int) -> None:
 
 
 def _refuse_others(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses a checkpoint whose state does not fit the networks or the engines."""
+    """Refuse a checkpoint whose state does not fit the networks or the engines."""
     discriminators = [tree["gan"] and tree["gan"]["discriminator"] for tree in (before, now)]
     for name, there, here in (
         ("model", before["model"], now["model"]),
@@ -233,7 +256,7 @@ def _refuse_others(folder: Path, before: dict[str, Any], now: dict[str, Any]) ->
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Settings that differ, as `block.field: old -> new`."""
+    """Return the settings that differ, as `block.field: old -> new`."""
     changes = [
         f"{block}.{field}: {(before[block] or {}).get(field)} -> {value}"
         for block in ("data", "losses", "gan", "optimizer", "training")

@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from leanvae.config import LeanVAEConfig
 from leanvae.data.buckets import Shape
-from leanvae.distributed import world_size
-from leanvae.training import balance
+from leanvae.distributed import mean_over_ranks, world_size
 from leanvae.training.config import GANConfig, TrainConfig
+from leanvae.training.curriculum import learning_rate, perceptual_frames, posterior_noise, ramp
 from leanvae.training.engine import Engine, frozen
-from leanvae.training.schedule import learning_rate, perceptual_frames, posterior_noise, ramp
-from leanvae.training.terms import Perceptual, as_images, reconstruction_terms, weighted_sum
+from leanvae.training.losses import Perceptual, as_images, reconstruction_terms, weighted_sum
+from litevae.decoder import Decoder
 from litevae.losses import (
     adaptive_weight,
     gradient_norm,
@@ -30,17 +30,6 @@ from litevae.losses import (
 
 _GENERATOR_LOSSES = {"hinge": hinge_g_loss, "non_saturating": logistic_g_loss}
 _DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "logistic": logistic_d_loss}
-
-
-def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
-    """Averages scalars over all ranks, in one reduction; every rank must pass the same names."""
-    if not values:
-        return {}
-    packed = torch.stack([value.detach().double() for value in values.values()])
-    if dist.is_initialized():
-        dist.all_reduce(packed)
-        packed /= dist.get_world_size()
-    return dict(zip(values, packed.tolist(), strict=True))
 
 
 @dataclass
@@ -56,11 +45,11 @@ class LeCamAverages:
     fake: list[float] = field(default_factory=list)
 
     def of_output(self, output: int) -> tuple[float, float]:
-        """Averages `(real, fake)` of an output, 0 before the first step."""
+        """Return the averages `(real, fake)` of an output, 0 before the first step."""
         return (self.real[output], self.fake[output]) if self.real else (0.0, 0.0)
 
     def update(self, real: Sequence[float], fake: Sequence[float], decay: float) -> None:
-        """Takes in a step's means by output, which must already be those of all ranks."""
+        """Take in a step's means by output, which must already be those of all ranks."""
         self.real = _moved(self.real, real, decay)
         self.fake = _moved(self.fake, fake, decay)
 
@@ -70,8 +59,53 @@ def _moved(averages: Sequence[float], values: Sequence[float], decay: float) -> 
     return [decay * average + (1.0 - decay) * value for average, value in zip(before, values, strict=True)]
 
 
+class LastLayer:
+    """What a decoder's last convolution read in its last pass, from which its weight's gradients follow.
+
+    The losses are differentiated at the pixels; the weight's gradient follows from that and from what the convolution
+    read (LiteVAE, Equation 2). So no pass goes back through the network, which DeepSpeed would take for the step's own,
+    and no weight is read, which ZeRO-3 keeps in parts.
+
+    Args:
+        decoder: of the image autoencoder.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._finish = decoder.finish
+        self._input: Tensor | None = None
+        decoder.conv_out.conv.register_forward_pre_hook(self._remember)
+
+    def _remember(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._input = inputs[0].detach()
+
+    def forget(self) -> None:
+        """Free what was read."""
+        self._input = None
+
+    def weight_gradient(self, pixel_gradient: Tensor) -> Tensor:
+        """Return the gradient of the (demodulated) weight `(O, I, 3, 3)`, in float32.
+
+        Args:
+            pixel_gradient: of a loss at the decoder's output, `(B, 3, H, W)`; H and W are those of the padded images.
+        """
+        assert self._input is not None
+        read = self._input.float()
+        bands = self._finish_backward(pixel_gradient.float(), read)
+        shape = (bands.shape[1], read.shape[1], 3, 3)
+        return conv2d_weight(read, shape, bands, padding=1)
+
+    def _finish_backward(self, pixel_gradient: Tensor, read: Tensor) -> Tensor:
+        """Return the gradient at the convolution's output; what follows is linear, so that any output serves."""
+        height, width = read.shape[2:]
+        factor = pixel_gradient.shape[2] // height
+        output = read.new_zeros(len(read), 3 * factor**2, height, width, requires_grad=True)
+        with torch.enable_grad():
+            pixels = self._finish(output)
+        return torch.autograd.grad(pixels, output, pixel_gradient)[0]
+
+
 class TrainingStep:
-    """Trains the autoencoder and the discriminator for a step at a time.
+    """The training of autoencoder and discriminator, a step at a time.
 
     A step depends on the weights, the global batch and its number alone: noise and chosen frames are seeded by
     (seed, step, place in the global batch), so that it is the same on any number of ranks.
@@ -79,14 +113,14 @@ class TrainingStep:
     Args:
         config: the run's configuration.
         vae: engine of the autoencoder.
-        discriminator: engine of the discriminator; `None` without a GAN.
+        discriminator: engine of the discriminator; None without a GAN.
         perceptual: networks of the perceptual losses, by the name of their term.
         average: the autoencoder with the averaged weights; needed for the LDL loss.
         device: where to compute.
 
     Attributes:
         lecam: LeCam's averages.
-        gan_factor: what the weight of the adversarial loss is multiplied with.
+        gan_factor: factor applied to the weight of the adversarial loss.
     """
 
     def __init__(
@@ -112,10 +146,10 @@ class TrainingStep:
         model: Any = vae.module
         self._latent_shape = model.latent_shape
         looks_at_gradients = config.gan is not None and config.gan.looks_at_gradients
-        self._last_layer = balance.LastLayer(model.decoder) if looks_at_gradients else None
+        self._last_layer = LastLayer(model.decoder) if looks_at_gradients else None
 
     def __call__(self, pixels: Tensor, indices: list[int], step: int) -> dict[str, float]:
-        """Updates both networks.
+        """Update both networks.
 
         Args:
             pixels: this rank's part of the batch, uint8 clips `(n, 3, T, H, W)` or images `(n, 3, H, W)`; images are
@@ -124,30 +158,23 @@ class TrainingStep:
             step: number of the step, from 0.
 
         Returns:
-            Losses and rates, averaged over all ranks. `skipped` is 1 where a loss or a gradient was not finite, on
-            whichever rank: then neither network was updated, nor LeCam's averages.
+            Losses and rates, averaged over all ranks. `skipped` is 1 if a loss or a gradient was not finite on any
+            rank. In that case neither network was updated, nor LeCam's averages.
         """
         size = self._set_batch(pixels, step)
         rates = self._set_learning_rates(step)
-        micro_batches = [
-            (self._to_pixels(pixels[start : start + size]), indices[start : start + size])
-            for start in range(0, len(pixels), size)
-        ]
         logs: dict[str, list[Tensor]] = {}
         gan_weight = self.gan_weight(step)
-        reconstructions = []
-        # The autoencoder's pass through the discriminator must leave no gradients there.
-        with frozen(self.discriminator.module) if self.discriminator else nullcontext(), self.vae.training():
-            for target, places in micro_batches:
-                reconstructions.append(self._train_vae(target, places, step, gan_weight, logs))
-        if gan_weight:
-            for (target, _), reconstruction in zip(micro_batches, reconstructions, strict=True):
-                self._train_discriminator(target, reconstruction, logs)
+        for start in range(0, len(pixels), size):
+            part = slice(start, start + size)
+            self._train_on(pixels[part], indices[part], step, gan_weight, logs)
         engines = [engine for engine in (self.vae, self.discriminator if gan_weight else None) if engine]
         values = {name: torch.stack(values).mean() for name, values in logs.items()}
-        # No norm of a gradient is finite unless all of it is; nor is the mean of a rank's that is not.
+        # A norm is finite only if the whole gradient is, and a mean over ranks only if every rank's value is.
         sizes = {f"gradient_{number}": engine.gradient_size() for number, engine in enumerate(engines)}
-        means = mean_over_ranks(values | sizes)
+        reported = values | sizes
+        packed = torch.stack([value.double() for value in reported.values()])
+        means = dict(zip(reported, mean_over_ranks(packed).tolist(), strict=True))
         finite = all(map(math.isfinite, means.values()))
         for engine in engines:
             if finite:
@@ -163,7 +190,7 @@ class TrainingStep:
         return {**{name: means[name] for name in values}, **rates, "skipped": float(not finite)}
 
     def _set_batch(self, pixels: Tensor, step: int) -> int:
-        """Tells the engines what this step trains and how large it is; returns how many samples go into a pass."""
+        """Tell the engines what this step trains and how large it is; return how many samples go into a pass."""
         phase = self.curriculum.number_at(step)
         if phase != self._phase:
             self._phase = phase
@@ -178,10 +205,21 @@ class TrainingStep:
                     engine.set_batch(*batch)
         return len(pixels) // passes
 
+    def _train_on(
+        self, pixels: Tensor, indices: list[int], step: int, gan_weight: float, logs: dict[str, list[Tensor]]
+    ) -> None:
+        """Accumulate both networks' gradients over a micro-batch, of which nothing but figures is kept."""
+        target = self._to_pixels(pixels)
+        # The autoencoder's pass through the discriminator must leave no gradients there.
+        with frozen(self.discriminator.module) if self.discriminator else nullcontext(), self.vae.training():
+            reconstruction = self._train_vae(target, indices, step, gan_weight, logs)
+        if gan_weight:
+            self._train_discriminator(target, reconstruction, logs)
+
     def _train_vae(
         self, target: Tensor, indices: list[int], step: int, gan_weight: float, logs: dict[str, list[Tensor]]
     ) -> Tensor:
-        """Accumulates the autoencoder's gradient; returns its output."""
+        """Accumulate the autoencoder's gradient; return its output."""
         seed = self.config.training.seed
         noise = posterior_noise(self._latent_shape(target.shape[2:]), seed, step, indices).to(self.device)
         prediction, posterior = self.vae(target.to(self.vae.dtype), noise.to(self.vae.dtype))
@@ -216,6 +254,8 @@ class TrainingStep:
             # The same gradients for the network: of the pixels as found already, and of the KL term.
             kl_weight, divergence = terms["kl"]
             loss = (prediction * at_pixels).sum() + kl_weight * divergence
+        if self._last_layer:
+            self._last_layer.forget()
         self.vae.backward(loss)
         return prediction.detach()
 
@@ -241,13 +281,14 @@ class TrainingStep:
         gan_weight: float,
         values: dict[str, Tensor],
     ) -> tuple[Tensor | float, Tensor]:
-        """The adversarial loss's weight, and the gradient of both losses at the pixels; records the gradients' ratio.
+        """Return the adversarial loss's weight and both losses' gradient at the pixels; record the gradients' ratio.
 
         Norms are those of the gradient's mean over all ranks, so that each of them finds the same.
         """
         assert self._last_layer is not None
         at_pixels = [torch.autograd.grad(loss, pixels)[0] for loss in (reconstruction, adversarial)]
-        at_weight = balance.mean_over_ranks([self._last_layer.weight_gradient(gradient) for gradient in at_pixels])
+        at_weight = torch.stack([self._last_layer.weight_gradient(gradient) for gradient in at_pixels])
+        at_weight = mean_over_ranks(at_weight).unbind()
         weight: Tensor | float = gan_weight
         if self._gan()[0].weighting == "adaptive":
             weight = adaptive_weight(at_weight[:1], at_weight[1:], factor=gan_weight)
@@ -257,7 +298,7 @@ class TrainingStep:
         return weight, at_pixels[0] + weight * at_pixels[1]
 
     def _train_discriminator(self, target: Tensor, prediction: Tensor, logs: dict[str, list[Tensor]]) -> None:
-        """Accumulates the discriminator's gradient."""
+        """Accumulate the discriminator's gradient."""
         gan, discriminator = self._gan()
         images = torch.cat((as_images(target), as_images(prediction)))
         losses, penalties = [], []
@@ -280,7 +321,7 @@ class TrainingStep:
         return self.config.gan, self.discriminator
 
     def gan_weight(self, step: int) -> float:
-        """Weight of the adversarial loss in a step."""
+        """Return the weight of the adversarial loss in a step."""
         gan = self.config.gan
         if gan is None:
             return 0.0
@@ -299,10 +340,10 @@ class TrainingStep:
         return rates
 
     def _to_pixels(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels to float32 in [-1, 1], on the device."""
-        return pixels.to(self.device).float() / 127.5 - 1.0
+        """Bring uint8 pixels to the device, as float32 in [-1, 1]."""
+        return pixels.to(self.device).float().div_(127.5).sub_(1.0)
 
 
 def update_average(average: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -> None:
-    """Exponential moving average of weights, in place: `average += (1 - decay) * (weights - average)`."""
+    """Move averaged weights towards new ones, in place: `average += (1 - decay) * (weights - average)`."""
     torch._foreach_lerp_([average[name] for name in weights], list(weights.values()), 1.0 - decay)

@@ -5,17 +5,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from leanvae.checkpoint import build_vae
+from leanvae.coder import FrameCoder
 from leanvae.data.loader import read_held_out
 from leanvae.data.samples import Sample
+from leanvae.media.info import Frame
 from leanvae.media.item import Item
 from leanvae.metrics.clips import measure_clip, picture_row
 from leanvae.metrics.networks import FeatureNetworks
 from leanvae.training.comparison import Comparison
 from leanvae.training.config import TrainConfig
+from litevae.errors import NotFinite
 from litevae.perceptual import PerceptualDistance
+from litevae.pixels import from_bytes, to_bytes
 
 _NUM_SHOWN = 8  # reconstructions that are kept of one evaluation
 METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "flicker")  # of `leanvae evaluate`, that training shows
@@ -95,24 +100,22 @@ class Validation:
         with torch.device("meta"):
             vae = build_vae(self._config.model)
         vae.load_state_dict(weights, strict=True, assign=True)
-        vae.eval()
+        coder = FrameCoder(vae.eval())
         figures: dict[str, dict[str, float | None]] = {}
         comparisons = []
         for name, sample in self._samples.items():
-            # (T, H, W, 3) or (H, W, 3) -> 1 3 T H W or 1 3 H W
-            pixels = torch.from_numpy(sample.frames).movedim(-1, 0)[None]
-            target = pixels.to(self._device).float() / 255.0
-            output = vae.decode(vae.encode(target * 2.0 - 1.0).mode(), tuple(pixels.shape[2:]))
-            output = (output.float() / 2.0 + 0.5).clamp(0.0, 1.0)
-            for metric, value in self._measure(output[0], target[0]).items():
+            images = sample.frames[None] if sample.times is None else sample.frames  # T H W 3
+            target = from_bytes(images, self._device)
+            output = _reconstruct(coder, images, target)
+            for metric, value in self._measure(output, target, coder.patch).items():
                 figures.setdefault(metric, {})[name] = value
             if len(comparisons) < _NUM_SHOWN:
-                comparisons.append(_compare(name, sample, output[0], target[0]))
+                comparisons.append(_compare(name, sample, images, output, target))
         return ValidationResults(figures, comparisons)
 
-    def _measure(self, output: Tensor, target: Tensor) -> dict[str, float | None]:
-        """Figures of one image `(3, H, W)` or clip `(3, T, H, W)` in [0, 1]."""
-        row = measure_clip(output, target, self._config.patch_size[1], self._networks)
+    def _measure(self, output: Tensor, target: Tensor, patch: int) -> dict[str, float | None]:
+        """Figures of a clip or an image, `(T, 3, H, W)` in [0, 1]."""
+        row = measure_clip(output.transpose(0, 1), target.transpose(0, 1), patch, self._networks)
         return {name: row[name] for name in METRICS if name != "lpips" or self._networks.lpips}
 
 
@@ -121,12 +124,20 @@ def _label(item: Item) -> str:
     return f"{item.name} at {item.start:g} s" if item.start else item.name
 
 
-def _compare(name: str, sample: Sample, output: Tensor, target: Tensor) -> Comparison:
-    """A sample beside its reconstruction, both `(3, T, H, W)` or `(3, H, W)` in [0, 1]."""
-    reconstruction = (output.movedim(0, -1) * 255.0).round().to(torch.uint8).cpu().numpy()
-    frames = np.concatenate((sample.frames, reconstruction), axis=-2)  # (T, H, 2W, 3) or (H, 2W, 3)
-    row = picture_row(output, target)
+def _reconstruct(coder: FrameCoder, images: NDArray[np.uint8], target: Tensor) -> Tensor:
+    """What the model makes of frames, in the shape of `target`; NaN where it is not finite."""
+    frames = [Frame(image, None, 0.0) for image in images]
+    try:
+        return torch.cat([part.output for part in coder.reconstruct(frames)])
+    except NotFinite:
+        return torch.full_like(target, torch.nan)
+
+
+def _compare(name: str, sample: Sample, images: NDArray[np.uint8], output: Tensor, target: Tensor) -> Comparison:
+    """A sample's frames beside their reconstruction, `(T, 3, H, W)` in [0, 1]."""
+    frames = np.concatenate((images, to_bytes(output)), axis=2)  # (T, H, 2W, 3)
+    row = picture_row(output.transpose(0, 1), target.transpose(0, 1))
     if sample.times is None:
-        return Comparison(name, frames[None], None, row)
+        return Comparison(name, frames, None, row)
     seconds = float(sample.times[-1] - sample.times[0])
     return Comparison(name, frames, (len(frames) - 1) / seconds if seconds > 0 else _DEFAULT_RATE, row)

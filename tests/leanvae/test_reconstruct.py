@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from leanvae import LeanVAE, LeanVAEConfig, load_vae
-from leanvae.inference.plan import Plan, plan_reconstruction
+from leanvae.inference.plan import ClipPlan, plan_reconstruction
 from leanvae.media.image import read_image
 from leanvae.media.naming import find_inputs
 from leanvae.media.video import VideoReader
@@ -267,8 +267,8 @@ def test_reconstruct_in_tiles_equals_whole_frames(
 ) -> None:
     _write_clip(tmp_path / "clip.mp4", 144, 120)
     whole = reconstruct(checkpoint, tmp_path / "clip.mp4", tmp_path / "a")["files"][0]
-    plans = [Plan(plan.work, 1, (8, 8)) for plan in plan_reconstruction(load_vae(checkpoint), 120, 144)]
-    monkeypatch.setattr("leanvae.reconstruct.plan_reconstruction", lambda *_: plans)
+    plans = [ClipPlan(plan.load, 1, (8, 8)) for plan in plan_reconstruction(load_vae(checkpoint), 120, 144)]
+    monkeypatch.setattr("leanvae.coder.plan_reconstruction", lambda *_: plans)
     tiled = reconstruct(checkpoint, tmp_path / "clip.mp4", tmp_path / "b")["files"][0]
     assert tiled == {**whole, "psnr": pytest.approx(whole["psnr"], abs=1e-4), "ssim": pytest.approx(whole["ssim"])}
 

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leanvae.bench.flops import count, count_flops
-from leanvae.bench.sizes import Size
 from leanvae.config import LeanVAEConfig
-from leanvae.peers import REGISTRY
+from leanvae.peers.models import Size
+from leanvae.peers.registry import REGISTRY
 
 CLIP = Size(17, 256, 256)
 

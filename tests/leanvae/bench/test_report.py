@@ -3,29 +3,37 @@
 import argparse
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from leanvae import LeanVAE, LeanVAEConfig
+from leanvae.bench import quality
 from leanvae.bench import run as run_module
 from leanvae.bench.compare import compare_reports
-from leanvae.bench.jobs import Job
+from leanvae.bench.jobs import BenchRow
 from leanvae.bench.plots import write_plots
 from leanvae.bench.report import make_report, memory_limits, read_report, table3_ratios, write_report
 from leanvae.bench.run import Benchmark
-from leanvae.bench.settings import Settings
+from leanvae.bench.settings import BenchSettings
 from leanvae.bench.tables import print_report
 from leanvae.cli import bench as command
+from leanvae.media.errors import MediaError
+from leanvae.media.info import Frame
+from leanvae.media.item import Item
 from leanvae.media.writer import write_png
+from leanvae.peers.models import Model
+from leanvae.peers.registry import find_model
 
 FLAGS = ["--models", "leanvae-c4,litevae-s", "--resolutions", "16", "32", "--frames", "5,9"]
 
 
-def fake_result(job: Job, seconds: float, timeout: float | None) -> dict[str, Any]:
+def fake_result(job: BenchRow, seconds: float, timeout: float | None) -> dict[str, Any]:
     """What a process would find; the largest images run out of memory."""
     if job.model == "litevae-s" and job.height == 32 and job.batch == 1:
         return {"status": "out of memory", "reason": "too large", "wall_seconds": 1.0}
@@ -127,6 +135,40 @@ def test_reconstruction_is_judged_for_models_with_weights(tmp_path: Path, capsys
         command.run(parse(*FLAGS, "--output", str(tmp_path / "o"), "--reconstruction", str(tmp_path / "in")))
 
 
+def _saved_model(folder: Path) -> LeanVAE:
+    vae = LeanVAE(LeanVAEConfig(low_channels=4, high_channels=8, num_fusion_layers=1, ista_iterations=1))
+    vae.save_pretrained(folder)
+    return vae
+
+
+def test_a_clip_whose_size_changes_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _saved_model(tmp_path / "model")
+    (tmp_path / "in").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "in" / name).touch()
+
+    def frames(item: Item, count: int) -> Iterator[Frame]:
+        for width in (24, 24, 24):
+            yield Frame(np.full((16, width, 3), 90, np.uint8), None, 0.0)
+        if item.address.endswith("a.mp4"):
+            raise MediaError(item.name, "the size changes from 24x16 to 32x16 at frame 3")
+
+    monkeypatch.setattr(quality, "read_frames", frames)
+    judged = quality.judge(find_model(str(tmp_path / "model")), tmp_path / "in", "cpu", torch.float32)
+    assert (judged["files"], judged["skipped"], judged["frames"]) == (1, 1, 3)
+
+
+def test_a_model_whose_output_is_not_finite_has_no_figures(tmp_path: Path) -> None:
+    vae = _saved_model(tmp_path / "model")
+    with torch.no_grad():
+        next(vae.decoder.parameters()).fill_(torch.nan)
+    (tmp_path / "in").mkdir()
+    write_png(tmp_path / "in" / "a.png", np.full((20, 30, 3), 90, np.uint8))
+    model = Model("broken", "video", lambda: vae, "here", has_weights=True)
+    judged = quality.judge(model, tmp_path / "in", "cpu", torch.float32)
+    assert (judged["files"], judged["psnr"], judged["ssim"]) == (1, None, None)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -156,7 +198,7 @@ def test_sizes_that_a_model_fails_at_are_told(tmp_path: Path, monkeypatch: pytes
         raise RuntimeError("smaller than its kernel")
 
     monkeypatch.setattr(run_module, "count", fail)
-    settings = Settings(("leanvae-c4",), ((16, 16),), (5,), ("whole",), ("float32",), "cpu", tmp_path, 600.0)
+    settings = BenchSettings(("leanvae-c4",), ((16, 16),), (5,), ("whole",), ("float32",), "cpu", tmp_path, 600.0)
     bench = Benchmark(settings)
     bench.run()
     assert [entry["reason"] for entry in make_report(bench)["left_out"]] == ["its FLOPs cannot be counted"]
@@ -168,7 +210,7 @@ def test_sizes_that_a_model_fails_at_are_told(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_empty_run_makes_an_empty_report(tmp_path: Path) -> None:
-    settings = Settings(("leanvae-c4",), ((16, 16),), (5,), ("whole",), ("float32",), "cpu", tmp_path, 1.0)
+    settings = BenchSettings(("leanvae-c4",), ((16, 16),), (5,), ("whole",), ("float32",), "cpu", tmp_path, 1.0)
     bench = Benchmark(settings)
     bench.run()
     report = make_report(bench)

@@ -12,11 +12,11 @@ import torch
 from leanvae.bench import run as run_module
 from leanvae.bench.child import _result_of, run_child
 from leanvae.bench.floor import matrix_rate
-from leanvae.bench.jobs import Job, Results
+from leanvae.bench.jobs import BenchRow, Results
 from leanvae.bench.measure import describe_failure, repeat
 from leanvae.bench.plan import Estimator, common_side, plan
 from leanvae.bench.run import Benchmark
-from leanvae.bench.settings import Settings
+from leanvae.bench.settings import BenchSettings
 
 CPU = torch.device("cpu")
 TIMING = {"median": 0.5, "quartiles": [0.4, 0.6], "repeats": 3, "warm_up": True, "peak_bytes": 1000}
@@ -40,7 +40,7 @@ def crash():
 """
 
 
-def settings(output: Path, **fields: Any) -> Settings:
+def settings(output: Path, **fields: Any) -> BenchSettings:
     chosen: dict[str, Any] = {
         "models": ("leanvae-c4", "leanvae-c4-smc"),
         "resolutions": ((16, 16), (32, 32)),
@@ -51,15 +51,15 @@ def settings(output: Path, **fields: Any) -> Settings:
         "output": output,
         "budget": 600.0,
     }
-    return Settings(**{**chosen, **fields})
+    return BenchSettings(**{**chosen, **fields})
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[BenchRow]:
     """The jobs that a run starts, none of which really runs; the floors of the machine are made up."""
-    jobs: list[Job] = []
+    jobs: list[BenchRow] = []
 
-    def run(job: Job, seconds: float, timeout: float | None) -> dict[str, Any]:
+    def run(job: BenchRow, seconds: float, timeout: float | None) -> dict[str, Any]:
         jobs.append(job)
         return dict(RESULT)
 
@@ -69,7 +69,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     return jobs
 
 
-def test_a_run_measures_every_job_once(tmp_path: Path, measured: list[Job]) -> None:
+def test_a_run_measures_every_job_once(tmp_path: Path, measured: list[BenchRow]) -> None:
     bench = Benchmark(settings(tmp_path))
     bench.run()
     assert len(measured) == len(set(measured)) == 4
@@ -80,11 +80,11 @@ def test_a_run_measures_every_job_once(tmp_path: Path, measured: list[Job]) -> N
 
 
 def test_a_killed_run_goes_on_where_it_was(
-    tmp_path: Path, measured: list[Job], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, measured: list[BenchRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_module.run_child
 
-    def interrupted(job: Job, seconds: float, timeout: float | None) -> dict[str, Any]:
+    def interrupted(job: BenchRow, seconds: float, timeout: float | None) -> dict[str, Any]:
         if len(measured) == 2:
             raise KeyboardInterrupt
         return run(job, seconds, timeout)
@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_where_it_was(
     assert list(Results(tmp_path / "measurements.jsonl").by_job) == measured
 
 
-def test_what_has_no_time_is_left_out_and_time_already_spent_counts(tmp_path: Path, measured: list[Job]) -> None:
+def test_what_has_no_time_is_left_out_and_time_already_spent_counts(tmp_path: Path, measured: list[BenchRow]) -> None:
     bench = Benchmark(settings(tmp_path, budget=20.0))
     bench.run()
     assert len(measured) == 0  # no job may take more than a quarter of the budget, and each starts a process
@@ -112,7 +112,7 @@ def test_what_has_no_time_is_left_out_and_time_already_spent_counts(tmp_path: Pa
     assert len(measured) == 0
 
 
-def test_another_machine_or_software_is_refused(tmp_path: Path, measured: list[Job]) -> None:
+def test_another_machine_or_software_is_refused(tmp_path: Path, measured: list[BenchRow]) -> None:
     Benchmark(settings(tmp_path))
     path = tmp_path / "machine.json"
     machine = json.loads(path.read_text(encoding="utf-8"))
@@ -122,7 +122,7 @@ def test_another_machine_or_software_is_refused(tmp_path: Path, measured: list[J
         Benchmark(settings(tmp_path))
 
 
-def test_modes_that_a_model_lacks_are_left_out_with_the_reason(tmp_path: Path, measured: list[Job]) -> None:
+def test_modes_that_a_model_lacks_are_left_out_with_the_reason(tmp_path: Path, measured: list[BenchRow]) -> None:
     bench = Benchmark(settings(tmp_path, models=("litevae-s",), modes=("whole", "chunked"), resolutions=((16, 16),)))
     bench.run()
     assert [job.mode for job in measured] == ["whole"]
@@ -130,7 +130,7 @@ def test_modes_that_a_model_lacks_are_left_out_with_the_reason(tmp_path: Path, m
 
 
 def test_the_default_measures_every_model_first_then_table_3(tmp_path: Path) -> None:
-    from leanvae.peers import REGISTRY
+    from leanvae.peers.registry import REGISTRY
 
     chosen = settings(tmp_path, models=tuple(REGISTRY), resolutions=None, frames=None, modes=None)
     ranks = chosen.jobs(REGISTRY.values(), common_side=96)
@@ -142,8 +142,8 @@ def test_the_default_measures_every_model_first_then_table_3(tmp_path: Path) -> 
     assert {(256, 256), (768, 768), (1080, 1920), (2160, 3840)} < resolutions
 
 
-def job(side: int, model: str = "a", **fields: Any) -> Job:
-    return Job(model, 1, side, side, **fields)
+def job(side: int, model: str = "a", **fields: Any) -> BenchRow:
+    return BenchRow(model, 1, side, side, **fields)
 
 
 def estimator(rate: float = 1.0) -> Estimator:
@@ -168,7 +168,7 @@ def test_plan_keeps_to_rank_time_and_share() -> None:
 
 
 def test_common_side_is_the_largest_that_all_have_time_for() -> None:
-    def both(side: int) -> list[Job]:
+    def both(side: int) -> list[BenchRow]:
         return [job(side), job(side, "b")]
 
     def choose(seconds: float | None) -> int:

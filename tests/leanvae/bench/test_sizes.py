@@ -2,7 +2,9 @@
 
 import pytest
 
-from leanvae.bench.sizes import Grid, Size, choose, parse_frames, parse_resolution, resolution_name
+from leanvae.bench.sizes import parse_frames, parse_resolution, resolution_name
+from leanvae.peers.models import Lengths, Size
+from leanvae.peers.registry import choose
 
 
 @pytest.mark.parametrize(
@@ -25,11 +27,11 @@ def test_unknown_frames_are_refused(text: str) -> None:
         parse_frames(text)
 
 
-@pytest.mark.parametrize("grid", [Grid(1, 4), Grid(24, 16), Grid(8, 8), Grid(4, 4, lead=3)])
-def test_a_fit_is_the_smallest_length_of_the_grid_that_gives_one_back(grid: Grid) -> None:
-    lengths = [grid.first + grid.step * index for index in range(500)]
+@pytest.mark.parametrize("lengths", [Lengths(1, 4), Lengths(24, 16), Lengths(8, 8), Lengths(4, 4, lead=3)])
+def test_a_fit_is_the_smallest_length_that_gives_one_back(lengths: Lengths) -> None:
+    taken = [lengths.first + lengths.step * index for index in range(500)]
     for length in range(1, 500):
-        assert grid.fit(length) == min(candidate for candidate in lengths if candidate - grid.lead >= length)
+        assert lengths.fit(length) == min(candidate for candidate in taken if candidate - lengths.lead >= length)
 
 
 def test_sizes_are_written_with_frames_first() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -177,18 +178,20 @@ def run(arguments):
     atexit.register(print, "cleaned up")
     return 3
 
-cli.COMMANDS["fail"] = cli.Command("fails", lambda parser: None, run)
-cli.run_program("fail")
+cli.COMMANDS[COMMAND] = cli.Command("fails", lambda parser: None, run)
+cli.run_program(COMMAND)
 """
 
 
 @pytest.mark.parametrize(("flags", "status", "output"), [([], 3, "cleaned up\n"), (["--unknown"], 2, "")])
-def test_a_rank_ends_with_its_status_before_the_interpreter_shuts_down(
+def test_only_training_ranks_end_with_their_status_before_the_interpreter_shuts_down(
     flags: list[str], status: int, output: str
 ) -> None:
-    command = [sys.executable, "-c", PROGRAM_THAT_FAILS_AT_SHUTDOWN, *flags]
-    done = subprocess.run(command, env={**os.environ, "RANK": "0"}, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (status, output), done.stderr
+    for name, expected in (("train_video", status), ("encode_clips", -signal.SIGABRT)):
+        program = f"COMMAND = {name!r}\n{PROGRAM_THAT_FAILS_AT_SHUTDOWN}"
+        command = [sys.executable, "-c", program, *flags]
+        done = subprocess.run(command, env={**os.environ, "RANK": "0"}, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (expected, output), done.stderr
 
 
 def test_main_refuses_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:

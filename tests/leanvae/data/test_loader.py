@@ -28,7 +28,6 @@ from leanvae.data.order import phases_of
 from leanvae.data.quarantine import QuarantineRecord, TooManyBadClips
 from leanvae.data.samples import read_sample
 from leanvae.data.schedule import Schedule, list_training_items
-from leanvae.media.pool import DecoderPool
 
 NUM_STEPS = 6
 BATCH = 4
@@ -71,33 +70,6 @@ def folder(tmp_path_factory):
             for path in sorted((folder / source).glob("*.png")):
                 tar.add(path, path.name)
     return folder
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with DecoderPool(1, 30.0) as pool:
-        yield pool
-
-
-class SharedPool:
-    """A pool that closing does not end."""
-
-    def __init__(self, pool):
-        self.submit = pool.submit
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    close = __exit__
-
-
-@pytest.fixture
-def one_pool(pool, monkeypatch):
-    """All loaders of a test share the module's decoder process, which takes a while to start."""
-    monkeypatch.setattr(loader_module, "DecoderPool", lambda *_: SharedPool(pool))
 
 
 COMMON = {"num_workers": 1, "max_bad_share": 0.5, "prefetch": 1}
@@ -282,22 +254,18 @@ def test_a_recorded_decision_is_replayed_though_the_file_is_good(one_pool, confi
     assert "decoding took longer than 30 s" in [rejection.reason for rejection in replayed[1].rejected]
 
 
-def test_substitutes_overtake_what_is_read_ahead(pool, config, tmp_path, monkeypatch):
+def test_substitutes_overtake_what_is_read_ahead(one_pool, config, tmp_path, monkeypatch):
     """A step waits for them: behind the whole queue they would hold it up, or run it out of time."""
-    submitted = []
+    urgent_names = []
 
-    class Recording(SharedPool):
-        def __init__(self):
-            pass
+    def submit(function, item, *args, urgent, submit=one_pool.submit):
+        urgent_names.extend([item.name] if urgent else [])
+        return submit(function, item, *args, urgent=urgent)
 
-        def submit(self, function, item, *args, urgent):
-            submitted.append((item.name, urgent))
-            return pool.submit(function, item, *args, urgent=urgent)
-
-    monkeypatch.setattr(loader_module, "DecoderPool", lambda *_: Recording())
+    monkeypatch.setattr(one_pool, "submit", submit)
     rejected = [rejection for step in batches(config, tmp_path) for rejection in step.rejected]
     assert rejected
-    assert sorted(name for name, urgent in submitted if urgent) == sorted(each.substitute for each in rejected)
+    assert sorted(urgent_names) == sorted(each.substitute for each in rejected)
 
 
 @clips_only

@@ -21,12 +21,12 @@ from torch import nn
 from leanvae import LeanVAE, LeanVAEConfig
 from leanvae.cli import main as cli
 from leanvae.evaluation import run as evaluation
-from leanvae.evaluation.autoencoders import Cutting
 from leanvae.evaluation.baselines import make_baseline
-from leanvae.evaluation.inputs import Source
 from leanvae.evaluation.records import folder_name
-from leanvae.evaluation.run import Settings, evaluate
+from leanvae.evaluation.run import EvaluationSettings, evaluate
+from leanvae.media.folder import read_frames
 from leanvae.media.image import read_image
+from leanvae.media.info import Frame
 from leanvae.media.naming import find_inputs
 from leanvae.media.video import VideoReader
 from leanvae.media.writer import write_png
@@ -140,14 +140,14 @@ def test_evaluate_measures_all_and_lists_what_it_cannot_read(models: Path, files
 
 
 def test_measures_agree_with_scikit_image(files: Path, tmp_path: Path) -> None:
-    evaluate(["jpeg:20"], files, tmp_path / "out", settings=Settings(shown=0))
-    coder = make_baseline("jpeg:20")
+    evaluate(["jpeg:20"], files, tmp_path / "out", settings=EvaluationSettings(shown=0))
+    baseline = make_baseline("jpeg:20")
     for line in _lines(tmp_path / "out"):
         path = files / line["file"]
         images = [frame.image for frame in iter_frames(path)] if line["kind"] == "video" else [read_image(path)]
         x = np.stack(images) / 255.0
-        frames = [torch.from_numpy(image).movedim(-1, 0).float() for image in x]
-        y = torch.cat(list(coder.run(frames, lambda _: None))).movedim(1, -1).double().numpy()
+        parts = baseline.reconstruct(Frame(image, None, 0.0) for image in images)
+        y = torch.cat([part.output for part in parts]).movedim(1, -1).double().numpy()
         psnr = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(x, y, strict=True)]
         options = {"channel_axis": 2, "data_range": 1.0, "gaussian_weights": True, "sigma": 1.5}
         ssim = [structural_similarity(a, b, use_sample_covariance=False, **options) for a, b in zip(x, y, strict=True)]
@@ -159,7 +159,7 @@ def test_measures_agree_with_scikit_image(files: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("random_networks")
 def test_identity_is_perfect_with_any_feature_network(models: Path, files: Path, tmp_path: Path) -> None:
-    report = evaluate(["identity", f"{models}/lean"], files, tmp_path / "out", settings=Settings(shown=0))
+    report = evaluate(["identity", f"{models}/lean"], files, tmp_path / "out", settings=EvaluationSettings(shown=0))
     identity, lean = report["models"]
     assert (identity["psnr"]["value"], identity["psnr"]["files"]) == (None, 0)
     assert identity["ssim"]["value"] == pytest.approx(1, abs=1e-6)
@@ -177,7 +177,9 @@ def test_rfvd_is_of_all_windows_of_16_frames(write_clip: Any, tmp_path: Path) ->
     (tmp_path / "in").mkdir()
     for seed, frames in enumerate((16, 33, 15)):
         write_clip(tmp_path / "in" / f"{seed}.mp4", frames, seed=seed)
-    report = evaluate(["identity", "bicubic:8"], tmp_path / "in", tmp_path / "out", settings=Settings(shown=0))
+    report = evaluate(
+        ["identity", "bicubic:8"], tmp_path / "in", tmp_path / "out", settings=EvaluationSettings(shown=0)
+    )
     identity, bicubic = report["models"]
     assert identity["rfvd"]["samples"] == 3
     assert identity["rfvd"]["value"] == pytest.approx(0, abs=1e-3)
@@ -233,13 +235,13 @@ def test_only_what_changed_is_measured_again(
     files: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[tuple[str, str]] = []
-    measure = evaluation._Run._measure_coder
+    measure = evaluation._Run._measure_candidate
 
-    def counted(self: Any, coder: Any, source: Any, *rest: Any) -> Any:
-        measured.append((coder.name, source.job.name))
-        return measure(self, coder, source, *rest)
+    def counted(self: Any, candidate: Any, job: Any, *rest: Any) -> Any:
+        measured.append((candidate.name, job.name))
+        return measure(self, candidate, job, *rest)
 
-    monkeypatch.setattr(evaluation._Run, "_measure_coder", counted)
+    monkeypatch.setattr(evaluation._Run, "_measure_candidate", counted)
 
     def again(*specs: str, **options: Any) -> set[tuple[str, str]]:
         measured.clear()
@@ -252,14 +254,27 @@ def test_only_what_changed_is_measured_again(
     assert again("identity", "bicubic:4") == {("bicubic:4", name) for _, name in everything}
     write_png(files / "c.png", np.zeros((20, 20, 3), np.uint8))
     assert again("identity") == {("identity", "c.png")}
-    assert again("identity", settings=Settings(num_frames=2)) == everything
+    assert again("identity", settings=EvaluationSettings(num_frames=2)) == everything
     shutil.rmtree(tmp_path / "out" / "media")
-    assert again("identity", settings=Settings(num_frames=2)) == everything
+    assert again("identity", settings=EvaluationSettings(num_frames=2)) == everything
     again(f"{models}/lean")
     assert len(again(f"{models}/lean", dtype=torch.bfloat16)) == 3
     torch.manual_seed(1)
     LeanVAE(LeanVAEConfig(**TINY)).save_pretrained(models / "lean")
     assert again(f"{models}/lean") == {("lean", name) for _, name in everything}
+
+
+def test_files_are_read_once_for_each_model(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    read = evaluation.read_frames
+
+    def counted(item: Any, *rest: Any) -> Any:
+        reads.append(Path(item.name).name)
+        return read(item, *rest)
+
+    monkeypatch.setattr(evaluation, "read_frames", counted)
+    evaluate(["identity", "h264:30"], files, tmp_path / "out", settings=EvaluationSettings(shown=0))
+    assert reads.count("a.mp4") == 3  # once for the file's own features
 
 
 @pytest.mark.distributed
@@ -293,9 +308,8 @@ def test_lists_of_files_and_settings_are_followed(files: Path, tmp_path: Path) -
     (tmp_path / "list.txt").write_text("# two of them\nfiles/c.png\n\nfiles/deeper/b #1.mp4\n")
     jobs = find_inputs(tmp_path / "list.txt", tmp_path / "out")
     assert [job.name for job in jobs] == ["c.png", "deeper/b #1.mp4"]
-    images = list(Source(jobs[1], num_frames=3, resolution=(16, 24)).images())
-    assert [image.shape for image in images] == [(16, 24, 3)] * 3
-    report = evaluate(["identity"], tmp_path / "list.txt", tmp_path / "out", settings=Settings(2, (16, 24)))
+    assert len(list(read_frames(jobs[1].item, 3))) == 3
+    report = evaluate(["identity"], tmp_path / "list.txt", tmp_path / "out", settings=EvaluationSettings(2, (16, 24)))
     assert (report["files"], report["frames"]) == (2, 3)
     for text, message in (("a.png\n./a.png\n", "twice"), ("\n", "no clips or images found")):
         (tmp_path / "list.txt").write_text(text)
@@ -305,7 +319,7 @@ def test_lists_of_files_and_settings_are_followed(files: Path, tmp_path: Path) -
 
 def test_parts_leave_no_seams_in_our_models_and_show_in_others(files: Path, models: Path, tmp_path: Path) -> None:
     whole = evaluate([f"{models}/lean"], files, tmp_path / "whole")["models"][0]
-    settings = Settings(cutting=Cutting(chunk=4, tile=(16, 16)))
+    settings = EvaluationSettings(chunk=4, tile=(16, 16))
     parts = evaluate([f"{models}/lean"], files, tmp_path / "parts", settings=settings)["models"][0]
     assert parts["psnr"]["value"] == pytest.approx(whole["psnr"]["value"], abs=1e-3)
     assert (whole["tile_seam"]["value"], whole["chunk_seam"]["value"]) == (None, None)
@@ -314,7 +328,7 @@ def test_parts_leave_no_seams_in_our_models_and_show_in_others(files: Path, mode
 
 
 def test_more_files_than_are_shown_show_the_worst_and_the_best(files: Path, tmp_path: Path) -> None:
-    evaluate(["jpeg:30"], files, tmp_path / "out", settings=Settings(shown=2))
+    evaluate(["jpeg:30"], files, tmp_path / "out", settings=EvaluationSettings(shown=2))
     lines = sorted(_lines(tmp_path / "out"), key=lambda line: float(line["psnr"]))
     media = {
         path.parent.relative_to(tmp_path / "out" / "media").as_posix()
@@ -337,7 +351,7 @@ def test_a_vae_of_diffusers_is_evaluated_with_its_weights(files: Path, tmp_path:
     )
     kl.save_pretrained(tmp_path / "kl")
     specs = [f"AutoencoderKLWan={tmp_path}/wan", f"wan-2.1={tmp_path}/wan", f"AutoencoderKL={tmp_path}/kl"]
-    report = evaluate(specs, files, tmp_path / "out", settings=Settings(cutting=Cutting(chunk=9)))
+    report = evaluate(specs, files, tmp_path / "out", settings=EvaluationSettings(chunk=9))
     by_class, by_name, images = report["models"]
     assert by_class["psnr"]["value"] == by_name["psnr"]["value"]
     assert by_class["chunk_seam"]["files"] == 1
@@ -420,7 +434,7 @@ def test_a_folder_of_real_and_broken_files_evaluates(tmp_path: Path, models: Pat
     for path in [*videos, *broken]:
         (tmp_path / "in" / path.name).symlink_to(path)
     specs = ["identity", "jpeg:30", f"{models}/lean"]
-    report = evaluate(specs, tmp_path / "in", tmp_path / "out", settings=Settings(17, (64, 64)))
+    report = evaluate(specs, tmp_path / "in", tmp_path / "out", settings=EvaluationSettings(17, (64, 64)))
     skipped = {entry["input"] for entry in report["skipped"]}
     assert report["files"] >= 20
     assert {"zero_byte.mp4", "text_renamed.png", "truncated_no_moov.mp4"} <= skipped

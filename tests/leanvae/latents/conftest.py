@@ -8,7 +8,7 @@ import torch
 from leanvae import LeanVAE, LeanVAEConfig
 from leanvae.latents.clips import ClipRule
 from leanvae.latents.encode import encode_clips
-from leanvae.latents.engines import Work
+from leanvae.latents.encoder import EncodeJob
 
 RULE = ClipRule(frames=5, every=4, resolutions=("32x32",))
 
@@ -45,11 +45,11 @@ def clips(make_clips, tmp_path):
 
 
 @pytest.fixture
-def make_work(checkpoint):
+def make_job(checkpoint):
     """A function that says how to encode clips of five frames."""
 
     def make(rule=RULE, **fields):
-        return Work(**{"checkpoint": checkpoint, "rule": rule, "num_workers": 1, **fields})
+        return EncodeJob(**{"checkpoint": checkpoint, "rule": rule, "num_workers": 1, **fields})
 
     return make
 
@@ -68,8 +68,8 @@ def stored_clips(made_once, make_clips):
 
 
 @pytest.fixture
-def store(made_once, stored_clips, make_work, tmp_path):
+def store(made_once, stored_clips, make_job, tmp_path):
     """A store of five clips with mirror images, for this test alone."""
     if not (made_once / "store").exists():
-        encode_clips([str(stored_clips)], made_once / "store", make_work(flips=True))
+        encode_clips([str(stored_clips)], made_once / "store", make_job(flips=True))
     return shutil.copytree(made_once / "store", tmp_path / "store")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -48,8 +49,8 @@ def odd_clip(tmp_path, write_clip):
     return path
 
 
-def test_entries_decode_to_the_reconstruction(odd_clip, checkpoint, make_work, tmp_path):
-    encode_clips([str(odd_clip)], tmp_path / "store", make_work(ClipRule()))
+def test_entries_decode_to_the_reconstruction(odd_clip, checkpoint, make_job, tmp_path):
+    encode_clips([str(odd_clip)], tmp_path / "store", make_job(ClipRule()))
     store, vae = Store(tmp_path / "store"), load_vae(checkpoint)
     (row,) = store.index().to_pylist()
     decoded = torch.cat(list(decode_entry(vae, store.read_entry(row))))
@@ -62,8 +63,8 @@ def test_entries_decode_to_the_reconstruction(odd_clip, checkpoint, make_work, t
     assert (decoded - expected).abs().max() < 1 / 255
 
 
-def test_stores_become_clips_of_the_sources_times(odd_clip, checkpoint, make_work, tmp_path):
-    encode_clips([str(odd_clip)], tmp_path / "store", make_work(ClipRule()))
+def test_stores_become_clips_of_the_sources_times(odd_clip, checkpoint, make_job, tmp_path):
+    encode_clips([str(odd_clip)], tmp_path / "store", make_job(ClipRule()))
     out = tmp_path / "out"
     assert decode_latents(checkpoint, tmp_path / "store", out) == {"decoded": 1, "present": 0}
     (path,) = out.iterdir()
@@ -77,11 +78,11 @@ def test_stores_become_clips_of_the_sources_times(odd_clip, checkpoint, make_wor
     assert path.stat().st_mtime_ns == changed
 
 
-def test_image_models_decode_frame_by_frame(odd_clip, make_work, tmp_path):
+def test_image_models_decode_frame_by_frame(odd_clip, make_job, tmp_path):
     small = {"extraction_channels": 4, "aggregation_channels": 4, "decoder_channels": 8, "num_res_blocks": 1}
     LiteVAE(LiteVAEConfig(**small)).save_pretrained(tmp_path / "lite")
-    work = make_work(ClipRule(), checkpoint=tmp_path / "lite")
-    encode_clips([str(odd_clip)], tmp_path / "store", work)
+    job = make_job(ClipRule(), checkpoint=tmp_path / "lite")
+    encode_clips([str(odd_clip)], tmp_path / "store", job)
     decode_latents(tmp_path / "lite", tmp_path / "store", tmp_path / "out")
     (path,) = (tmp_path / "out").iterdir()
     assert len(list(iter_frames(path))) == 11
@@ -156,9 +157,29 @@ def change_shard_index(store):
     pq.write_table(type(table).from_pylist(rows, table.schema), path)
 
 
+def damage_shard_index(store):
+    (store / "shards" / "00000-000000.parquet").write_bytes(b"no table")
+
+
+def write_other_shard_index(store):
+    pq.write_table(pa.table({"key": ["a"]}), store / "shards" / "00000-000000.parquet")
+
+
+def damage_index(store):
+    (store / "index.parquet").write_bytes(b"no table")
+
+
+def damage_sources(store):
+    (store / "sources" / "00000-000000.parquet").write_bytes(b"no table")
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
+        (damage_shard_index, "00000-000000.parquet is not a valid Parquet file"),
+        (write_other_shard_index, "has other columns than the index of a shard"),
+        (damage_index, "index.parquet is not a valid Parquet file"),
+        (damage_sources, "sources/00000-000000.parquet is not a valid Parquet file"),
         (damage_shard, "its SHA-256 differs"),
         (remove_shard, "0 clips in the store, 3 expected"),
         (remove_index, "index.parquet is missing"),
@@ -171,3 +192,75 @@ def test_damage_is_found(store, capsys, harm, message):
     harm(store)
     assert main(["store", "verify", str(store)]) == 3
     assert any(message in problem for problem in json.loads(capsys.readouterr().out)["problems"])
+
+
+def make_larger(path, write_clip):
+    write_clip(path, num_frames=14, height=64, width=96)
+
+
+def make_longer(path, write_clip):
+    write_clip(path, num_frames=20)
+
+
+def make_shorter(path, write_clip):
+    write_clip(path, num_frames=11)
+
+
+def make_faster(path, write_clip):
+    write_clip(path, num_frames=14)
+    with av.open(str(path)) as source:
+        frames = list(source.decode(video=0))
+    with av.open(str(path), "w") as target:
+        stream = target.add_stream("libx264", rate=Fraction(50))
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in frames:
+            frame.pts = None
+            target.mux(stream.encode(frame))
+        target.mux(stream.encode())
+
+
+def break_off(path, write_clip):
+    path.write_bytes(b"no video")
+
+
+def remove(path, write_clip):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "rule", "message"),
+    [
+        (make_larger, None, "has changed since it was encoded: its pictures are 96x64, and were 64x48"),
+        (make_longer, ClipRule(), "has changed since it was encoded: it has other frames from number 0 on"),
+        (make_shorter, ClipRule(), "has changed since it was encoded: it has other frames from number 0 on"),
+        (make_shorter, None, "has changed since it was encoded: it has no clip from frame 8 on"),
+        (make_faster, None, "has changed since it was encoded: it has other frames from number 0 on"),
+        (break_off, None, "cannot be read any more: cannot be decoded"),
+        (remove, None, "cannot be read any more: no such file"),
+    ],
+)
+def test_changed_sources_are_listed_and_the_rest_is_compared(
+    clips, write_clip, make_job, checkpoint, tmp_path, capsys, harm, rule, message
+):
+    encode_clips([str(clips)], tmp_path / "store", make_job(rule) if rule else make_job())
+    harm(clips / "a.mp4", write_clip)
+    assert main(["store", "verify", str(tmp_path / "store"), "--checkpoint", str(checkpoint)]) == 3
+    out, error = capsys.readouterr()
+    report = json.loads(out)
+    assert any(f"{clips}/a.mp4: {message}" in problem for problem in report["problems"]), report["problems"]
+    assert all("a.mp4" in problem for problem in report["problems"])
+    assert "b.mp4" in {Path(sample["source"]).name for sample in report["samples"]}
+    assert error.splitlines()[-1].endswith("problems, listed above")
+
+
+def test_damaged_shards_do_not_keep_the_others_from_being_compared(clips, make_job, checkpoint, tmp_path):
+    encode_clips([str(clips)], tmp_path / "store", make_job(), shard_bytes=1)
+    damage_first(tmp_path / "store")
+    report = verify_store(tmp_path / "store", checkpoint)
+    assert any("its SHA-256 differs" in problem for problem in report["problems"])
+    assert report["samples"]
+
+
+def damage_first(store):
+    path = min(Path(store, "shards").glob("*.tar"))
+    path.write_bytes(path.read_bytes()[:-1])

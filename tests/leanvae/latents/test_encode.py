@@ -25,7 +25,7 @@ from leanvae.latents import clips as clips_module
 from leanvae.latents import encode
 from leanvae.latents.clips import ClipRequest, ClipRule, Finished, Piece, Rejected, decode_ahead, decode_source
 from leanvae.latents.encode import encode_clips
-from leanvae.latents.encoding import ClipEncoder, EncodedClip, to_model
+from leanvae.latents.encoder import ClipEncoder, EncodedClip, to_model
 from leanvae.latents.store import Store, StoreError
 from leanvae.latents.verify import verify_store
 from leanvae.media.item import Item
@@ -69,8 +69,8 @@ def pixels(images):
     return torch.from_numpy(np.stack(images)).movedim(-1, 0)[None].float() / 127.5 - 1
 
 
-def test_entries_hold_the_posterior_and_what_it_is_of(checkpoint, make_work, clips, tmp_path):
-    summary = encode_clips([str(clips)], tmp_path / "store", make_work(flips=True, thumbnails=True))
+def test_entries_hold_the_posterior_and_what_it_is_of(checkpoint, make_job, clips, tmp_path):
+    summary = encode_clips([str(clips)], tmp_path / "store", make_job(flips=True, thumbnails=True))
     assert {name: summary[name] for name in ("clips", "frames", "sources", "shards", "unfinished")} == {
         "clips": 5,
         "frames": 25,
@@ -122,9 +122,9 @@ def test_index_tells_where_entries_lie(store):
         assert data[row["offset"] : row["offset"] + row["bytes"]] == stored[f"{row['key']}.safetensors"]
 
 
-def test_tables_bring_parts_of_files_and_captions(clips, make_work, tmp_path):
+def test_tables_bring_parts_of_files_and_captions(clips, make_job, tmp_path):
     (clips / "t.csv").write_text("path,start,end,caption,score\na.mp4,0.2,0.4,a wave,3\n")
-    encode_clips([f"{clips}/t.csv"], tmp_path / "store", make_work(ClipRule()))
+    encode_clips([f"{clips}/t.csv"], tmp_path / "store", make_job(ClipRule()))
     (facts,) = [json.loads(data) for name, data in members(tmp_path / "store").items() if name.endswith("json")]
     assert facts["times"] == pytest.approx([0.2, 0.24, 0.28, 0.32, 0.36])
     assert facts["columns"] == {"caption": "a wave", "score": 3}
@@ -132,40 +132,40 @@ def test_tables_bring_parts_of_files_and_captions(clips, make_work, tmp_path):
     assert Store(tmp_path / "store").index()["caption"].to_pylist() == ["a wave"]
 
 
-def test_done_sources_are_not_opened_again_but_new_and_mended_ones_are_added(clips, make_work, write_clip, tmp_path):
-    encode_clips([str(clips)], tmp_path / "store", make_work())
+def test_done_sources_are_not_opened_again_but_new_and_mended_ones_are_added(clips, make_job, write_clip, tmp_path):
+    encode_clips([str(clips)], tmp_path / "store", make_job())
     shards = Path(tmp_path, "store", "shards")
     before = {path: path.stat().st_mtime_ns for path in shards.iterdir()}
     content = (clips / "a.mp4").read_bytes()
     (clips / "a.mp4").write_bytes(b"whatever")
-    summary = encode_clips([str(clips)], tmp_path / "store", make_work())
+    summary = encode_clips([str(clips)], tmp_path / "store", make_job())
     assert (summary["clips"], summary["run"]["clips"], len(summary["skipped"])) == (5, 0, 2)
     assert {path: path.stat().st_mtime_ns for path in shards.iterdir()} == before
     (clips / "a.mp4").write_bytes(content)
     write_clip(clips / "new.mp4", num_frames=5, seed=7)
     write_clip(clips / "broken.mp4", num_frames=5, seed=8)
-    summary = encode_clips([str(clips)], tmp_path / "store", make_work())
+    summary = encode_clips([str(clips)], tmp_path / "store", make_job())
     assert (summary["clips"], summary["run"]["clips"]) == (7, 2)
     assert [Path(entry["source"]).name for entry in summary["skipped"]] == ["short.mp4"]
 
 
-def test_what_a_kill_leaves_behind_is_cleared_and_done_again(store, stored_clips, make_work):
+def test_what_a_kill_leaves_behind_is_cleared_and_done_again(store, stored_clips, make_job):
     whole = keys(store)
     # Killed between a shard and the note that its sources are done with.
     for path in Path(store, "sources").iterdir():
         path.unlink()
-    assert encode_clips([str(stored_clips)], store, make_work(flips=True))["run"]["clips"] == 0
+    assert encode_clips([str(stored_clips)], store, make_job(flips=True))["run"]["clips"] == 0
     assert keys(store) == whole
     # Killed between a shard's index and the shard, and while a file was written.
     for path in (*Path(store, "sources").iterdir(), *Path(store, "shards").glob("*.tar")):
         path.unlink()
     Path(store, "shards", ".00000-000001.1.tmp.tar").touch()
-    assert encode_clips([str(stored_clips)], store, make_work(flips=True))["run"]["clips"] == 5
+    assert encode_clips([str(stored_clips)], store, make_job(flips=True))["run"]["clips"] == 5
     assert keys(store) == whole
     assert sorted(path.name for path in Path(store, "shards").iterdir()) == ["00000-000000.parquet", "00000-000000.tar"]
 
 
-def test_partly_stored_sources_are_completed(clips, make_work, tmp_path, monkeypatch):
+def test_partly_stored_sources_are_completed(clips, make_job, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "_BYTES_HELD_OF_A_SOURCE", 0)  # clips of a source are written one by one
     taken = []
 
@@ -179,9 +179,9 @@ def test_partly_stored_sources_are_completed(clips, make_work, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(encode._Collector, "take", die_at_the_third)
         with pytest.raises(KeyboardInterrupt):
-            encode_clips([f"{clips}/a.mp4"], tmp_path / "store", make_work(batch_size=1))
+            encode_clips([f"{clips}/a.mp4"], tmp_path / "store", make_job(batch_size=1))
     assert len(keys(tmp_path / "store")) == 2
-    assert encode_clips([f"{clips}/a.mp4"], tmp_path / "store", make_work())["run"]["clips"] == 1
+    assert encode_clips([f"{clips}/a.mp4"], tmp_path / "store", make_job())["run"]["clips"] == 1
     assert len(keys(tmp_path / "store")) == 3
 
 
@@ -193,34 +193,34 @@ def test_partly_stored_sources_are_completed(clips, make_work, tmp_path, monkeyp
         ({"flips": False}, "flips was True, is False"),
     ],
 )
-def test_stores_made_otherwise_are_not_continued(store, stored_clips, make_work, changes, message):
+def test_stores_made_otherwise_are_not_continued(store, stored_clips, make_job, changes, message):
     with pytest.raises(StoreError, match=message):
-        encode_clips([str(stored_clips)], store, make_work(**{"flips": True, **changes}))
+        encode_clips([str(stored_clips)], store, make_job(**{"flips": True, **changes}))
 
 
-def test_stores_of_other_weights_are_not_continued(store, stored_clips, checkpoint, make_work, tmp_path):
+def test_stores_of_other_weights_are_not_continued(store, stored_clips, checkpoint, make_job, tmp_path):
     vae = load_vae(checkpoint)
     with torch.no_grad():
         vae.logvar.bias += 1e-3
     vae.save_pretrained(tmp_path / "other")
     with pytest.raises(StoreError, match="checkpoint was '"):
-        encode_clips([str(stored_clips)], store, make_work(flips=True, checkpoint=tmp_path / "other"))
+        encode_clips([str(stored_clips)], store, make_job(flips=True, checkpoint=tmp_path / "other"))
 
 
-def test_two_runs_do_not_write_at_a_time(store, stored_clips, make_work, monkeypatch):
+def test_two_runs_do_not_write_at_a_time(store, stored_clips, make_job, monkeypatch):
     from leanvae.distributed import lock_folder
     from leanvae.latents import session
 
     lock_folder(store)
     monkeypatch.setattr(session, "lock_folder", lambda folder: lock_folder(folder, wait=0.0))
     with pytest.raises(ValueError, match=r"another run .* writes here"):
-        encode_clips([str(stored_clips)], store, make_work(flips=True))
+        encode_clips([str(stored_clips)], store, make_job(flips=True))
 
 
-def test_other_file_systems_hold_the_same_store(store, stored_clips, make_work):
-    work = make_work(flips=True)
+def test_other_file_systems_hold_the_same_store(store, stored_clips, make_job):
+    job = make_job(flips=True)
     for _ in range(2):
-        summary = encode_clips([str(stored_clips)], "memory://latents", work)
+        summary = encode_clips([str(stored_clips)], "memory://latents", job)
     assert (summary["clips"], summary["run"]["clips"]) == (5, 0)
     remote, local = Store("memory://latents"), Store(store)
     assert remote.manifest() == local.manifest()
@@ -230,8 +230,8 @@ def test_other_file_systems_hold_the_same_store(store, stored_clips, make_work):
     assert not [name for name in remote.fs.find(remote.root) if ".tmp" in name]
 
 
-def test_shards_are_cut_by_length(clips, make_work, tmp_path):
-    summary = encode_clips([str(clips)], tmp_path / "store", make_work(), shard_bytes=1)
+def test_shards_are_cut_by_length(clips, make_job, tmp_path):
+    summary = encode_clips([str(clips)], tmp_path / "store", make_job(), shard_bytes=1)
     assert summary["shards"] == 2, "a source's clips come into a shard together"
     assert len(keys(tmp_path / "store")) == 5
 
@@ -250,10 +250,10 @@ def test_statistics_are_those_of_samples(store):
     assert statistics["std"] == pytest.approx(z.std(1).tolist(), rel=0.02)
 
 
-def test_statistics_normalize_the_model(clips, checkpoint, make_work, tmp_path):
+def test_statistics_normalize_the_model(clips, checkpoint, make_job, tmp_path):
     load_vae(checkpoint).save_pretrained(tmp_path / "model")
-    work = make_work(checkpoint=tmp_path / "model")
-    encode_clips([str(clips)], tmp_path / "store", work, update_checkpoint=True)
+    job = make_job(checkpoint=tmp_path / "model")
+    encode_clips([str(clips)], tmp_path / "store", job, update_checkpoint=True)
     vae = load_vae(tmp_path / "model")
     statistics = json.loads((tmp_path / "store" / "statistics.json").read_text())
     assert list(vae.config.latent_mean) == statistics["mean"]
@@ -267,7 +267,7 @@ def test_statistics_normalize_the_model(clips, checkpoint, make_work, tmp_path):
         same = vae.decode(normalized.mode(), normalized.size, normalize=True)
         torch.testing.assert_close(same, vae.decode(plain.mode(), plain.size), rtol=1e-4, atol=1e-4)
     # The statistics are no part of what the store was made with.
-    assert encode_clips([str(clips)], tmp_path / "store", work)["run"]["clips"] == 0
+    assert encode_clips([str(clips)], tmp_path / "store", job)["run"]["clips"] == 0
 
 
 def test_models_without_statistics_do_not_normalize(checkpoint):
@@ -281,11 +281,11 @@ def test_long_clips_in_pieces_equal_the_whole(checkpoint, write_clip, tmp_path, 
     source = Item(str(write_clip(tmp_path / "a.mp4", num_frames=frames)), "clip")
     small = {"extraction_channels": 4, "aggregation_channels": 4, "decoder_channels": 8, "num_res_blocks": 1}
     vae = load_vae(checkpoint) if kind == "video" else LiteVAE(LiteVAEConfig(**small)).eval()
-    work = ClipRequest(ClipRule(), group=4 if kind == "video" else 1)
+    request = ClipRequest(ClipRule(), group=4 if kind == "video" else 1)
 
     def encode():
         encoder = ClipEncoder(vae, torch.float32, batch_size=1, flips=True)
-        pieces = list(decode_source(source, work))
+        pieces = list(decode_source(source, request))
         clip, end = encoder.run(iter(pieces))
         assert isinstance(clip, EncodedClip)
         assert end == Finished(source, frames, 1, 1)
@@ -342,13 +342,13 @@ def test_gpu_decoders_take_the_place_of_the_cpu(write_clip, tmp_path, monkeypatc
         assert piece.times == other.times
 
 
-def test_names_that_are_not_utf8_cost_nobody_else(write_clip, make_work, checkpoint, tmp_path):
+def test_names_that_are_not_utf8_cost_nobody_else(write_clip, make_job, checkpoint, tmp_path):
     folder = tmp_path / "clips"
     folder.mkdir()
     write_clip(folder / "a.mp4", num_frames=5)
     write_clip(folder / os.fsdecode(b"caf\xe9.mp4"), num_frames=5, seed=1)
     (folder / os.fsdecode(b"bad\xe9.mp4")).write_bytes(b"no video")
-    summary = encode_clips([str(folder)], tmp_path / "store", make_work(ClipRule(frames=5)))
+    summary = encode_clips([str(folder)], tmp_path / "store", make_job(ClipRule(frames=5)))
     assert (summary["clips"], summary["sources"]) == (2, 3)
     assert [entry["source"] for entry in summary["skipped"]] == [f"{folder}/bad\\udce9.mp4"]
     sources = Store(tmp_path / "store").index()["source"].to_pylist()
@@ -358,7 +358,7 @@ def test_names_that_are_not_utf8_cost_nobody_else(write_clip, make_work, checkpo
     assert len(report["samples"]) == 2
 
 
-def test_folders_that_cannot_be_read_count_as_skipped(clips, make_work, tmp_path, monkeypatch):
+def test_folders_that_cannot_be_read_count_as_skipped(clips, make_job, tmp_path, monkeypatch):
     (clips / "locked").mkdir()
     scandir = os.scandir
 
@@ -368,11 +368,11 @@ def test_folders_that_cannot_be_read_count_as_skipped(clips, make_work, tmp_path
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    summary = encode_clips([str(clips)], tmp_path / "store", make_work())
+    summary = encode_clips([str(clips)], tmp_path / "store", make_job())
     assert {"source": f"{clips}/locked", "reason": "Permission denied"} in summary["skipped"]
 
 
-def test_anamorphic_and_transparent_clips_and_folders_are_encoded_as_they_are_shown(make_work, tmp_path):
+def test_anamorphic_and_transparent_clips_and_folders_are_encoded_as_they_are_shown(make_job, tmp_path):
     with av.open(str(tmp_path / "wide.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=20)
         stream.width, stream.height, stream.pix_fmt = 180, 144, "yuv420p"
@@ -384,16 +384,16 @@ def test_anamorphic_and_transparent_clips_and_folders_are_encoded_as_they_are_sh
     for number in range(5):
         cv2.imwrite(str(tmp_path / "take" / f"{number:03}.png"), np.zeros((32, 32, 3), np.uint8))
     (tmp_path / "list.csv").write_text("path,fps\nwide.mp4,\ntake,10\n")
-    encode_clips([f"{tmp_path}/list.csv"], tmp_path / "store", make_work(ClipRule()))
+    encode_clips([f"{tmp_path}/list.csv"], tmp_path / "store", make_job(ClipRule()))
     facts = [json.loads(data) for name, data in members(tmp_path / "store").items() if name.endswith("json")]
     found = {Path(fact["source"]).name: (fact["size"], fact["fps"], fact["times"][-1]) for fact in facts}
     assert found == {"wide.mp4": ([5, 144, 256], 20.0, 0.2), "take": ([5, 32, 32], 10.0, 0.4)}
 
 
-def test_files_that_break_off_give_no_clip(write_clip, make_work, tmp_path):
+def test_files_that_break_off_give_no_clip(write_clip, make_job, tmp_path):
     data = write_clip(tmp_path / "whole.mkv", num_frames=60, height=96, width=128).read_bytes()
     (tmp_path / "cut.mkv").write_bytes(data[: len(data) // 2])
-    summary = encode_clips([f"{tmp_path}/cut.mkv"], tmp_path / "store", make_work())
+    summary = encode_clips([f"{tmp_path}/cut.mkv"], tmp_path / "store", make_job())
     assert summary["clips"] == 0
     assert len(summary["skipped"]) == 1
 
@@ -403,10 +403,10 @@ def test_dead_and_silent_decoders_cost_their_file_alone(write_clip, tmp_path):
     for name in ("a", "b", "c"):
         path = write_clip(tmp_path / f"{name}.mp4", num_frames=48, height=96, width=128)
         orders.append((Item(str(path), "clip"), frozenset()))
-    work = ClipRequest(ClipRule(frames=4), group=4)
+    request = ClipRequest(ClipRule(frames=4), group=4)
     outcomes = {}
     # One piece waits for the caller and one for room: the decoder is at work on the file while it is held up.
-    for result in decode_ahead(orders, work, num_workers=1, ahead=1, timeout=5.0):
+    for result in decode_ahead(orders, request, num_workers=1, ahead=1, timeout=5.0):
         if isinstance(result, Piece) and result.first == 0:
             children = psutil.Process().children()
             (decoder,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
@@ -430,6 +430,9 @@ def test_command_tells_of_skipped_files(checkpoint, clips, tmp_path, capsys):
     assert summary == json.loads((tmp_path / "store" / "summary.json").read_text())
     assert len(summary["skipped"]) == 2
     assert main([*flags, "--strict"], command="encode_clips") == 3
+    out, error = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["clips"] == summary["clips"]
+    assert "error: 2 of 4 sources were skipped" in error
     assert main([*flags, "--frames", "9"], command="encode_clips") == 2
     assert "rule.frames was 5, is 9" in capsys.readouterr().err
     assert main(["store", "info", str(tmp_path / "store")]) == 0

@@ -35,10 +35,10 @@ def sources(tmp_path, make_clips, write_clip):
 
 
 @pytest.fixture
-def expected(sources, make_work, tmp_path):
+def expected(sources, make_job, tmp_path):
     """Keys and reasons of an undisturbed run."""
     rule = ClipRule(frames=17, every=40, resolutions=("64x64",))
-    encode_clips(sources, tmp_path / "undisturbed", make_work(rule, num_workers=2))
+    encode_clips(sources, tmp_path / "undisturbed", make_job(rule, num_workers=2))
     return contents(tmp_path / "undisturbed")
 
 

@@ -1,11 +1,13 @@
 """Reading of a store: items, orders that resume, shares of ranks and workers, and latents encoded on the fly."""
 
+import json
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from leanvae import load_vae
 from leanvae.latents import LatentClips, OnlineLatents, ShapeBatches
@@ -13,6 +15,7 @@ from leanvae.latents.clips import ClipRule
 from leanvae.latents.encode import encode_clips
 from leanvae.latents.reading import shape_batches
 from leanvae.latents.store import Store, StoreError
+from litevae.errors import InvalidInput
 
 RULE = ClipRule(frames=5, every=4, resolutions=("32x32",))
 
@@ -25,7 +28,8 @@ def test_items_are_samples_of_the_posterior(store):
     draws = torch.stack([clips[epoch, 2]["latent"] for epoch in range(300)])
     error = (draws.mean(0) - posterior.mean[0]) / posterior.std[0]
     assert error.abs().max() < 5 / 300**0.5
-    assert torch.equal(clips[2]["latent"], clips[0, 2]["latent"])
+    assert torch.equal(clips[7, 2]["latent"], LatentClips(store)[7, 2]["latent"])
+    assert not torch.equal(clips[2]["latent"], clips[2]["latent"])
     item = clips[2]
     assert item["size"].tolist() == [5, 32, 32]
     assert (item["fps"], item["caption"], item["flipped"]) == (25.0, "", False)
@@ -34,7 +38,7 @@ def test_items_are_samples_of_the_posterior(store):
         clips[5]
 
 
-def test_flips_are_the_encoded_mirror_images(store, clips, make_work, tmp_path):
+def test_flips_are_the_encoded_mirror_images(store, clips, make_job, tmp_path):
     flipping = LatentClips(store, mode=True, flip=True)
     seen = {False: 0, True: 0}
     for epoch in range(20):
@@ -42,7 +46,7 @@ def test_flips_are_the_encoded_mirror_images(store, clips, make_work, tmp_path):
         seen[item["flipped"]] += 1
         assert torch.equal(item["latent"], flipping.posterior(0, item["flipped"]).mean[0])
     assert min(seen.values()) > 2
-    encode_clips([f"{clips}/b.mp4"], tmp_path / "plain", make_work())
+    encode_clips([f"{clips}/b.mp4"], tmp_path / "plain", make_job())
     with pytest.raises(ValueError, match="holds no mirror images"):
         LatentClips(tmp_path / "plain", flip=True)
 
@@ -80,6 +84,43 @@ def LatentClipsAt(store, epoch):
     return clips
 
 
+LOADERS = [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}]
+
+
+@pytest.mark.parametrize("options", LOADERS)
+def test_plain_loaders_draw_new_samples_each_epoch(store, options):
+    loader = DataLoader(LatentClips(store), shuffle=True, batch_size=2, collate_fn=list, **options)
+    epochs = [[item for batch in loader for item in batch] for _ in range(3)]
+    latents = [{item["key"]: item["latent"] for item in epoch} for epoch in epochs]
+    assert all(
+        len(epoch) == 5 and drawn.keys() == latents[0].keys() for epoch, drawn in zip(epochs, latents, strict=True)
+    )
+    for key in latents[0]:
+        assert not any(torch.equal(latents[a][key], latents[b][key]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("options", LOADERS)
+def test_plain_loaders_draw_new_flips_each_epoch(store, options):
+    loader = DataLoader(LatentClips(store, flip=True), shuffle=True, batch_size=None, **options)
+    epochs = [{item["key"]: item["flipped"] for item in loader} for _ in range(5)]
+    assert any(epoch != epochs[0] for epoch in epochs)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 2}, {"batch_size": 2, "num_workers": 1}, {"batch_size": None}])
+def test_plain_loaders_of_several_ranks_are_refused(store, options):
+    clips = LatentClips(store, rank=1, world_size=2)
+    with pytest.raises(InvalidInput, match=r"2 ranks would all read all clips.*ShapeBatches"):
+        list(DataLoader(clips, shuffle=True, **options))
+    assert clips[0, 2]["key"] == LatentClips(store)[2]["key"]
+
+
+def test_distributed_samplers_may_share_the_clips_out(store):
+    clips = LatentClips(store, rank=0, world_size=1)
+    samplers = [DistributedSampler(clips, 2, rank, shuffle=True) for rank in range(2)]
+    shares = [keys(DataLoader(clips, sampler=sampler, batch_size=None)) for sampler in samplers]
+    assert sorted(set(shares[0] + shares[1])) == sorted(clips.facts(index)["key"] for index in range(5))
+
+
 class Iterated(torch.utils.data.IterableDataset):
     """Hands the iterable to a loader's workers."""
 
@@ -90,15 +131,48 @@ class Iterated(torch.utils.data.IterableDataset):
         return iter(self.clips)
 
 
-@pytest.mark.parametrize("iterated", [False, True])
-def test_loader_workers_share_the_clips(store, iterated):
-    clips = LatentClips(store)
-    loader = DataLoader(Iterated(clips) if iterated else clips, batch_size=None, num_workers=2)
-    assert sorted(keys(loader)) == sorted(clips.facts(index)["key"] for index in range(5))
+def ordered(items):
+    return sorted((item["key"], item["latent"].sum().item()) for item in items)
 
 
-def test_batches_have_one_shape_and_resume(clips, make_work, tmp_path):
-    encode_clips([str(clips)], tmp_path / "store", make_work(ClipRule(frames=3)))
+@pytest.mark.parametrize("options", LOADERS)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_iterations_in_workers_go_from_epoch_to_epoch(store, options, num_ranks):
+    ranks = [LatentClips(store, rank=rank, world_size=num_ranks) for rank in range(num_ranks)]
+    loaders = [DataLoader(Iterated(clips), batch_size=None, **options) for clips in ranks]
+    whole = LatentClips(store)
+    for epoch in range(3):
+        assert [clips.epoch for clips in ranks] == [epoch] * num_ranks
+        assert ordered(item for loader in loaders for item in loader) == ordered(whole), epoch
+    assert ranks[0].state_dict() == {"epoch": 3, "position": 0}
+
+
+@pytest.mark.parametrize("options", LOADERS)
+def test_iterations_in_workers_resume_once(store, options):
+    clips, whole = LatentClips(store), LatentClips(store)
+    for data in (clips, whole):
+        data.load_state_dict({"epoch": 4, "position": 2})
+        data.epoch = 4  # as a loop over epochs says; it goes on in the middle all the same
+    loader = DataLoader(Iterated(clips), batch_size=None, **options)
+    resumed = ordered(loader)
+    assert (len(resumed), resumed) == (3, ordered(whole))
+    assert (clips.epoch, ordered(loader)) == (5, ordered(whole))
+    clips.epoch = whole.epoch = 1
+    assert [ordered(loader) for _ in range(2)] == [ordered(whole) for _ in range(2)]
+
+
+def test_workers_that_start_late_are_in_the_same_epoch(store):
+    """The first worker has yielded its share and finished before the second one begins."""
+    loader = DataLoader(Iterated(LatentClips(store)), batch_size=None, num_workers=2, worker_init_fn=begin_late)
+    assert ordered(loader) == ordered(LatentClips(store))
+
+
+def begin_late(worker):
+    time.sleep(2 * worker)
+
+
+def test_batches_have_one_shape_and_resume(clips, make_job, tmp_path):
+    encode_clips([str(clips)], tmp_path / "store", make_job(ClipRule(frames=3)))
     data = LatentClips(tmp_path / "store")
     assert len(set(data.shapes)) == 2
     batches = ShapeBatches(data, batch_size=2)
@@ -130,8 +204,22 @@ def test_shape_batches_hold_each_clip_once_but_for_filling_up():
         assert counts[7] == 4
 
 
+def test_latents_on_the_fly_are_not_for_workers(stored_clips, checkpoint):
+    online = OnlineLatents(str(stored_clips), load_vae(checkpoint), RULE)
+    with pytest.raises(InvalidInput, match="num_workers=0"):
+        list(DataLoader(Iterated(online), batch_size=None, num_workers=1))
+
+
+def test_constant_channels_are_not_normalized(store):
+    statistics = json.loads((store / "statistics.json").read_text())
+    statistics["std"][2] = 0.0
+    (store / "statistics.json").write_text(json.dumps(statistics))
+    with pytest.raises(StoreError, match="channel 2 is constant"):
+        LatentClips(store, normalize=True)
+
+
 def test_stores_that_are_none_are_refused(tmp_path):
-    with pytest.raises(StoreError, match=r"no latent store: store\.json is missing"):
+    with pytest.raises(StoreError, match=r"not a latent store: store\.json is missing"):
         LatentClips(tmp_path)
 
 

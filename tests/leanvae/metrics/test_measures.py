@@ -9,7 +9,7 @@ import scipy.ndimage
 import torch
 
 from leanvae.metrics import frames as metrics
-from leanvae.metrics.artefacts import ErrorSteps, Parts
+from leanvae.metrics.artefacts import ErrorSteps
 from leanvae.metrics.clips import ClipFeatures, LatentStatistics, measure_clip, picture_row
 from leanvae.metrics.frames import ms_ssim
 from leanvae.metrics.frechet import distance_interval, frechet_distance, mean_interval
@@ -70,26 +70,16 @@ def test_seams_are_found_where_parts_meet() -> None:
     y[:, :, 16:] += 0.3
     y[5:] += 0.3
     steps = _steps(y, x)
-    at_seams = Parts(tiles=((16, 24),), first=5, chunk=4)
-    beside = Parts(tiles=((12, 20),), first=4, chunk=4)
-    tile, chunk = steps.tile_seam(at_seams), steps.chunk_seam(at_seams)
+    tile, chunk = steps.tile_seam({16, 32}, {24}), steps.chunk_seam({5})
     assert tile is not None
     assert chunk is not None
     assert tile > 2
     assert chunk > 3
-    for score in (steps.tile_seam(beside), steps.chunk_seam(beside)):
+    for score in (steps.tile_seam({12, 24, 36}, {20, 40}), steps.chunk_seam({4, 8})):
         assert score is not None
         assert score < 1.05
-    assert steps.tile_seam(Parts()) is None
-    assert steps.chunk_seam(Parts()) is None
-    assert steps.chunk_seam(Parts(first=9, chunk=4)) is None
-
-
-def test_parts_name_the_first_line_of_each_part() -> None:
-    parts = Parts(tiles=((16, 24), (32, 32)), first=5, chunk=4)
-    assert parts.rows(64) == {16, 32, 48}
-    assert parts.columns(64) == {24, 32, 48}
-    assert parts.frames(14) == {5, 9, 13}
+    assert steps.tile_seam(set(), set()) is None
+    assert steps.chunk_seam(set()) is None
 
 
 def test_block_window_is_where_blocks_stand_out() -> None:

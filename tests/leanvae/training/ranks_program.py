@@ -14,16 +14,15 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
-from leanvae.distributed import gather, rank, world_size
+from leanvae.distributed import gather, rank, start_processes, stop_processes, world_size
 from leanvae.training import step as step_module
 from leanvae.training.build import build_networks, check_passes
 from leanvae.training.config import TrainImageConfig, TrainVideoConfig
-from leanvae.training.engine import PlainEngine, start_processes
+from leanvae.training.curriculum import ema_decay
+from leanvae.training.engine import PlainEngine
 from leanvae.training.faults import FaultRecord
-from leanvae.training.schedule import ema_decay
 from leanvae.training.state import restore, save_run
 from leanvae.training.step import update_average
 
@@ -153,8 +152,7 @@ def main(cases_file, output):
         tensors |= {f"{name}.{key}": value.contiguous() for key, value in run_case(case, device).items()}
     if rank() == 0:
         save_file(tensors, output)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    stop_processes()
 
 
 if __name__ == "__main__":

@@ -35,16 +35,16 @@ def keep_samples():
     from leanvae.distributed import rank
     from leanvae.training import loop
 
-    original = loop.Trainer._log
+    original = loop.Run._report
 
-    def log(self, logs, batch, *args):
+    def report(self, logs, batch, *args):
         entry = {"step": self.step, "indices": batch.indices, "paths": batch.paths}
         entry["rejected"] = [[each.position, each.attempt, each.path] for each in batch.rejected]
         with (SAMPLES / f"samples.rank{rank()}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         original(self, logs, batch, *args)
 
-    loop.Trainer._log = log
+    loop.Run._report = report
 
 
 if __name__ == "__main__":

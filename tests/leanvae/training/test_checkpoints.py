@@ -1,10 +1,19 @@
 """The folder of checkpoints: `latest` always names a complete one."""
 
+import json
 import os
+import re
 
 import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
 
+from leanvae import LeanVAEConfig
 from leanvae.training import checkpoints as C
+from leanvae.training.config import TrainVideoConfig
+from leanvae.training.state import resolved_config
+from litevae.pretrained import config_text, save_pretrained, update_config
 
 
 def write(root, step, content="x", keep=3, keep_every=None):
@@ -107,6 +116,104 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, spoil, reason):
         (tmp_path / f"step_{step:08d}" / C.MANIFEST_FILE).write_text("[]")
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
         C.find_checkpoint(tmp_path, "auto")
+
+
+FIRST, SECOND = ({"latent_mean": [x, 0.1], "latent_std": [1 / 3, 2.5]} for x in (0.25, -1e-7))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A function that writes a checkpoint with a model's configuration, given statistics that it was trained with."""
+
+    def write(**statistics):
+        config = LeanVAEConfig(latent_channels=2, low_channels=4, high_channels=4, **statistics)
+        folder = C.new_checkpoint(tmp_path, 1)
+        save_pretrained("LeanVAE", config, {}, C.temporary_folder(folder))
+        train_config = TrainVideoConfig(model=config)
+        (C.temporary_folder(folder) / C.RESOLVED_CONFIG).write_text(resolved_config(train_config))
+        C.commit(folder, 3)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("before", [{}, FIRST])
+def test_statistics_of_latents_are_no_damage(trained, before):
+    """However often they are written, and as the version before wrote them."""
+    folder = trained(**before)
+    for statistics in (SECOND, FIRST):
+        update_config(folder, statistics)
+        assert json.loads((folder / "config.json").read_text()).items() >= statistics.items()
+        assert C.damage(folder) is None
+    tree = json.loads((folder / "config.json").read_text()) | SECOND
+    (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
+    assert C.damage(folder) is None
+
+
+def test_a_configuration_without_the_fields_of_statistics_gains_them_undamaged(trained):
+    """As of a run before there were any."""
+    folder = trained()
+    for name, read, write in (("config.json", json.loads, config_text), ("train.yaml", yaml.safe_load, yaml.safe_dump)):
+        tree = read((folder / name).read_text())
+        for field in FIRST:
+            del (tree["model"] if name == "train.yaml" else tree)[field]
+        (folder / name).write_text(write(tree))
+    (folder / C.MANIFEST_FILE).unlink()
+    folder.rename(C.temporary_folder(folder))
+    C.commit(folder, 3)
+    update_config(folder, FIRST)
+    assert C.damage(folder) is None
+
+
+def test_other_changes_of_the_configuration_are_damage(trained):
+    folder = trained()
+    update_config(folder, {**FIRST, "low_channels": 8})
+    assert re.fullmatch(r"config\.json has \d+ bytes, not \d+", C.damage(folder))
+    (folder / "config.json").write_text("{")
+    assert "config.json has 1 bytes" in C.damage(folder)
+    (folder / "config.json").unlink()
+    assert "config.json cannot be read" in C.damage(folder)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 598"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        RuntimeError("write(): fd 3 failed with No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_written_is_told_with_the_folder_and_leaves_nothing(tmp_path, error):
+    """As seen of torch 2.13 and safetensors 0.8 on a full disk."""
+    folder = C.new_checkpoint(tmp_path, 3)
+    C.temporary_folder(folder).mkdir()
+    with pytest.raises(OSError, match="step_00000003") as caught, C.writing(folder):
+        raise error
+    assert caught.value.__cause__ is error
+    assert caught.value.filename == str(folder)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1."),
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:13719"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        KeyError("module"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_that_are_not_of_writing_keep_their_type(tmp_path, error):
+    with pytest.raises(type(error)) as caught, C.writing(C.new_checkpoint(tmp_path, 3)):
+        raise error
+    assert caught.value is error
 
 
 def test_checkpoints_without_a_manifest_pass_for_whole(tmp_path):

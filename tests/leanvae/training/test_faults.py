@@ -8,12 +8,11 @@ import pytest
 import torch
 import yaml
 
-from leanvae.data import workers as workers_module
 from leanvae.training import step as step_module
 from leanvae.training.checkpoints import damage
 from leanvae.training.config import FaultConfig, TrainVideoConfig
 from leanvae.training.faults import FaultRecord, check_roll_back, checkpoint_to_restore
-from leanvae.training.loop import Trainer, train
+from leanvae.training.loop import Run, train
 from litevae.errors import TrainingDiverged
 
 SETTINGS = {
@@ -63,18 +62,9 @@ def test_weights_of_after_a_roll_back_are_older_than_their_checkpoint():
     assert checkpoint_to_restore([("at once", 10), ("b", 20), ("a", 10), ("start", 0)], 10) == "start"
 
 
-@pytest.fixture(scope="module")
-def pool():
-    pool = workers_module.start_decoders(1)
-    yield pool
-    workers_module.stop_decoders(pool)
-
-
 @pytest.fixture
-def run(tmp_path, write_clip, pool, monkeypatch):
+def run(tmp_path, write_clip, one_pool):
     """A function that trains on six small clips, in plain torch; all tests share a decoder process."""
-    monkeypatch.setattr(workers_module, "start_decoders", lambda _: pool)
-    monkeypatch.setattr(workers_module, "stop_decoders", lambda _: None)
     folder = tmp_path / "clips"
     folder.mkdir()
     for index in range(6):
@@ -112,13 +102,13 @@ def spoil(monkeypatch):
 def samples(monkeypatch):
     """The files of each step that runs took, in order: step, counted from 1, and paths."""
     taken = []
-    original = Trainer._meet_faults
+    original = Run._meet_faults
 
     def keep(self, logs, paths):
         taken.append((self.step, paths))
         original(self, logs, paths)
 
-    monkeypatch.setattr(Trainer, "_meet_faults", keep)
+    monkeypatch.setattr(Run, "_meet_faults", keep)
     return taken
 
 
@@ -145,9 +135,9 @@ def snapshot(trainer):
 def test_a_bad_step_changes_nothing_and_is_counted(run, spoil, tmp_path, monkeypatch, caplog, kind):
     spoil({2, 5}, kind)
     seen = []
-    meet_faults = Trainer._meet_faults
+    meet_faults = Run._meet_faults
     monkeypatch.setattr(
-        Trainer, "_meet_faults", lambda self, *args: (seen.append(snapshot(self)), meet_faults(self, *args))
+        Run, "_meet_faults", lambda self, *args: (seen.append(snapshot(self)), meet_faults(self, *args))
     )
     assert run("out", "training.max_steps=8", "training.micro_batch_size=1") == 0
     for step, (tensors, lecam) in list(enumerate(seen))[1:]:

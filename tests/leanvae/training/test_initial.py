@@ -10,6 +10,7 @@ from leanvae import LeanVAE, LeanVAEConfig, load_vae
 from leanvae.config import ConfigError
 from leanvae.training.build import build_autoencoder, build_networks
 from leanvae.training.config import TrainVideoConfig
+from leanvae.training.dry_run import _memory
 from leanvae.training.initial import frozen_names, load_initial
 from leanvae.training.loop import train
 from leanvae.training.step import update_average
@@ -32,6 +33,10 @@ SETTINGS = {
 def config_with(model=None, **training):
     tree = {**SETTINGS, "model": SMALL | (model or {}), "training": SETTINGS["training"] | training}
     return TrainVideoConfig.model_validate(tree)
+
+
+def dry_run(config):
+    return list(_memory(config, 1))
 
 
 @pytest.fixture
@@ -126,6 +131,31 @@ def test_patterns_name_parameters():
         frozen_names(model, ["encoder.*", "encodr.*"])
     with pytest.raises(ConfigError, match="nothing to train"):
         frozen_names(model, ["*"])
+
+
+@pytest.mark.parametrize(
+    ("always", "phases", "message"),
+    [
+        (
+            ["encoder.*", "bottleneck.*", "logvar.*"],
+            [[], ["decoder.*"]],
+            r"phases\.1\.freeze: decoder\.\* and training",
+        ),
+        (["encoder.*", "decoder.fusion.*"], [[], ["bottleneck.*", "logvar.*", "decoder.*"]], "leave nothing to train"),
+        (
+            [],
+            [[], [], ["encoder.*", "bottleneck.*", "logvar.*", "decoder.*"]],
+            r"phases\.2\.freeze: .* nothing to train",
+        ),
+        ([], [["encodr.*"]], r"phases\.0\.freeze: 'encodr\.\*' matches no parameter"),
+    ],
+)
+@pytest.mark.parametrize("begin", [lambda config: build_autoencoder(config, resumes=False), dry_run])
+def test_a_phase_that_freezes_all_that_is_left_is_refused_before_the_run(always, phases, message, begin):
+    stretches = [{"steps": 2, "freeze": patterns} for patterns in phases]
+    tree = {**SETTINGS, "phases": stretches, "training": {**SETTINGS["training"], "freeze": always, "max_steps": None}}
+    with pytest.raises(ConfigError, match=message):
+        begin(TrainVideoConfig.model_validate(tree))
 
 
 def test_a_frozen_encoder_has_no_backward_pass():

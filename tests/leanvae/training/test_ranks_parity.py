@@ -99,6 +99,8 @@ def bad_cases(stages):
             settings[f"bad-{stage}-{name}"] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
     for stage in (2, 3):
         settings[f"bad-{stage}-offloaded"] = {"zero_optimization": {"stage": stage, **OFFLOADED}}
+    # Gradients summed in float32 beside weights in bfloat16, for which DeepSpeed takes another optimizer.
+    settings["bad-1-bf16-summed"] = {**settings["bad-1-bf16"], "data_types": {"grad_accum_dtype": "fp32"}}
     return {name: {**case, "config": {**case["config"], "deepspeed": each}} for name, each in settings.items()}
 
 

@@ -1,19 +1,23 @@
 """The training step against the same step written out in plain torch."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from leanvae.config import ConfigError
 from leanvae.data.buckets import Shape
 from leanvae.model import LeanVAE
-from leanvae.patchify import analyse
+from leanvae.patchify import to_bands
 from leanvae.training.build import build_networks
 from leanvae.training.config import TrainVideoConfig
+from leanvae.training.curriculum import posterior_noise
 from leanvae.training.engine import PlainEngine, frozen
-from leanvae.training.schedule import posterior_noise
+from leanvae.training.losses import as_images, band_l1, select_frames
 from leanvae.training.step import LeCamAverages, TrainingStep, update_average
-from leanvae.training.terms import as_images, band_l1, select_frames
 from litevae.discriminators import build_discriminator
 from litevae.wavelet import dwt2d, dwt3d
 
@@ -118,6 +122,52 @@ def test_step_equals_plain_torch(micro_batch_size):
             assert logs[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (step, name)
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the floating-point tensors that are made inside and still held, and remembers the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage):
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size):
+        self.now -= size
+
+
+@pytest.mark.parametrize("gan", [None, GAN], ids=["alone", "gan"])
+def test_memory_is_bounded_by_one_micro_batch(gan):
+    """However many there are of them in a step: neither targets nor reconstructions of others wait on the device.
+
+    From the second on, there are gradients to add to, which the first makes.
+    """
+    peaks = {}
+    for passes in (2, 8):
+        config = make_config(gan, batch_size=passes, micro_batch_size=1)
+        take_step = make_step(config)
+        pixels = torch.zeros(passes, 3, 5, 32, 32, dtype=torch.uint8)
+        take_step(pixels, list(range(passes)), 0)  # makes the optimizers' state
+        with LiveBytes() as live:
+            take_step(pixels, list(range(passes)), 1)
+        peaks[passes] = live.peak
+    one_sample = 4 * pixels[0].numel()
+    assert peaks[8] <= peaks[2] + one_sample / 4, (peaks, one_sample)
+
+
 def test_generator_pass_leaves_no_gradient_in_the_discriminator():
     config = make_config(GAN)
     take_step = make_step(config)
@@ -160,7 +210,7 @@ def test_training_without_a_gan_learns():
 
 def test_band_l1_is_the_mean_absolute_band():
     x, y = torch.randn(2, 2, 3, 5, 8, 8, dtype=torch.float64).unbind()
-    bands_x, bands_y = analyse(x), analyse(y)
+    bands_x, bands_y = to_bands(x), to_bands(y)
     low, high = band_l1(x, y)
     image, video = (bands_x.image - bands_y.image).abs(), (bands_x.video - bands_y.video).abs()
     torch.testing.assert_close(low, image[:, :3].mean() + video[:, :3].mean())
@@ -194,6 +244,9 @@ def test_averages_move_by_the_decay():
     ("fields", "message"),
     [
         ({"deepspeed": {"train_batch_size": 3}}, r"deepspeed\.train_batch_size is set by training\.batch_size"),
+        ({"deepspeed": {"zero_optimization": 2}}, r"zero_optimization is 2: it must be a mapping, as in \{stage: 2\}"),
+        ({"deepspeed": {"bf16": None}}, r"deepspeed\.bf16 is None: it must be a mapping, as in \{enabled: true\}"),
+        ({"deepspeed": {"zero_optimization": {"stage": "two"}}}, r"stage is 'two': it must be 0, 1, 2 or 3"),
         ({"data": {"num_frames": 7}}, "num_frames"),
         ({"data": {"resolution": [60, 64]}}, "divisible by"),
         ({"losses": {"l2": 1}}, "l2"),

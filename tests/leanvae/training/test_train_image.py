@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+import weakref
 
 import cv2
 import numpy as np
@@ -15,8 +16,8 @@ from leanvae import load_vae
 from leanvae.config import ConfigError
 from leanvae.training.build import build_networks, check_passes
 from leanvae.training.config import TrainImageConfig
+from leanvae.training.curriculum import posterior_noise
 from leanvae.training.loop import train
-from leanvae.training.schedule import posterior_noise
 from litevae import LiteVAE
 from litevae.discriminators import build_discriminator
 from litevae.losses import charbonnier
@@ -214,6 +215,15 @@ def test_gradient_ratio_is_that_of_the_weighted_losses():
     take_step, _ = build_networks(config, CPU)
     for step in range(2):
         assert take_step(pixels_of(step), [0, 1, 2, 3], step)["gradient_ratio"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_nothing_is_kept_of_what_the_last_layer_read():
+    take_step, _ = build_networks(config_of(gan={"weighting": "adaptive"}), CPU)
+    read = []
+    last = take_step.vae.module.decoder.conv_out.conv
+    last.register_forward_pre_hook(lambda _, inputs: read.append(weakref.ref(inputs[0].untyped_storage())))
+    take_step(pixels_of(0), [0, 1, 2, 3], 0)
+    assert [storage() for storage in read] == [None]
 
 
 def test_ldl_compares_with_the_averaged_weights():

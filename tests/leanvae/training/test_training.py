@@ -12,10 +12,11 @@ from leanvae import load_vae
 from leanvae.config import ConfigError
 from leanvae.data.loader import TooManyBadClips
 from leanvae.distributed import lock_folder
+from leanvae.latents.encode import write_statistics
 from leanvae.training.config import TrainVideoConfig
 from leanvae.training.engine import PlainEngine
-from leanvae.training.loop import duration, train
-from leanvae.training.record import write_summary
+from leanvae.training.listeners import duration, write_summary
+from leanvae.training.loop import train
 from litevae.errors import TrainingDiverged
 
 SETTINGS = {
@@ -216,6 +217,17 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run, tmp_path, part, capl
         run("out", "training.max_steps=3", resume=str(path.parents[part.count("/")].resolve()))
     assert run("out", "training.max_steps=3") == 0
     assert f"step_00000002 is damaged ({part} has 10 bytes" in caplog.text
+    assert [entry["step"] for entry in metrics(tmp_path / "out")] == [1, 2, 3]
+
+
+@pytest.mark.integration
+def test_a_run_goes_on_from_a_checkpoint_that_got_statistics_of_latents(run, tmp_path, caplog):
+    run("out", "training.max_steps=2")
+    latest = tmp_path / "out" / "checkpoints" / "latest"
+    statistics = [0.5] * load_vae(latest).config.latent_channels
+    write_statistics(latest, statistics, statistics)
+    assert run("out", "training.max_steps=3") == 0
+    assert "is damaged" not in caplog.text
     assert [entry["step"] for entry in metrics(tmp_path / "out")] == [1, 2, 3]
 
 

@@ -20,6 +20,7 @@ import yaml
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "train_video.py"
+PATIENCE = Path(__file__).with_name("patience_program.py")
 SETTINGS = {
     "model": {
         "low_channels": 8,
@@ -184,6 +185,15 @@ def test_ranks_end_with_their_launcher(command, tmp_path):
     assert len(gone) == 2
     state = json.loads((tmp_path / "orphans" / "checkpoints" / "latest" / "trainer.json").read_text())
     assert state["step"] == len(metrics(tmp_path / "orphans"))
+
+
+def test_ranks_wait_for_held_out_files_that_the_main_one_decodes(command, tmp_path):
+    """At a resume DeepSpeed's own collectives follow, which give up after ten minutes."""
+    settings = ["deepspeed.zero_optimization.stage=3", "training.batch_size=2"]
+    train(command("slow", 2, *settings, "training.max_steps=1"))
+    line = command("slow", 2, *settings, "training.max_steps=2")
+    train([str(PATIENCE) if word == str(SCRIPT) else word for word in line])
+    assert len(metrics(tmp_path / "slow")) == 2
 
 
 def is_rank(process):

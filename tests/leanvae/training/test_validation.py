@@ -95,6 +95,7 @@ def test_what_is_not_finite_has_no_figure():
     weights = {name: value.detach() * torch.nan for name, value in vae.named_parameters()}
     results = Validation(CONFIG, samples(), MeanDistance(), CPU).run(weights)
     assert results.means == dict.fromkeys(METRICS)
+    assert [comparison.frames.shape for comparison in results.comparisons] == [(5, 32, 96, 3), (1, 32, 96, 3)]
     assert "NaN" not in json.dumps(results.figures)
     assert "nothing finite (2 files)" in str(results)
 

@@ -1,0 +1,294 @@
+"""Pieces of clips to latents: short clips of one shape in batches, long ones piece by piece, as they come."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leanvae.coder import MEMORY_LIMIT_ON_CPU, VAE, frames_per_latent, to_model
+from leanvae.latents.clips import ClipRequest, ClipRule, Decoded, Finished, Order, Piece, Rejected, decode_ahead
+from leanvae.latents.entry import StoreEntry
+from leanvae.media.item import Item
+from leanvae.model import LeanVAE
+from leanvae.patchify import latent_frames
+from litevae.errors import NotFinite
+from litevae.memory import return_freed_memory
+from litevae.posterior import DiagonalGaussian
+
+_FLIPPED = "flipped_"
+_SECONDS_BETWEEN_RETURNS = 0.25  # of memory to the system
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """How clips are decoded and encoded.
+
+    Attributes:
+        checkpoint: what `load_vae` reads.
+        rule: how files become clips.
+        dtype: type of the latents.
+        compute_dtype: type of the weights; as stored if None.
+        batch_size: clips encoded together.
+        flips: also encode mirror images.
+        thumbnails: also keep the first frame of each clip.
+        num_workers: decoder processes.
+        timeout: seconds that a decoder may be silent.
+        memory_limit: as in `LeanVAE.encode`.
+        nvdec: decode by the GPU that the model is on.
+    """
+
+    checkpoint: str | Path
+    rule: ClipRule
+    dtype: torch.dtype = torch.float16
+    compute_dtype: torch.dtype | None = None
+    batch_size: int = 4
+    flips: bool = False
+    thumbnails: bool = False
+    num_workers: int = 2
+    timeout: float = 120.0
+    memory_limit: str | int | None = None
+    nvdec: bool = False
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """A clip's posterior, and where the clip comes from.
+
+    Attributes:
+        last: the clip's last piece, without its frames.
+        times: (T,) seconds since the file's start of all its frames.
+        thumbnail: first frame as JPEG, if wanted.
+        tensors: `mean` and `logvar` `(Z, T', H', W')`, and with flips `flipped_mean` and `flipped_logvar`.
+    """
+
+    source: Item
+    first: int
+    last: Piece
+    times: list[float]
+    thumbnail: bytes | None
+    tensors: dict[str, Tensor]
+
+
+Encoded = EncodedClip | Finished | Rejected
+
+
+class ClipEncoder:
+    """Encodes pieces of clips.
+
+    Args:
+        vae: the model; a `LiteVAE` encodes each frame for itself.
+        dtype: of the latents.
+        batch_size: clips that are encoded together, where they have one shape and come in one piece.
+        flips: also encode each clip mirrored left to right.
+        memory_limit: as in `LeanVAE.encode`; on CPUs 6 GiB if None.
+    """
+
+    def __init__(
+        self, vae: VAE, dtype: torch.dtype, batch_size: int, flips: bool, memory_limit: str | int | None = None
+    ) -> None:
+        self._vae = vae
+        self._dtype = dtype
+        self._batch_size = batch_size
+        self._flips = flips
+        on_cpu = next(vae.parameters()).device.type == "cpu"
+        self._memory_limit = memory_limit or (MEMORY_LIMIT_ON_CPU if on_cpu else None)
+        self._waiting: dict[tuple[int, ...], list[Piece]] = {}
+        self._open: dict[tuple[str, int], _LongClip] = {}
+        self._memory_returned = 0.0
+
+    def run(self, decoded: Iterator[Decoded]) -> Iterator[Encoded]:
+        """Encodes what decoders yield; what they say of sources is passed on.
+
+        Raises:
+            NotFinite: the model's output is not.
+        """
+        for result in decoded:
+            if isinstance(result, Piece):
+                yield from self._add(result)
+            else:
+                self._forget(result.source, is_void=isinstance(result, Rejected))
+                yield result
+        for shape in list(self._waiting):
+            yield from self._encode_batch(self._waiting.pop(shape))
+
+    @torch.inference_mode()
+    def _add(self, piece: Piece) -> Iterator[EncodedClip]:
+        if piece.begins and piece.ends:
+            shape = piece.frames.shape
+            batch = self._waiting.setdefault(shape, [])
+            batch.append(piece)
+            if len(batch) == self._batch_size:
+                yield from self._encode_batch(self._waiting.pop(shape))
+            elif sum(map(len, self._waiting.values())) >= 2 * self._batch_size:  # of many shapes, none may ever fill
+                fullest = max(self._waiting, key=lambda shape: len(self._waiting[shape]))
+                yield from self._encode_batch(self._waiting.pop(fullest))
+            return
+        key = (piece.source.id, piece.first)
+        if piece.begins:
+            self._open[key] = _LongClip(self._vae, self._memory_limit)
+        clip = self._open[key]
+        clip.encode(self._to_model([piece]), piece)
+        self._return_memory()
+        if piece.ends:
+            del self._open[key]
+            mean, logvar = (torch.cat(parts, dim=2) for parts in zip(*clip.parameters, strict=True))
+            yield self._finish(piece, clip.times, clip.thumbnail, mean, logvar)
+
+    @torch.inference_mode()
+    def _encode_batch(self, pieces: list[Piece]) -> Iterator[EncodedClip]:
+        mean, logvar = _encode(self._vae, self._to_model(pieces), self._memory_limit)
+        self._return_memory()
+        for piece, means, logvars in zip(pieces, mean.chunk(len(pieces)), logvar.chunk(len(pieces)), strict=True):
+            yield self._finish(piece, piece.times, piece.thumbnail, means, logvars)
+
+    def _return_memory(self) -> None:
+        """Keeps the heap from growing: frames come and go beside what stays. Now and then, since it takes time."""
+        if time.monotonic() - self._memory_returned > _SECONDS_BETWEEN_RETURNS:
+            return_freed_memory(next(self._vae.parameters()).device)
+            self._memory_returned = time.monotonic()
+
+    def _to_model(self, pieces: list[Piece]) -> Tensor:
+        """`(B, 3, T, H, W)` of pieces of one shape; with flips, each is followed by its mirror image."""
+        x = to_model([piece.frames for piece in pieces], self._vae)
+        return torch.stack((x, x.flip(-1)), dim=1).flatten(0, 1) if self._flips else x
+
+    def _finish(
+        self, piece: Piece, times: list[float], thumbnail: bytes | None, mean: Tensor, logvar: Tensor
+    ) -> EncodedClip:
+        """Packs the parameters `(1 or 2, Z, T', H', W')` of a clip and, with flips, its mirror image."""
+        tensors = {}
+        for prefix, means, logvars in zip(("", _FLIPPED), mean, logvar, strict=False):
+            tensors[f"{prefix}mean"] = means.to("cpu", self._dtype).contiguous()
+            tensors[f"{prefix}logvar"] = logvars.to("cpu", self._dtype).contiguous()
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise NotFinite(
+                f"{piece.source.name}: the latents are not finite in {self._dtype}: the weights are broken, "
+                "or need another --dtype"
+            )
+        last = replace(piece, frames=np.empty((0, *piece.frames.shape[1:]), np.uint8), thumbnail=None)
+        return EncodedClip(piece.source, piece.first, last, times, thumbnail, tensors)
+
+    def _forget(self, source: Item, is_void: bool) -> None:
+        """Drops the clips of a source that will not end, or, if it is void, all that have not been encoded yet."""
+        for key in [key for key in self._open if key[0] == source.id]:
+            del self._open[key]
+        if is_void:
+            for shape in list(self._waiting):
+                kept = [piece for piece in self._waiting.pop(shape) if piece.source != source]
+                if kept:
+                    self._waiting[shape] = kept
+
+
+def _encode(vae: VAE, x: Tensor, memory_limit: str | int | None) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance `(B, Z, T', H', W')` of clips `(B, 3, T, H, W)`."""
+    if isinstance(vae, LeanVAE):
+        posterior = vae.encode(x, memory_limit=memory_limit)
+        return posterior.mean, posterior.logvar
+    posterior = vae.encode(x.transpose(1, 2).flatten(0, 1), memory_limit=memory_limit)
+    mean, logvar = (
+        values.unflatten(0, (len(x), x.shape[2])).transpose(1, 2) for values in (posterior.mean, posterior.logvar)
+    )
+    return mean, logvar
+
+
+@dataclass
+class _LongClip:
+    """A clip that comes in pieces, all of which but the last end with a latent frame.
+
+    `LeanVAE.encode_stream` draws its frames from an iterator. It gets each piece when that comes, and is asked for
+    just the latent frames that follow from it.
+
+    Attributes:
+        parameters: mean and log-variance of what has come, in parts along time.
+    """
+
+    vae: VAE
+    memory_limit: str | int | None
+    times: list[float] = field(default_factory=list)
+    thumbnail: bytes | None = None
+    parameters: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _arrived: deque[Tensor] = field(default_factory=deque)
+    _posteriors: Iterator[DiagonalGaussian] | None = None
+
+    def encode(self, x: Tensor, piece: Piece) -> None:
+        """Encodes the next piece, which is `x` for the model."""
+        self.times += piece.times
+        self.thumbnail = self.thumbnail or piece.thumbnail
+        if not isinstance(self.vae, LeanVAE):
+            self.parameters.append(_encode(self.vae, x, self.memory_limit))
+            return
+        if self._posteriors is None:
+            self._posteriors = self.vae.encode_stream(self._draw(), memory_limit=self.memory_limit)
+        self._arrived.append(x)
+        missing = latent_frames(x.shape[2], frames_per_latent(self.vae), piece.begins)
+        while missing:
+            posterior = next(self._posteriors)
+            self.parameters.append((posterior.mean, posterior.logvar))
+            missing -= posterior.mean.shape[2]
+
+    def _draw(self) -> Iterator[Tensor]:
+        while self._arrived:
+            yield self._arrived.popleft()
+
+
+def load_for_encoding(vae: VAE, job: EncodeJob, device: str) -> VAE:
+    """A model as `load_vae` gave it, prepared for inference on a device."""
+    return vae.to(device, job.compute_dtype).compile()
+
+
+def make_request(job: EncodeJob, vae: VAE) -> ClipRequest:
+    """What decoders need to know to serve a model."""
+    gpu = str(next(vae.parameters()).device) if job.nvdec else None
+    return ClipRequest(job.rule, frames_per_latent(vae), job.thumbnails, gpu)
+
+
+def make_encoder(job: EncodeJob, vae: VAE) -> ClipEncoder:
+    """An encoder with a model."""
+    return ClipEncoder(vae, job.dtype, job.batch_size, job.flips, job.memory_limit)
+
+
+def encode_here(job: EncodeJob, vae: VAE, orders: Sequence[Order]) -> Iterator[Encoded]:
+    """Encodes in this process what decoder processes send."""
+    ahead = 2 * (job.num_workers + job.batch_size)
+    decoded = decode_ahead(orders, make_request(job, vae), job.num_workers, ahead, job.timeout)
+    return make_encoder(job, vae).run(decoded)
+
+
+def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> StoreEntry:
+    """Puts together what the store keeps of a clip.
+
+    Args:
+        checkpoint: hash of the weights and the configuration that it was encoded with.
+    """
+    source, last = clip.source, clip.last
+    facts = {
+        "key": f"{source.id}_{clip.first:07d}",
+        "source": source.name,
+        "start": source.start,
+        "end": source.end,
+        "first_frame": clip.first,
+        "stride": rule.stride,
+        "fps": last.fps,
+        "times": clip.times,
+        "size": [len(clip.times), *last.placement.resolution],
+        "source_size": list(last.source_size),
+        "resized": list(last.placement.resized),
+        "crop": list(last.placement.crop),
+        "latent_shape": list(clip.tensors["mean"].shape),
+        "dtype": str(clip.tensors["mean"].dtype).removeprefix("torch."),
+        "flipped": len(clip.tensors) > 2,
+        "checkpoint": checkpoint,
+        "caption": _text(source.columns.get("caption")),
+        "columns": source.columns,
+    }
+    return StoreEntry(facts, clip.tensors, clip.thumbnail)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)

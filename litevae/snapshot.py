@@ -1,0 +1,95 @@
+"""A model's twin that is prepared for inference: it shares the model's tensors but where prepared ones replace them."""
+
+import copy
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def make_twin(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """Copies modules, not their tensors.
+
+    Args:
+        module: what to copy.
+        replace: gives what stands in for a module and all inside it, or None to copy it.
+    """
+    if (replacement := replace(module)) is not None:
+        return replacement
+    twin = copy.copy(module)
+    twin._modules = {
+        name: None if child is None else make_twin(child, replace) for name, child in module._modules.items()
+    }
+    return twin
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A twin, and what the weights were when it was made.
+
+    Attributes:
+        twin: computes with the weights as they were.
+        make: makes another one.
+        state: changes when a weight does.
+    """
+
+    twin: Any
+    make: Callable[[], Any]
+    state: Hashable
+
+
+class Preparable(nn.Module):
+    """A model that may hold a snapshot of itself for inference.
+
+    The snapshot is in no state dict and no copy. It goes away when the model trains, moves or loads weights. Weights
+    that change otherwise, in place, are noticed, and the next call prepares them again; only writes through `.data` are
+    not.
+    """
+
+    _snapshot: Snapshot | None = None
+
+    def keep_snapshot(self, make: Callable[[], Any]) -> None:
+        """Computes from now on with what `make` makes of the weights."""
+        with torch.no_grad():
+            self._snapshot = Snapshot(make(), make, _state(self))
+
+    @property
+    def layers(self) -> Any:
+        """What computes: the snapshot's twin if there is one, else the model itself.
+
+        Under autocast it is the model: which weights are cast, torch decides operation by operation.
+        """
+        snapshot = self._snapshot
+        if snapshot is None or torch.is_autocast_enabled(next(self.parameters()).device.type):
+            return self
+        if not torch.compiler.is_compiling() and snapshot.state != _state(self):
+            self.keep_snapshot(snapshot.make)
+            return self.layers
+        return snapshot.twin
+
+    def train(self, mode: bool = True) -> Any:
+        """Works as `nn.Module.train`; a model that trains computes with its weights themselves."""
+        if mode:
+            self._snapshot = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._snapshot = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._snapshot = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_snapshot": None}  # packed weights cannot be copied
+
+
+def _state(model: nn.Module) -> Hashable:
+    return tuple((id(weight), weight.data_ptr(), _version(weight)) for weight in model.parameters())
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version  # the former cannot change in place unseen, and has none
