@@ -21,12 +21,12 @@ from leanvae.jobs import Job
 from leanvae.media.video import Frame, MediaError, probe
 from leanvae.metrics.clips import ClipFeatures, ClipMeasures, LatentStatistics
 from leanvae.metrics.networks import FeatureNetworks, load_feature_networks
+from leanvae.progress import Progress
 from litevae.errors import NotFinite, WorkIncomplete, extra
 from litevae.pixels import from_bytes
 
 with extra("video"):
     import av.error
-    from tqdm import tqdm
 
 logger = logging.getLogger("leanvae")
 
@@ -164,9 +164,9 @@ class _Run:
     def _measure(self, jobs: list[Job], shown: set[str]) -> list[dict[str, str]]:
         own = list(enumerate(jobs, start=1))[rank() :: world_size()]
         skipped = []
-        with tqdm(own, unit="file", disable=True if rank() else None, leave=False) as bar:
-            for number, job in bar:
-                bar.set_postfix_str(job.name)
+        with Progress("evaluating", "file", len(own), is_shown=rank() == 0, stays=False) as progress:
+            for number, job in own:
+                progress.note(job.name)
                 label = f"[{number}/{len(jobs)}] {job.name}"
                 try:
                     line = self._measure_job(job, job.name in shown)
@@ -175,6 +175,7 @@ class _Run:
                     logger.warning("%s: skipped: %s", label, error.reason)
                 else:
                     logger.info("%s: %s", label, line)
+                progress.add()
         return skipped
 
     def _measure_job(self, job: Job, show: bool) -> str:
