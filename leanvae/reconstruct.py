@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from leanvae.media.info import Frame
 from leanvae.media.naming import NamedItem, find_inputs
 from leanvae.media.writer import VideoWriter, write_png
 from leanvae.metrics.frames import FrameMetrics
+from leanvae.progress import Progress
 from litevae.errors import NotFinite, WorkIncomplete, extra
 from litevae.files import write_text
 from litevae.pixels import to_bytes
@@ -26,12 +26,10 @@ from litevae.pixels import to_bytes
 with extra("video"):
     import av
     import av.error
-    from tqdm import tqdm
 
 logger = logging.getLogger("leanvae")
 
 METRICS_FILE = "metrics.json"
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 @dataclass
@@ -203,7 +201,7 @@ def _reconstruct_clip(coder: FrameCoder, job: NamedItem, reader: ClipReader, out
         "origin": info.clock_offset,
     }
     with (
-        _Progress(label, info.num_frames) as progress,
+        Progress(label, "frame", info.num_frames, stays=False) as progress,
         VideoWriter(output / names[0], info.width, info.height, audio_from=sound, **shared) as recon,
         VideoWriter(output / names[1], 2 * info.width, info.height, **shared) as side_by_side,
     ):
@@ -212,7 +210,7 @@ def _reconstruct_clip(coder: FrameCoder, job: NamedItem, reader: ClipReader, out
             for frame, image in zip(part.frames, to_bytes(part.output), strict=True):
                 recon.write(image, frame.pts)
                 side_by_side.write(np.concatenate((frame.image, image), axis=1), frame.pts)
-            progress.update(len(part.frames))
+            progress.add(len(part.frames))
     notes = [*info.notes, *recon.notes]
     return Result(
         job.name,
@@ -230,27 +228,3 @@ def _reconstruct_clip(coder: FrameCoder, job: NamedItem, reader: ClipReader, out
 
 def _output_names(job: NamedItem, suffix: str) -> tuple[str, str]:
     return f"{job.target}.recon{suffix}", f"{job.target}.side_by_side{suffix}"
-
-
-class _Progress:
-    """A bar of a clip's frames on a terminal, and a line now and then elsewhere."""
-
-    def __init__(self, label: str, num_frames: int | None) -> None:
-        self._label = label
-        self._bar = tqdm(desc=label, total=num_frames, unit="frame", disable=None, leave=False)
-        self._num_frames = 0
-        self._last = time.monotonic()
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, num_frames: int) -> None:
-        """Counts frames."""
-        self._num_frames += num_frames
-        self._bar.update(num_frames)
-        if self._bar.disable and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            logger.info("%s: %d frames so far", self._label, self._num_frames)

@@ -20,20 +20,19 @@ from leanvae.evaluation.analysis_record import Autoencoder, ModelRecord, Study
 from leanvae.media.errors import MediaError
 from leanvae.media.image import read_image
 from leanvae.media.naming import NamedItem, find_inputs
+from leanvae.progress import Progress
 from litevae.errors import InvalidInput, WorkIncomplete, extra
 from litevae.files import write_text
 from litevae.perceptual import PerceptualDistance, find_backbone, load_lpips, missing_backbone_message
 
 with extra("video"):
     import cv2
-    from tqdm import tqdm
 
 logger = logging.getLogger("leanvae")
 
 ANALYSIS_FILE = "analysis.json"
 _MMD_COLUMNS = ["sigma", "mean", "std"]
 _BATCH_PIXELS = 2**18  # at once
-_IMAGES_BETWEEN_LINES = 100
 
 
 def analyse(
@@ -241,8 +240,9 @@ def read_squares(
         skipped: takes `input` and `reason` of those that cannot be read.
     """
     waiting: dict[int, list[NDArray[np.uint8]]] = {side: [] for side in sides}
-    with tqdm(jobs, unit="image", disable=None, leave=False) as bar:
-        for number, job in enumerate(bar, start=1):
+    with Progress("analysing", "image", len(jobs), stays=False) as progress:
+        for number, job in enumerate(jobs, start=1):
+            progress.add()
             try:
                 image = read_image(job.item)
             except MediaError as error:
@@ -255,8 +255,6 @@ def read_squares(
                 if len(waiting[side]) * side**2 >= _BATCH_PIXELS:
                     yield waiting[side]
                     waiting[side] = []
-            if bar.disable and number % _IMAGES_BETWEEN_LINES == 0:
-                logger.info("%d of %d images so far", number, len(jobs))
     yield from filter(None, waiting.values())
 
 

@@ -23,12 +23,12 @@ from leanvae.media.info import Frame
 from leanvae.media.naming import NamedItem, find_inputs
 from leanvae.metrics.clips import ClipFeatures, ClipMeasures, LatentStatistics
 from leanvae.metrics.networks import FeatureNetworks, load_feature_networks
+from leanvae.progress import Progress
 from litevae.errors import NotFinite, WorkIncomplete, extra
 from litevae.pixels import from_bytes
 
 with extra("video"):
     import av.error
-    from tqdm import tqdm
 
 logger = logging.getLogger("leanvae")
 
@@ -166,9 +166,9 @@ class _Run:
     def _measure(self, jobs: list[NamedItem], shown: set[str]) -> list[dict[str, str]]:
         own = list(enumerate(jobs, start=1))[rank() :: world_size()]
         skipped = []
-        with tqdm(own, unit="file", disable=True if rank() else None, leave=False) as bar:
-            for number, job in bar:
-                bar.set_postfix_str(job.name)
+        with Progress("evaluating", "file", len(own), is_shown=rank() == 0, stays=False) as progress:
+            for number, job in own:
+                progress.note(job.name)
                 label = f"[{number}/{len(jobs)}] {job.name}"
                 try:
                     line = self._measure_job(job, job.name in shown)
@@ -177,6 +177,7 @@ class _Run:
                     logger.warning("%s: skipped: %s", label, error.reason)
                 else:
                     logger.info("%s: %s", label, line)
+                progress.add()
         return skipped
 
     def _measure_job(self, job: NamedItem, show: bool) -> str:
