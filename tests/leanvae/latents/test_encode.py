@@ -405,10 +405,11 @@ def test_dead_and_silent_decoders_cost_their_file_alone(write_clip, tmp_path):
         orders.append((Item(str(path), "clip"), frozenset()))
     request = ClipRequest(ClipRule(frames=4), group=4)
     outcomes = {}
+    before = set(psutil.Process().children())
     # One piece waits for the caller and one for room: the decoder is at work on the file while it is held up.
     for result in decode_ahead(orders, request, num_workers=1, ahead=1, timeout=5.0):
         if isinstance(result, Piece) and result.first == 0:
-            children = psutil.Process().children()
+            children = set(psutil.Process().children()) - before
             (decoder,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
             if result.source == orders[0][0]:
                 decoder.kill()
