@@ -172,12 +172,13 @@ def on_main(work: Callable[[], T]) -> T:
             error = caught
     told = [result, error and _as_others_get(error)]
     dist.broadcast_object_list(told, group=_waiting_group)
-    if error is None and told[1] is not None:
-        error = told[1]
-        error.add_note(RAISED_ON_MAIN)
+    result, raised = told
     if error is not None:
         raise error
-    return told[0]
+    if raised is not None:
+        raised.add_note(RAISED_ON_MAIN)
+        raise raised
+    return result
 
 
 def _as_others_get(error: Exception) -> Exception:
