@@ -59,6 +59,11 @@ def l1(prediction: Tensor, target: Tensor) -> Tensor:
     return _difference(prediction, target).abs().mean()
 
 
+def l2(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference, `mean (prediction - target)^2`; arguments and errors as for `l1`."""
+    return _difference(prediction, target).square().mean()
+
+
 def charbonnier(prediction: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
     """Smooth absolute difference, `mean sqrt((prediction - target)^2 + eps^2)`.
 

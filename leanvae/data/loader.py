@@ -220,6 +220,32 @@ class _Pending:
         return self.draw.position + self.index
 
 
+def read_first(schedule: Schedule, config: DataConfig, count: int) -> Iterator[Sample]:
+    """Read one sample of each of the first steps, the phases' steps in turn; unusable files are passed over.
+
+    Args:
+        schedule: of the run.
+        config: of the data.
+        count: steps; each phase has an equal part.
+    """
+    waiting: deque[Task[Sample]] = deque()
+    with DecoderPool(config.num_workers, config.timeout) as pool:
+        for step in schedule.first_steps(count):
+            draw = schedule.at(step)
+            source, number = draw.row.item(schedule.seed, draw.place)
+            item, seed = draw.row.items[source][number], (schedule.seed, step, 0)
+            waiting.append(pool.submit(read_sample, item, config, draw.bucket, seed))
+            if len(waiting) > 2 * config.num_workers:
+                yield from _usable(waiting.popleft())
+        for task in waiting:
+            yield from _usable(task)
+
+
+def _usable(task: Task[Sample]) -> Iterator[Sample]:
+    if not isinstance(result := task.result(), FileFailure):
+        yield result
+
+
 def read_held_out(items: Sequence[Item], config: DataConfig, bucket: Shape, limit: int) -> list[Sample]:
     """Reads the central parts of the first usable held-out clips or pictures, under the time limit of training.
 

@@ -194,6 +194,14 @@ class Schedule:
             position=stretch.position + sum(count * size for count, size in zip(counts, sizes, strict=True)),
         )
 
+    def first_steps(self, count: int) -> list[int]:
+        """Return the first steps of each phase, in all about `count`, fewer of phases that end before."""
+        each = -(-count // len(self._phases))
+        ends = [phase.first_step for phase in self._phases[1:]]
+        starts = [phase.first_step for phase in self._phases]
+        stops = [min(start + each, end) for start, end in zip(starts, [*ends, starts[-1] + each], strict=True)]
+        return [step for start, stop in zip(starts, stops, strict=True) for step in range(start, stop)]
+
     def shares(self, phase: int) -> dict[Shape, float]:
         """Each bucket's share of the steps in a phase."""
         stretch = self._stretches[phase]

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from leanvae.checkpoint import build_vae
-from leanvae.config import ConfigError
+from leanvae.config import ConfigError, LeanVAEConfig
 from leanvae.data.buckets import Shape
 from leanvae.data.config import ClipDataConfig, DataConfig
+from leanvae.data.loader import read_first
 from leanvae.data.schedule import Schedule, has_choice, list_training_items, split_held_out
 from leanvae.data.shapes import measure_shapes
 from leanvae.distributed import on_main, rank
 from leanvae.media.item import BUILTIN, Item
 from leanvae.model import LeanVAE
+from leanvae.progress import Progress
 from leanvae.training.config import LossConfig, TrainConfig
 from leanvae.training.deepspeed import DeepSpeedEngine
 from leanvae.training.engine import Engine, PlainEngine
 from leanvae.training.initial import check_freeze, freeze, load_initial
 from leanvae.training.losses import Perceptual
+from leanvae.training.start import ClipStatistics, LinearStart, linear_start, start_model
 from leanvae.training.state import items_digest
 from leanvae.training.step import TrainingStep
 from litevae.discriminators import build_discriminator
@@ -38,6 +41,7 @@ from litevae.perceptual import (
     load_vgg_features,
     missing_backbone_message,
 )
+from litevae.pixels import from_bytes
 from litevae.recompute import recompute_activations
 
 logger = logging.getLogger("leanvae")
@@ -108,8 +112,51 @@ def _shapes_of_run(data: DataConfig, items: Sequence[Item], kept: Path | None) -
     return shapes
 
 
+def find_start(config: TrainConfig, schedule: Schedule) -> LinearStart | None:
+    """Return the closed-form start of a new run, the same on all ranks; None if it begins otherwise.
+
+    The main rank alone takes the statistics, so that they do not depend on the number of ranks.
+
+    Raises:
+        InvalidInput: none of the samples can be used.
+    """
+    model, training = config.model, config.training
+    if training.start != "klt" or training.initial_weights or not isinstance(model, LeanVAEConfig):
+        return None
+    if model.patch_norm:
+        if rank() == 0:
+            logger.warning("training.start is klt, but model.patch_norm leaves no linear skeleton: random weights")
+        return None
+
+    def measure() -> LinearStart:
+        statistics, count = ClipStatistics(model), 0
+        with Progress("statistics of the start", "sample", training.start_samples, stays=False) as progress:
+            for sample in read_first(schedule, config.data, training.start_samples):
+                frames = from_bytes(sample.frames if sample.frames.ndim == 4 else sample.frames[None])
+                statistics.add(2 * frames.movedim(0, 1)[None] - 1)
+                count += 1
+                progress.add()
+        if not count:
+            raise InvalidInput(f"training.start: none of the first {training.start_samples} samples can be used")
+        return linear_start(statistics)
+
+    start = on_main(measure)
+    if rank() == 0:
+        expected = ", ".join(f"{psnr:.2f} dB on {kind} patches" for kind, psnr in start.psnr.items())
+        logger.info("start: the linear codec of %d samples, %s", training.start_samples, expected)
+        if (lost := max(start.lost.values())) > 0.01:
+            logger.warning("start: %.2f dB below the KLT, because a stream is narrower than the latent", lost)
+    return start
+
+
+def start_record(config: TrainConfig, start: LinearStart) -> dict[str, Any]:
+    """Return what a checkpoint says of a run's start."""
+    samples = config.training.start_samples
+    return {"kind": config.training.start, "samples": samples, "psnr": start.psnr, "below_klt": start.lost}
+
+
 def build_networks(
-    config: TrainConfig, device: torch.device, resumes: bool = False
+    config: TrainConfig, device: torch.device, resumes: bool = False, start: LinearStart | None = None
 ) -> tuple[TrainingStep, dict[str, Tensor]]:
     """Build both networks under their engines, and the averaged weights.
 
@@ -119,10 +166,14 @@ def build_networks(
         config: the run's configuration.
         device: where they go.
         resumes: whether a checkpoint's weights will replace these, so that initial ones need not be loaded.
+        start: of a new run; None means random or initial weights.
     """
     perceptual = load_perceptual(config.losses, device)
     torch.manual_seed(config.training.seed)
     model = build_autoencoder(config, resumes)
+    if start:
+        assert isinstance(model, LeanVAE)
+        start_model(model, start)  # before engines part the weights
     networks: list[nn.Module] = [model]
     if config.gan:
         networks.append(build_discriminator(config.gan.discriminator))

@@ -79,6 +79,7 @@ class LossConfig(StrictConfig):
 
     Attributes:
         l1: mean absolute error of pixels.
+        l2: mean squared error of pixels, to which PSNR answers.
         lpips: LPIPS; of a clip's first frame and one group of frames.
         vgg: features of VGG19 before the activation (ESRGAN; LiteVAE, Table 14), of the same frames.
         low_bands: mean absolute error of the low Haar bands (whatever the model's wavelet), image frame plus
@@ -96,6 +97,7 @@ class LossConfig(StrictConfig):
     """
 
     l1: LossTerm = _term(2.0)
+    l2: LossTerm = _term(0.0)
     lpips: LossTerm = _term(4.0)
     vgg: LossTerm = _term(0.0)
     low_bands: LossTerm = _term(0.1)
@@ -209,8 +211,11 @@ class TrainingConfig(StrictConfig):
         gradient_clipping: highest norm of each network's gradient; 0 turns clipping off.
         ema_decay: decay of the averaged weights (rises to it over the first steps).
         seed: of weights, data order, crops, noise.
-        initial_weights: what a new run starts from instead of random weights: whatever `load_vae` reads. What does
-            not fit the model is listed and starts anew. A run that resumes has its own.
+        start: how a new run of LeanVAE begins: `klt`, as the best linear codec of its own data (see
+            `leanvae.training.start`), or `random`. A run with initial weights and one that resumes have their own.
+        start_samples: samples from which `klt` takes its statistics.
+        initial_weights: what a new run starts from instead: whatever `load_vae` reads. What does not fit the model is
+            listed and starts anew. A run that resumes has its own.
         freeze: names of parameters of the autoencoder that stay as they are, with wildcards: `encoder.*`.
         activation_checkpointing: whether the autoencoder's blocks compute their activations again in the backward
             pass instead of keeping them: less memory for more time, and the same gradients.
@@ -239,6 +244,8 @@ class TrainingConfig(StrictConfig):
     gradient_clipping: NonNegativeFloat = 1.0
     ema_decay: Decay = 0.999
     seed: NonNegativeInt = 0
+    start: Literal["klt", "random"] = "klt"
+    start_samples: PositiveInt = 128
     initial_weights: str | None = None
     freeze: tuple[str, ...] = ()
     activation_checkpointing: bool = False
@@ -421,6 +428,7 @@ class ImageTrainingConfig(TrainingConfig):
     """`TrainingConfig` with the batch of LiteVAE."""
 
     batch_size: PositiveInt = 16
+    start: Literal["klt", "random"] = "random"
     output: str = "runs/image"
 
 
@@ -440,6 +448,14 @@ class TrainImageConfig(TrainConfig):
 
     default_steps: ClassVar[int] = 200_000
     small_config: ClassVar[str] = "configs/lite_demo_cpu.yaml"
+
+    @model_validator(mode="after")
+    def _starts_at_random(self) -> Self:
+        if self.training.start == "klt":
+            raise ValueError(
+                "training.start is klt: only LeanVAE has a linear skeleton, LiteVAE starts at random weights"
+            )
+        return self
 
     @model_validator(mode="after")
     def _latents_are_whole(self) -> Self:

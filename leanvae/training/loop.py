@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,15 @@ from leanvae.distributed import (
     stop_processes,
     world_size,
 )
-from leanvae.training.build import build_networks, check_passes, find_items, load_held_out_lpips, make_schedule
+from leanvae.training.build import (
+    build_networks,
+    check_passes,
+    find_items,
+    find_start,
+    load_held_out_lpips,
+    make_schedule,
+    start_record,
+)
 from leanvae.training.checkpoints import RESOLVED_CONFIG, clean, complete_checkpoints, find_checkpoint, is_best
 from leanvae.training.comparison import write_comparisons
 from leanvae.training.config import TrainConfig, TrainImageConfig, TrainVideoConfig
@@ -131,7 +140,10 @@ def open_run(
     checkpoint = on_main(lambda: find_checkpoint(root / CHECKPOINTS, resume))
     items, held_out = find_items(config.data)
     digest = items_digest(items)
-    take_step, average = build_networks(config, device, resumes=checkpoint is not None)
+    schedule = make_schedule(config, items, root / SHAPES)
+    start = find_start(config, schedule) if checkpoint is None else None
+    take_step, average = build_networks(config, device, resumes=checkpoint is not None, start=start)
+    record = start and start_record(config, start)
     validation = None
     if rank() == 0:
         lpips = load_held_out_lpips(config.losses, take_step.perceptual, device)
@@ -141,7 +153,7 @@ def open_run(
     if checkpoint:
         check_same_run(checkpoint, config, take_step, digest)
         state = restore(checkpoint, take_step, average)
-        step, faults = state.step, FaultRecord.from_json(state.faults)
+        step, faults, record = state.step, FaultRecord.from_json(state.faults), state.start
         take_step.gan_factor = faults.gan_factor
         if rank() == 0:
             logger.info("resuming from %s (step %d)", checkpoint, step)
@@ -157,7 +169,7 @@ def open_run(
             stack.callback(listener.closed)
         loader = Loader(
             config.data,
-            make_schedule(config, items, root / SHAPES),
+            schedule,
             rank=rank(),
             world_size=world_size(),
             start_step=step,
@@ -166,6 +178,7 @@ def open_run(
         stack.callback(loader.close)
         run = Run(config, root, device, take_step, average, loader, validation, listening, step, faults)
         run.is_new, run.items_digest, run.num_files = checkpoint is None, digest, len({item.name for item in items})
+        run.start = record
         for known in gather(dict(loader.rejected_paths)):
             run.bad_clips.update(known)
         yield run
@@ -188,6 +201,7 @@ class Run:
         items_digest: short hash of the list of training files.
         num_files: how many they are.
         bad_clips: unusable files, with the reason.
+        start: what the closed-form start promised, if there was one.
     """
 
     config: TrainConfig
@@ -204,6 +218,7 @@ class Run:
     items_digest: str = ""
     num_files: int = 0
     bad_clips: dict[str, str] = field(default_factory=dict)
+    start: Mapping[str, Any] | None = None
     _bad_files: dict[int, list[str]] = field(default_factory=dict)  # of the bad steps in a row
     _saved_step: int | None = None
     _figures: tuple[int, dict[str, float | None]] = (0, {})  # of held-out files, after so many steps
@@ -351,6 +366,8 @@ class Run:
         root, digest = self.root / CHECKPOINTS, self.items_digest
         figures = self._figures[1] if self._figures[0] == self.step else None
         try:
-            save_run(root, self.config, self.take_step, self.average, self.step, digest, self.faults, figures)
+            save_run(
+                root, self.config, self.take_step, self.average, self.step, digest, self.faults, figures, self.start
+            )
         except NotFinite as error:
             self._roll_back(str(error))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from leanvae.patchify import to_bands
 from leanvae.training.config import LossConfig
-from litevae.losses import gaussian_high_frequency_l1, kl, l1, ldl, wavelet_charbonnier
+from litevae.losses import gaussian_high_frequency_l1, kl, l1, l2, ldl, wavelet_charbonnier
 from litevae.perceptual import FeatureDistance, PerceptualDistance
 from litevae.posterior import DiagonalGaussian
 
@@ -42,6 +42,8 @@ def reconstruction_terms(
     """
     weights = {name: getattr(losses, name).at(step) for name in _TERMS}
     terms = {"l1": (weights["l1"], l1(prediction, target)), "kl": (weights["kl"], kl(posterior))}
+    if weights["l2"]:
+        terms["l2"] = (weights["l2"], l2(prediction, target))
     if weights["low_bands"] or weights["high_bands"]:
         low, high = band_l1(prediction, target)
         terms |= {"low_bands": (weights["low_bands"], low), "high_bands": (weights["high_bands"], high)}
@@ -59,7 +61,7 @@ def reconstruction_terms(
     return terms
 
 
-_TERMS = ("l1", "kl", "low_bands", "high_bands", "lpips", "vgg", "wavelet", "gaussian", "ldl")
+_TERMS = ("l1", "l2", "kl", "low_bands", "high_bands", "lpips", "vgg", "wavelet", "gaussian", "ldl")
 
 
 def weighted_sum(terms: Mapping[str, tuple[float, Tensor]]) -> Tensor:

@@ -58,6 +58,7 @@ class RunState:
         lecam: running averages of the discriminator's logits.
         torch: version.
         faults: bad steps and roll-backs; see `FaultRecord`.
+        start: what the closed-form start promised, if there was one; see `leanvae.training.build.start_record`.
     """
 
     step: int
@@ -67,6 +68,7 @@ class RunState:
     lecam: dict[str, list[float]]
     torch: str
     faults: dict[str, Any]
+    start: dict[str, Any] | None = None
 
 
 def items_digest(items: Sequence[Item]) -> str:
@@ -90,6 +92,7 @@ def save_run(
     clips: str,
     faults: FaultRecord,
     figures: Mapping[str, float | None] | None,
+    start: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint: averaged weights, both engines, and where the run stands; all ranks together.
 
@@ -102,6 +105,7 @@ def save_run(
         clips: digest of the training files.
         faults: bad steps so far.
         figures: of held-out files, by metric, if they were evaluated after this step; read on the main rank.
+        start: what the closed-form start promised.
 
     Raises:
         NotFinite: nothing is written then.
@@ -123,6 +127,7 @@ def save_run(
             asdict(take_step.lecam),
             torch.__version__,
             faults.to_json(),
+            dict(start) if start else None,
         )
         save_pretrained(type(take_step.vae.module).__name__, config.model, average, written)
         write_text(written / RESOLVED_CONFIG, resolved_config(config))
