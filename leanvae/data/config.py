@@ -37,6 +37,9 @@ class DataConfig(StrictConfig):
         buckets: shapes in place of the resolution, as in ``[17x256x256, 17x192x320, 1x512x512]``; each file goes
             to one by its own shape, which is read before training where there is a choice. Those with one frame are
             for images.
+        short_side: pictures are resized to at least this many pixels on their short side before they are cropped, so
+            that small crops show them at the scale at which the model will be used; by default only as many as the
+            crop needs.
         flip: mirror half of the training samples left to right.
         held_out: share of the files kept from training, chosen by a hash of the file name.
         max_bad_share: share of the training files that may turn out unusable before the run stops.
@@ -50,6 +53,7 @@ class DataConfig(StrictConfig):
     sources: tuple[SourceConfig, ...] = Field(default=(SourceConfig(path=BUILTIN),), min_length=1)
     resolution: tuple[int, int] = (256, 256)
     buckets: tuple[Bucket, ...] = ()
+    short_side: int | None = Field(default=None, ge=1)
     flip: bool = True
     held_out: float = Field(default=0.1, ge=0, lt=1)
     max_bad_share: float = Field(default=0.25, ge=0, le=1)

@@ -63,17 +63,22 @@ def draw_cut(generator: np.random.Generator | None, flip: bool) -> Cut:
     return Cut(window, down, across, flip and flipped < 0.5, pace)
 
 
-def cut_picture(image: NDArray[np.uint8], resolution: tuple[int, int], cut: Cut) -> NDArray[np.uint8]:
+def cut_picture(
+    image: NDArray[np.uint8], resolution: tuple[int, int], cut: Cut, short_side: int = 0
+) -> NDArray[np.uint8]:
     """Resize a picture to cover (height, width), keeping its aspect, and cut out the chosen part.
 
     Args:
         image: (H, W, 3) uint8.
+        resolution: (height, width).
+        cut: which part.
+        short_side: what the short side has at least after resizing.
 
     Returns:
         (height, width, 3) uint8.
     """
     height, width = resolution
-    scale = max(height / image.shape[0], width / image.shape[1])
+    scale = max(height / image.shape[0], width / image.shape[1], short_side / min(image.shape[:2]))
     covering = (max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale)))
     if covering != (image.shape[1], image.shape[0]):
         interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
@@ -101,13 +106,13 @@ def read_sample(item: Item, config: DataConfig, bucket: Shape, seed: Sequence[in
     """
     cut = draw_cut(None if seed is None else np.random.default_rng(seed), config.flip)
     if item.kind == "image":
-        yield Sample(item, cut_picture(read_image(item), bucket.resolution, cut))
+        yield Sample(item, cut_picture(read_image(item), bucket.resolution, cut, config.short_side or 0))
         return
     if not isinstance(config, ClipDataConfig):
         raise TypeError(f"clips are read by a ClipDataConfig, got {type(config).__name__}")
     with open_clip(item) as reader:
         frames = read_window(reader, item, config, bucket.frames, cut)
-    pictures = [cut_picture(frame.image, bucket.resolution, cut) for frame in frames]
+    pictures = [cut_picture(frame.image, bucket.resolution, cut, config.short_side or 0) for frame in frames]
     yield Sample(item, np.stack(pictures), np.asarray([frame.time for frame in frames]))
 
 
