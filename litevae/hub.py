@@ -98,8 +98,9 @@ def _in_words(repo: str, revision: str | None, file: str = "") -> Iterator[None]
         reason = str(error.__cause__ or error).splitlines()[0]
         unreachable = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{hub} cannot be reached ({reason})"
         raise MissingFile(
-            f"{name}: {file} is not in the cache, {constants.HF_HUB_CACHE}, and {unreachable}: fetch it where it can "
-            f"be, with `hf download {repo} {file}{at_revision}`, and give its path, or bring the cache here"
+            f"no checkpoint at {name}: there is no such file or folder, {file} of that repository is not in the cache, "
+            f"{constants.HF_HUB_CACHE}, and {unreachable}: fetch it on a machine that is connected, with "
+            f"`hf download {repo} {file}{at_revision}`, and give its path, or bring the cache here"
         ) from error
     except errors.EntryNotFoundError as error:
         raise MissingFile(f"{name} has no {file} on {hub}{_checkpoints(repo, revision)}") from error

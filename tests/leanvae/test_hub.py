@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -328,8 +329,9 @@ def test_cached_weights_load_while_the_hub_is_gone(hub: Hub, tmp_path: Path, mon
 def test_offline_errors_name_what_to_fetch(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message = (
-        r"^Yumic/LeanVAE@v1: LeanVAE-dim4\.ckpt is not in the cache, .*, and HF_HUB_OFFLINE is set: fetch it where "
-        r"it can be, with `hf download Yumic/LeanVAE LeanVAE-dim4\.ckpt --revision v1`, and give its path"
+        r"^no checkpoint at Yumic/LeanVAE@v1: .* LeanVAE-dim4\.ckpt of that repository is not in the cache, .*, and "
+        r"HF_HUB_OFFLINE is set: fetch it on a machine that is connected, with "
+        r"`hf download Yumic/LeanVAE LeanVAE-dim4\.ckpt --revision v1`, and give its path"
     )
     with pytest.raises(MissingFile, match=message):
         load_vae("Yumic/LeanVAE/LeanVAE-dim4.ckpt@v1")
@@ -343,7 +345,7 @@ def test_unreachable_hub_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(_http.time, "sleep", lambda _: None)
     hub.shutdown()
     hub.server_close()
-    message = rf"someone/lean: config\.json is not in .* {hub.url} cannot be reached \(.*refused\): fetch"
+    message = rf"someone/lean: .* config\.json of .* {hub.url} cannot be reached \(.*refused\): fetch"
     with pytest.raises(MissingFile, match=message):
         load_vae("someone/lean")
     with pytest.raises(InvalidInput, match=rf"me/lean: {hub.url} cannot be reached"):
@@ -441,6 +443,26 @@ def test_pushing_without_permission_says_how_to_get_it(hub: Hub) -> None:
         model().push_to_hub("me/lean", token=TOKEN, revision="next")
 
 
+def test_push_that_breaks_off_or_is_not_taken_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handler: _Handler) -> None:
+        handler.body()
+        handler.answer(403, {})
+
+    monkeypatch.setattr(_Handler, "do_PUT", refuse)
+    with pytest.raises(InvalidInput, match=r"^me/lean: Error while uploading 'model\.safetensors' .*403 Forbidden"):
+        model().push_to_hub("me/lean", token=TOKEN)
+    hub.add("me/wrong", {"README.md": b"---\nlicense: mine\n---\n"})
+
+    def find_wrong(handler: _Handler) -> None:
+        handler.body()
+        handler.answer(400, {"errors": [{"message": '"license" must be one of those that are known'}]})
+
+    monkeypatch.setattr(_Handler, "do_POST", find_wrong)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/wrong"))
+    with pytest.raises(InvalidInput, match=r'^me/wrong: Invalid metadata in README\.md.\n- "license" must be'):
+        model().push_to_hub("me/wrong", token=TOKEN)
+
+
 def test_commands_take_names_of_the_hub(hub: Hub, tmp_path: Path, write_clip: Any) -> None:
     """The library reads its endpoint and cache from the environment, in a process of its own."""
     hub.add("someone/lean", folder_of(model(), tmp_path / "model"), tag="v1")
@@ -461,4 +483,4 @@ def test_commands_take_names_of_the_hub(hub: Hub, tmp_path: Path, write_clip: An
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["checkpoint"] == "someone/lean@v1"
     failed = run("someone/other", HF_HUB_OFFLINE="1")
     assert failed.returncode == 2
-    assert re.search(r"^error: someone/other: config\.json is not in the cache.*HF_HUB_OFFLINE", failed.stderr, re.M)
+    assert re.search(r"^error: no checkpoint at someone/other: .*HF_HUB_OFFLINE", failed.stderr, re.M)
