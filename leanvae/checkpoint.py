@@ -15,14 +15,14 @@ from torch import Tensor
 
 from leanvae.config import LeanVAEConfig, parse_config
 from leanvae.model import LeanVAE
+from leanvae.named import find_weights
 from litevae.baselines import from_diffusers
 from litevae.config import LiteVAEConfig
 from litevae.errors import InvalidInput, MissingFile
 from litevae.model import LiteVAE
-from litevae.pretrained import CONFIG_FILE, WEIGHTS_FILE
+from litevae.pretrained import CONFIG_FILE, DIFFUSERS_WEIGHTS_FILE, WEIGHTS_FILE
 
 _CONFIGS: dict[str, type[LeanVAEConfig] | type[LiteVAEConfig]] = {"LeanVAE": LeanVAEConfig, "LiteVAE": LiteVAEConfig}
-_DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 TRAINING_PREFIX = "autoencoder."
 
 # Published names to ours, applied in turn.
@@ -56,17 +56,21 @@ def load_vae(
 
     Args:
         path: a folder with `config.json` and `model.safetensors` (a training checkpoint is one), a folder that
-            diffusers wrote an `AutoencoderKL` of the SD-VAE's architecture to, or a published LeanVAE checkpoint file.
+            diffusers wrote an `AutoencoderKL` of the SD-VAE's architecture to, or a published LeanVAE checkpoint file;
+            or the name of weights in the package, such as `"lean-small-c16"`; or, on the Hugging Face hub,
+            `"OWNER/NAME"` or `"OWNER/NAME/FILE.ckpt"`, with `"@REVISION"` behind it if wanted. What exists as a path
+            is never looked for elsewhere.
         device: where the weights go.
-        dtype: their type; as stored if `None`.
+        dtype: their type. If `None` it is the stored one, but float32 for weights stored in float16, which only saves
+            space.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`, or the folder misses one of the two files.
-        ValueError: the file is no such checkpoint, or weights are missing, unknown or of the wrong shape.
+        MissingFile: there is nothing of that name, or the folder misses one of the two files.
+        InvalidInput: the file is no such checkpoint, or weights are missing, unknown or of the wrong shape; or the
+            hub refuses access.
+        MissingPackage: the name is one of the hub, and huggingface_hub is not installed.
     """
-    path = Path(path)
-    if not path.exists():
-        raise MissingFile(f"no checkpoint at {path}")
+    path = find_weights(path)
     config, state = _read_folder(path) if path.is_dir() else _read_published(path)
     with torch.device("meta"):
         vae = build_vae(config)
@@ -74,12 +78,14 @@ def load_vae(
         vae.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise InvalidInput(f"{path}: weights do not fit the model: {error}") from error
+    if dtype is None and next(vae.parameters()).dtype == torch.float16:
+        dtype = torch.float32
     return vae.requires_grad_(True).to(device, dtype).eval()
 
 
 def _read_folder(folder: Path) -> tuple[LeanVAEConfig | LiteVAEConfig, dict[str, Tensor]]:
-    if not (folder / WEIGHTS_FILE).is_file() and (folder / _DIFFUSERS_WEIGHTS_FILE).is_file():
-        return _read_diffusers(folder / _DIFFUSERS_WEIGHTS_FILE)
+    if not (folder / WEIGHTS_FILE).is_file() and (folder / DIFFUSERS_WEIGHTS_FILE).is_file():
+        return _read_diffusers(folder / DIFFUSERS_WEIGHTS_FILE)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             latest = folder / "checkpoints" / "latest"

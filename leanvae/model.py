@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from leanvae.bottleneck import ISTABottleneck, LinearBottleneck
@@ -22,6 +23,8 @@ from leanvae.inference.stream import (
 from leanvae.naf import init_linear_maps
 from leanvae.network import Decoder, Encoder, decode_frames, encode_frames
 from leanvae.patchify import latent_frames, pad_to_patches
+from litevae.card import write_card
+from litevae.hub import push
 from litevae.normalization import denormalize, normalize_posterior
 from litevae.pixels import check_dtype, check_pixels, crop
 from litevae.posterior import DiagonalGaussian
@@ -237,6 +240,43 @@ class LeanVAE(Preparable):
         self.keep_snapshot(partial(prepare, self, options))
         return self
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors` into a folder, each atomically."""
-        save_pretrained("LeanVAE", self.config, self.state_dict(), folder)
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes `config.json`, `model.safetensors` and a model card, `README.md`, into a folder, each atomically.
+
+        A card that is there already is kept, with its figures brought up to date.
+
+        Args:
+            folder: made if missing.
+            dtype: to store the weights in, such as float16 for half the size; None keeps theirs.
+
+        Raises:
+            InvalidInput: a weight is too large for `dtype`.
+        """
+        save_pretrained("LeanVAE", self.config, self.state_dict(), folder, dtype)
+        write_card(folder, self, self.config)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        private: bool | None = None,
+        token: str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> str:
+        """Uploads what `save_pretrained` writes to the Hugging Face hub, in one commit, and returns its address.
+
+        The repository is made if missing. A model card that it has already is kept, with its figures brought up to
+        date.
+
+        Args:
+            repo: `OWNER/NAME`, or `NAME` for a repository of your own.
+            private: whether a new repository is private; None follows the owner's default.
+            token: for writing; None takes the one of `hf auth login` or of HF_TOKEN.
+            dtype: as in `save_pretrained`.
+            options: of `huggingface_hub.HfApi.upload_folder`, such as `commit_message`, `revision`, `create_pr`.
+
+        Raises:
+            MissingPackage: huggingface_hub is not installed.
+            InvalidInput: the hub refuses or cannot be reached, or a weight is too large for `dtype`.
+        """
+        return push(partial(self.save_pretrained, dtype=dtype), repo, private, token, **options)

@@ -18,6 +18,7 @@ from leanvae.media.info import Frame
 from leanvae.media.naming import NamedItem, find_inputs
 from leanvae.media.writer import VideoWriter, write_png
 from leanvae.metrics.frames import FrameMetrics
+from leanvae.named import weights_line
 from leanvae.progress import Progress
 from litevae.errors import NotFinite, WorkIncomplete, extra
 from litevae.files import write_text
@@ -112,6 +113,7 @@ def reconstruct(
     """
     inputs, output = Path(inputs), Path(output)
     jobs = find_inputs(inputs, output)
+    logger.info(weights_line(checkpoint))
     coder = FrameCoder(load_vae(checkpoint, device, dtype), chunk=chunk, memory_limit=memory_limit)
     output.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []

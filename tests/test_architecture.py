@@ -31,7 +31,7 @@ LAYERS: list[list[str | tuple[str, ...]]] = [
     ["media", ("distributed", "progress")],
     [("kernels", "config", "ops", "surroundings", "naf", "patchify", "bottleneck", "network")],
     ["inference"],
-    [("model", "checkpoint", "diffusers")],
+    [("model", "named", "checkpoint", "diffusers")],
     ["data", "metrics", "coder"],
     ["peers"],
     ["latents"],

@@ -63,3 +63,13 @@ def test_media_is_written_with_the_versions_that_are_promised():
     (av,) = {requirement.specifier for requirement in requirements() if requirement.name == "av"}
     assert not av.contains("17.1.0")
     assert av.contains("18.0.0")
+
+
+def test_files_that_are_not_code_are_packaged():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]
+    for package in ("leanvae", "litevae"):
+        others = [path for path in (ROOT / package).rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+        names = [path.relative_to(ROOT / package) for path in others]
+        assert [name for name in names if not any(name.match(pattern) for pattern in patterns[package])] == []
+    assert Path("weights/lean-small-c16/model.safetensors").match("weights/*/*")
+    assert "weights/*/*" in patterns["leanvae"]

@@ -2,14 +2,14 @@
 
 import argparse
 
-from leanvae.cli.flags import add_device, add_dtype, find_device, find_dtype
+from leanvae.cli.flags import add_checkpoint, add_device, add_dtype, find_device, find_dtype
 
 SUMMARY = "Decode a store of latents, or single entries of one, to clips of their sources' size and rate."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    parser.add_argument("--checkpoint", required=True, help="the checkpoint that the latents were encoded with")
+    add_checkpoint(parser, "what the latents were encoded with: ")
     parser.add_argument(
         "--input", required=True, metavar="STORE", help="store, or a file KEY.safetensors with KEY.json beside it"
     )

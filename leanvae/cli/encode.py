@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from leanvae.cli.flags import (
+    add_checkpoint,
     add_device,
     add_dtype,
     add_local_rank,
@@ -24,7 +25,7 @@ SUMMARY = "Encode clips into a store of latents; also started by torchrun or dee
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or published .ckpt file")
+    add_checkpoint(parser)
     parser.add_argument(
         "--input",
         required=True,

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="MODEL",
-        help="checkpoint folders or files, MODEL=WEIGHTS for a model of diffusers (its class, or a name of bench_res),"
+        help="checkpoint folders, files or names (docs/weights.md), MODEL=WEIGHTS for a model of diffusers (its class,"
+        " or a name of bench_res),"
         " identity, jpeg:QUALITY, h264:CRF, bicubic:FACTOR; several are compared side by side",
     )
     parser.add_argument(

@@ -9,7 +9,19 @@ from litevae.errors import InvalidInput
 if TYPE_CHECKING:
     import torch
 
+DEFAULT_CHECKPOINT = "lean-small-c16"
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_checkpoint(parser: "argparse._ActionsContainer", what: str = "") -> None:
+    """Adds `--checkpoint`, with weights of the package as the default."""
+    parser.add_argument(
+        "--checkpoint",
+        default=DEFAULT_CHECKPOINT,
+        metavar="WEIGHTS",
+        help=f"{what}checkpoint folder, published .ckpt file, weights in the package, or OWNER/NAME[/FILE.ckpt]"
+        "[@REVISION] on the Hugging Face hub; default: %(default)s",
+    )
 
 
 def add_device(parser: "argparse._ActionsContainer") -> None:
@@ -45,7 +57,7 @@ def device_of_rank(name: str) -> str:
 
 def add_dtype(parser: "argparse._ActionsContainer", flag: str = "--dtype", what: str = "the weights") -> None:
     """Adds a flag for a type, that of the checkpoint by default; `find_dtype` reads it."""
-    parser.add_argument(flag, choices=DTYPES, help=f"type of {what}; default: as stored")
+    parser.add_argument(flag, choices=DTYPES, help=f"type of {what}; default: as stored, or float32 for float16")
 
 
 def find_dtype(name: str | None) -> "torch.dtype | None":

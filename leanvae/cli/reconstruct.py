@@ -2,15 +2,17 @@
 
 import argparse
 
-from leanvae.cli.flags import add_device, add_dtype, add_strict, find_device, find_dtype
+from leanvae.cli.flags import add_checkpoint, add_device, add_dtype, add_strict, find_device, find_dtype
 
 SUMMARY = "Encode and decode a clip, an image, or a folder of both, and measure PSNR and SSIM."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags."""
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or published .ckpt file")
-    parser.add_argument("--input", required=True, metavar="FILE_OR_DIR", help="clip, image, or folder of both")
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("file", nargs="?", metavar="FILE_OR_DIR", help="clip, image, or folder of both")
+    inputs.add_argument("--input", metavar="FILE_OR_DIR", help="the same")
+    add_checkpoint(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
     add_device(parser)
     add_dtype(parser)
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     report = reconstruct(
         args.checkpoint,
-        args.input,
+        args.input or args.file,
         args.output,
         find_device(args.device),
         find_dtype(args.dtype),

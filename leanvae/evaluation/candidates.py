@@ -11,6 +11,7 @@ from leanvae.checkpoint import load_vae
 from leanvae.coder import FrameCoder, Reconstructor
 from leanvae.evaluation.analysis import model_names
 from leanvae.evaluation.baselines import is_baseline, make_baseline
+from leanvae.named import find_weights
 from leanvae.peers.coder import PeerCoder, is_of_diffusers, load_of_diffusers
 from leanvae.peers.registry import REGISTRY
 from litevae.errors import InvalidInput
@@ -43,7 +44,7 @@ def load_candidates(
     """Makes what specifications name.
 
     Args:
-        specs: a baseline, as `is_baseline` tells; `MODEL=WEIGHTS`, as `load_of_diffusers` takes it; or the path of what
+        specs: a baseline, as `is_baseline` tells; `MODEL=WEIGHTS`, as `load_of_diffusers` takes it; or what
             `load_vae` reads.
         chunk: most frames that a model gets at a time; None as memory allows, and whole clips for models without
             streams.
@@ -79,14 +80,14 @@ def _load(
     if spec in REGISTRY and not Path(spec).exists():
         raise InvalidInput(f"{spec} is a model without weights: name them, as in {spec}=FOLDER")
     vae = load_vae(spec, device, dtype)
-    return Candidate(name, spec, _stamp(Path(spec), vae), FrameCoder(vae, chunk=chunk, tile=tile))
+    return Candidate(name, spec, _stamp(find_weights(spec), vae), FrameCoder(vae, chunk=chunk, tile=tile))
 
 
 def _names(specs: Sequence[str]) -> list[str]:
     """Short different names: paths of checkpoints without what all share, other specifications as they are."""
     if not specs or len(set(specs)) < len(specs):
         raise InvalidInput(f"checkpoints are {list(specs)}: expected one or more different ones")
-    paths = [spec for spec in specs if not (is_baseline(spec) or is_of_diffusers(spec))]
+    paths = [spec for spec in specs if Path(spec).exists() and not (is_baseline(spec) or is_of_diffusers(spec))]
     short = dict(zip(paths, model_names(paths), strict=True)) if paths else {}
     names = [short.get(spec, spec) for spec in specs]
     return names if len(set(names)) == len(names) else list(specs)

@@ -1,5 +1,6 @@
 """Entries back to clips: decoding of a store, or of single entries, to the sources' rate and the true size."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
@@ -15,9 +16,12 @@ from leanvae.latents.entry import TENSORS, StoreEntry, read_entry
 from leanvae.latents.session import hash_checkpoint
 from leanvae.latents.store import Store, StoreError
 from leanvae.media.writer import VideoWriter
+from leanvae.named import weights_line
 from leanvae.progress import Progress
 from litevae.errors import NotFinite
 from litevae.pixels import to_bytes
+
+logger = logging.getLogger("leanvae")
 
 _TIME_BASE = Fraction(1, 90_000)  # of MPEG; exact for the common frame rates
 _LATENT_FRAMES_AT_ONCE = 4
@@ -50,6 +54,7 @@ def decode_latents(
         StoreError: there is no such store or entry, it is damaged, or another checkpoint encoded it.
         NotFinite: the model's output is not.
     """
+    logger.info(weights_line(checkpoint))
     vae = load_vae(checkpoint)
     known = hash_checkpoint(vae)
     coder = FrameCoder(vae.to(device, dtype).compile())

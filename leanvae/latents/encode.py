@@ -20,6 +20,7 @@ from leanvae.latents.shards import ShardWriter
 from leanvae.latents.statistics import merge_moments
 from leanvae.latents.store import INDEX, STATISTICS, SUMMARY, SourceRecord, Store, StoreError
 from leanvae.media.item import Item, printable
+from leanvae.named import weights_line
 from leanvae.progress import Progress
 from litevae.errors import InvalidInput
 from litevae.pretrained import CONFIG_FILE, STATISTICS_FIELDS, update_config
@@ -79,6 +80,7 @@ def encode_clips(
         raise InvalidInput(f"--update-checkpoint: {job.checkpoint} is not a folder with a {CONFIG_FILE}")
     unreadable: dict[str, str] = {}  # folders, and why; known on the main rank
     store, sources = Store(output), on_main(lambda: list_sources(inputs, unreadable))
+    on_main(lambda: logger.info(weights_line(job.checkpoint)))
     stored_vae = load_vae(job.checkpoint)
     checkpoint = hash_checkpoint(stored_vae)
     started = time.monotonic()

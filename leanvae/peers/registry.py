@@ -10,7 +10,6 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from leanvae.checkpoint import load_vae
 from leanvae.config import LeanVAEConfig
 from leanvae.model import LeanVAE
+from leanvae.named import may_name_weights, packaged_names
 from leanvae.peers.models import ANY_LENGTH, Kind, Lengths, Model, latent_of
 from litevae.config import LiteVAEConfig
 from litevae.errors import InvalidInput, MissingPackage, extra
@@ -224,14 +224,15 @@ def find_model(name: str) -> Model:
     """
     if name in REGISTRY:
         return REGISTRY[name]
-    if Path(name).exists():
+    if may_name_weights(name):
         is_video = isinstance(load_vae(name), LeanVAE)
         return _users_model(name, lambda: load_vae(name), "weights on disk", "video" if is_video else "image")
     module, colon, factory = name.partition(":")
     if colon and all(part.isidentifier() for part in [*module.split("."), factory]):
         make = _find_factory(name, module, factory)
         return _users_model(name, make, "the user's own", _kind_of(name, make()))
-    choose("model", name, [*REGISTRY, "FOLDER of a checkpoint", "package.module:factory"])
+    weights = ["FOLDER of a checkpoint", *packaged_names(), "OWNER/NAME on the Hugging Face hub"]
+    choose("model", name, [*REGISTRY, *weights, "package.module:factory"])
     raise AssertionError
 
 

@@ -27,6 +27,7 @@ def test_saved_model_loads_equal(tmp_path, fields):
     assert loaded.config == vae.config
     assert not loaded.training
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]
