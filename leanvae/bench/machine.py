@@ -12,7 +12,7 @@ import torch
 _PACKAGES = ("leanvae", "torch", "diffusers", "numpy")
 
 
-def describe_machine(device: str) -> dict[str, Any]:
+def machine_facts(device: str) -> dict[str, Any]:
     """Hardware and software that decide the figures; no names of hosts or users."""
     hardware: dict[str, Any] = {
         "device": device,

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         strict=args.strict,
     )
     if rank() == 0:
-        print(describe(report))
+        print(totals_table(report))
         print(f"{report['files']} files evaluated, {len(report['skipped'])} skipped: {args.output}/{PAGE_FILE}")
     return 0
 
@@ -113,7 +113,7 @@ _COLUMNS = (
 )
 
 
-def describe(report: dict[str, Any]) -> str:
+def totals_table(report: dict[str, Any]) -> str:
     """The totals as a table of text; columns without a value are left out."""
     models = report["models"]
     columns = [column for column in _COLUMNS if any(model[column[0]]["value"] is not None for model in models)]

@@ -23,7 +23,7 @@ from litevae.tiling import check_tile
 
 MOST_LATENT_FRAMES = 16  # that a stream works on at once where memory is limited
 PIXELS_AT_ONCE = 2**21  # of decoded frames that are measured and written at a time, but at least one frame
-_LIMIT_ON_CPU = 6 * 2**30
+LIMIT_ON_CPU = "6GiB"  # of encoding and decoding if none is given
 _SMALLEST_TILE = 8  # tokens of a planned tile in each direction
 # What glibc's heap loses to gaps between tensors, as measured. It keeps tensors of up to 32 MiB, and returns the memory
 # of larger ones at once; tiles, above all those with neighbours to the side, differ in shape and leave the most gaps.
@@ -290,7 +290,7 @@ def plan_reconstruction(
         return pixels + max(encoding.memory + decoding.load.kept, decoding.memory + encoding.load.kept)
 
     free = free_memory(weight.device)
-    limit = memory_limit or (_LIMIT_ON_CPU if free is None else int(SHARE_OF_FREE * free))
+    limit = memory_limit or (parse_bytes(LIMIT_ON_CPU) if free is None else int(SHARE_OF_FREE * free))
     smallest = min(pairs, key=memory)
     pair = next((pair for pair in pairs if memory(pair) <= limit), smallest)
     if memory_limit is not None and memory(pair) > memory_limit:

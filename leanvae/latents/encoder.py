@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -226,7 +225,7 @@ def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> StoreEntry
     Args:
         checkpoint: hash of the weights and the configuration that it was encoded with.
     """
-    source, last = clip.source, clip.last
+    source, last, caption = clip.source, clip.last, clip.source.columns.get("caption")
     facts = {
         "key": f"{source.id}_{clip.first:07d}",
         "source": source.name,
@@ -244,11 +243,7 @@ def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> StoreEntry
         "dtype": str(clip.tensors["mean"].dtype).removeprefix("torch."),
         "flipped": len(clip.tensors) > 2,
         "checkpoint": checkpoint,
-        "caption": _text(source.columns.get("caption")),
+        "caption": None if caption is None else str(caption),
         "columns": source.columns,
     }
     return StoreEntry(facts, clip.tensors, clip.thumbnail)
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)

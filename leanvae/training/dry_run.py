@@ -21,7 +21,7 @@ from litevae.recompute import recompute_activations
 NUM_STEPS = 20
 
 
-def describe_run(config: TrainConfig, world_size: int) -> str:
+def run_summary(config: TrainConfig, world_size: int) -> str:
     """Return the resolved configuration, the first steps, and estimates for each of `world_size` ranks, as text.
 
     The data sources are listed, and their files measured if there are buckets to choose from, as in the run.
