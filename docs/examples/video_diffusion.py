@@ -49,7 +49,7 @@ def predict(transformer: WanTransformer3DModel, z: Tensor, timestep: Tensor) -> 
 
 
 def train(transformer: WanTransformer3DModel, loader: DataLoader, num_steps: int) -> list[float]:
-    """Takes training steps; returns their losses."""
+    """Take training steps; returns their losses."""
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-3)
     losses = []
     for _, batch in zip(range(num_steps), cycle(loader), strict=False):
@@ -66,7 +66,7 @@ def train(transformer: WanTransformer3DModel, loader: DataLoader, num_steps: int
 
 @torch.no_grad()
 def sample(transformer: WanTransformer3DModel, shape: tuple[int, ...], num_steps: int) -> Tensor:
-    """Draws normalized latents of a shape `(Z, T', H', W')`."""
+    """Draw normalized latents of a shape `(Z, T', H', W')`."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(num_steps)
     z = torch.randn(1, *shape)
@@ -76,7 +76,7 @@ def sample(transformer: WanTransformer3DModel, shape: tuple[int, ...], num_steps
 
 
 def main() -> None:
-    """Trains, samples and decodes."""
+    """Train, samples and decodes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True, help="what leanvae encode_clips wrote")
     parser.add_argument("--checkpoint", required=True, help="the checkpoint that it was encoded with")
