@@ -13,17 +13,17 @@ from litevae.files import atomic_path, write_text
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-STATISTICS_FIELDS = {"latent_mean", "latent_std"}  # fields of the configuration that are known only after training
+STATISTICS_FIELDS = {"latent_mean", "latent_std"}  # fields of the configuration known only after training
 
 
 def save_pretrained(name: str, config: BaseModel, state: dict[str, Tensor], folder: str | Path) -> None:
-    """Writes a model's configuration and weights, each atomically.
+    """Write a model's configuration and weights, each atomically.
 
     Args:
-        name: of the model's class.
+        name: name of the model's class.
         config: its configuration.
         state: its weights by name.
-        folder: made if missing.
+        folder: created if missing.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,11 +34,11 @@ def save_pretrained(name: str, config: BaseModel, state: dict[str, Tensor], fold
 
 
 def config_text(tree: Mapping[str, Any]) -> str:
-    """Return what stands in a `config.json`."""
+    """Return the content of a `config.json`."""
     return json.dumps(tree, indent=2) + "\n"
 
 
 def update_config(folder: str | Path, fields: Mapping[str, Any]) -> None:
-    """Replace fields of a folder's `config.json`, atomically; all else in it stays as it is to the last byte."""
+    """Replace fields of a folder's `config.json`, atomically; all others stay the same."""
     file = Path(folder) / CONFIG_FILE
     write_text(file, config_text(json.loads(file.read_text(encoding="utf-8")) | fields))
