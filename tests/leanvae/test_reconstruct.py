@@ -277,7 +277,7 @@ def test_reconstruct_checks_the_memory_limit(tmp_path: Path, checkpoint: Path) -
     _write_clip(tmp_path / "clip.mp4")
     for limit, message in [
         ("much", "expected a positive number of bytes"),
-        ("1MiB", "to reconstruct frames of 52x36 takes"),
+        ("1MiB", "to reconstruct frames of 52x36 needs"),
     ]:
         with pytest.raises(ValueError, match=message):
             reconstruct(checkpoint, tmp_path / "clip.mp4", tmp_path / "out", memory_limit=limit)
