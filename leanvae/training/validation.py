@@ -58,7 +58,7 @@ class ValidationResults:
 
 
 def read_validation_samples(config: TrainConfig, items: Sequence[Item]) -> list[Sample]:
-    """Decodes the first usable held-out clips and images, in the largest shapes of the run's last phase.
+    """Decode the first usable held-out clips and images, in the largest shapes of the run's last phase.
 
     Args:
         config: the run's configuration; of each kind, `training.validation_clips` are taken.
@@ -94,7 +94,7 @@ class Validation:
 
     @torch.inference_mode()
     def run(self, weights: dict[str, Tensor]) -> ValidationResults | None:
-        """Reconstructs the held-out files with the given weights; `None` if there are none."""
+        """Reconstruct the held-out files with the given weights; `None` if there are none."""
         if not self._samples:
             return None
         with torch.device("meta"):
