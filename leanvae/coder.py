@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from leanvae.inference.plan import PIXELS_AT_ONCE, ClipPlan, Parts, make_plan, plan_reconstruction
+from leanvae.inference.plan import LIMIT_ON_CPU, PIXELS_AT_ONCE, ClipPlan, Parts, make_plan, plan_reconstruction
 from leanvae.inference.stream import DecoderStream, EncoderStream
 from leanvae.media.info import Frame
 from leanvae.model import LeanVAE
@@ -33,7 +33,6 @@ VAE = LeanVAE | LiteVAE
 Tile = tuple[int, int] | None  # (height, width) in pixels
 Clip = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]  # (T, H, W, 3), or its frames
 IMAGES_AT_ONCE = 4  # frames that an image model gets at a time, at most
-MEMORY_LIMIT_ON_CPU = "6GiB"  # of encoding and decoding where none is given
 
 
 class Seams(NamedTuple):
@@ -133,7 +132,7 @@ class FrameCoder:
         self._chunk, self._tile = chunk, tile
         self._given_limit = None if memory_limit is None else parse_bytes(memory_limit)
         on_cpu = next(vae.parameters()).device.type == "cpu"
-        self._limit = self._given_limit or (MEMORY_LIMIT_ON_CPU if on_cpu else None)
+        self._limit = self._given_limit or (LIMIT_ON_CPU if on_cpu else None)
 
     @torch.inference_mode()
     def encode(self, clips: Sequence[Clip]) -> DiagonalGaussian:

@@ -64,11 +64,11 @@ def parse_config(config_class: type[ConfigT], tree: dict[str, Any], origin: str)
     try:
         return config_class.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{origin}:{describe_errors(error, config_class)}") from error
+        raise ConfigError(f"{origin}:{error_lines(error, config_class)}") from error
 
 
-def describe_errors(error: ValidationError, config_class: type[BaseModel] | None = None) -> str:
-    """Return a line for each error, with its key, the value and the rule; with the class, also the known keys."""
+def error_lines(error: ValidationError, config_class: type[BaseModel] | None = None) -> str:
+    """A line for each error, with its key, the value and the rule; with the class, also the keys that exist."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from litevae.errors import InvalidInput, MissingPackage
+from litevae.errors import RAISED_ON_MAIN, InvalidInput, MissingPackage
 
 logger = logging.getLogger("leanvae")
 
@@ -159,7 +159,7 @@ def on_main(work: Callable[[], T]) -> T:
     """Do work on the main rank alone, for as long as it takes, and return its result on every rank.
 
     Raises:
-        Exception: whatever `work` raises, on every rank.
+        Exception: whatever `work` raises, on every rank; all but the main one add the note `RAISED_ON_MAIN`.
     """
     if not dist.is_initialized():
         return work()
@@ -172,10 +172,13 @@ def on_main(work: Callable[[], T]) -> T:
             error = caught
     told = [result, error and _as_others_get(error)]
     dist.broadcast_object_list(told, group=_waiting_group)
-    error = error or told[1]
+    result, raised = told
     if error is not None:
         raise error
-    return told[0]
+    if raised is not None:
+        raised.add_note(RAISED_ON_MAIN)
+        raise raised
+    return result
 
 
 def _as_others_get(error: Exception) -> Exception:
@@ -218,20 +221,23 @@ def lock_folder(folder: Path, wait: float = _SECONDS_FOR_THE_OTHER_RUN) -> int:
     """
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     deadline = time.monotonic() + wait
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-                os.close(descriptor)
-                raise InvalidInput(
-                    f"{folder}: another run (process {owner}) writes here: stop it, or choose another --output"
-                ) from None
-            time.sleep(0.2)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+                    raise InvalidInput(
+                        f"{folder}: another run (process {owner}) writes here: stop it, or choose another --output"
+                    ) from None
+                time.sleep(0.2)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    except BaseException:  # such as a full disk
+        os.close(descriptor)
+        raise
     return descriptor
 
 

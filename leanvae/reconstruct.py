@@ -15,7 +15,7 @@ from leanvae.media.errors import MediaError
 from leanvae.media.folder import ClipReader, open_clip
 from leanvae.media.image import read_image
 from leanvae.media.info import Frame
-from leanvae.media.naming import NamedItem, find_inputs
+from leanvae.media.naming import NamedItem, find_inputs, first_skipped
 from leanvae.media.writer import VideoWriter, write_png
 from leanvae.metrics.frames import FrameMetrics
 from leanvae.progress import Progress
@@ -135,7 +135,9 @@ def reconstruct(
         report.update(total=_total(results, len(skipped)), files=files, skipped=skipped)
         write_text(output / METRICS_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
     if skipped and (strict or not results):
-        raise WorkIncomplete(f"{len(skipped)} of {len(jobs)} files could not be reconstructed: {_list(skipped)}")
+        raise WorkIncomplete(
+            f"{len(skipped)} of {len(jobs)} files could not be reconstructed: {first_skipped(skipped)}"
+        )
     return report
 
 
@@ -149,12 +151,6 @@ def _total(results: list[Result], num_skipped: int) -> dict[str, Any]:
         total[name] = sum(value * frames for value, frames in measured) / num_frames if measured else None
         total[f"files_without_{name}"] = len(results) - len(measured)
     return total
-
-
-def _list(skipped: list[dict[str, str]], shown: int = 5) -> str:
-    """List the first skipped files with their reasons, and the number of others."""
-    names = "; ".join(f"{entry['input']}: {entry['reason']}" for entry in skipped[:shown])
-    return names + (f"; and {len(skipped) - shown} more" if len(skipped) > shown else "")
 
 
 def _reconstruct_file(coder: FrameCoder, job: NamedItem, output: Path, label: str) -> Result:

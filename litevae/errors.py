@@ -6,6 +6,8 @@ The command line shows a `LeanVAEError` in one line. Any other exception is a bu
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+RAISED_ON_MAIN = "raised on the main rank"  # note of an error that other ranks raise again
+
 _OURS = ("leanvae", "litevae")
 
 

@@ -24,7 +24,7 @@ _UNITS = {"": 1, "B": 1} | {
     for infix, base in (("", 1000), ("i", 1024))
     for power, letter in enumerate("KMGT", start=1)
 }
-_OUT_OF_MEMORY_WORDS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc")
+_OUT_OF_MEMORY_WORDS = ("not enough memory", "allocate memory", "out of memory", "could not allocate", "bad_alloc")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 

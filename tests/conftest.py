@@ -10,7 +10,7 @@ import torch
 torch.set_num_threads(1)  # the tensors are small, and other processes may want the other cores
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_clip():
     """A function that writes a small real mp4 of moving gradients."""
 

@@ -1,5 +1,6 @@
 """Two reports compared as ratios."""
 
+from dataclasses import fields
 from typing import Any
 
 from rich.console import Console
@@ -7,8 +8,6 @@ from rich.table import Table
 
 from leanvae.bench.jobs import BenchRow
 from leanvae.bench.report import Report
-
-_JOB_FIELDS = ("model", "frames", "height", "width", "mode", "dtype", "device", "batch", "encode_only")
 
 
 def compare_reports(before: Report, after: Report) -> list[dict[str, Any]]:
@@ -45,7 +44,7 @@ def print_comparison(entries: list[dict[str, Any]], names: tuple[str, str], cons
 
 
 def _job(row: dict[str, Any]) -> BenchRow:
-    return BenchRow(**{name: row[name] for name in _JOB_FIELDS})
+    return BenchRow(**{field.name: row[field.name] for field in fields(BenchRow)})
 
 
 def _ratio(after: float, before: float) -> float | None:

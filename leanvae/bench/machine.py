@@ -12,8 +12,8 @@ import torch
 _PACKAGES = ("leanvae", "torch", "diffusers", "numpy")
 
 
-def describe_machine(device: str) -> dict[str, Any]:
-    """Return the hardware and software that affect the figures, without names of hosts or users."""
+def machine_facts(device: str) -> dict[str, Any]:
+    """Hardware and software that decide the figures; no names of hosts or users."""
     hardware: dict[str, Any] = {
         "device": device,
         "processor": _processor(),

@@ -20,12 +20,12 @@ from leanvae.bench.jobs import BenchRow, Result
 from leanvae.bench.memory import PeakMemory, limit_memory
 from leanvae.bench.modes import runners
 from leanvae.peers.registry import find_model
+from litevae.memory import is_out_of_memory
 
 RESULT_PREFIX = "RESULT "
 OUT_OF_MEMORY = "out of memory"
 _SMALL_SPREAD = 0.05  # interquartile range over median at which repeating ends
 _MIN_REPEATS, _MAX_REPEATS = 3, 50
-_OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "bad_alloc", "could not allocate")
 
 
 def repeat(function: Callable[[], Tensor], device: torch.device, seconds: float) -> tuple[Result, Tensor]:
@@ -112,11 +112,10 @@ def measure(job: BenchRow, seconds: float) -> Result:
     return result
 
 
-def describe_failure(error: BaseException) -> Result:
-    """Return a failure as a result: its status and first line."""
+def failure_result(error: BaseException) -> Result:
+    """A failure as a result: its status and its first line."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if memory or any(words in str(error).lower() for words in _OUT_OF_MEMORY_WORDS):
+    if is_out_of_memory(error):
         return {"status": OUT_OF_MEMORY, "reason": reason}
     return {"status": "failed", "reason": f"{type(error).__name__}: {reason}"}
 
@@ -136,7 +135,7 @@ def main(arguments: list[str]) -> None:
     try:
         result = {"status": "ok", **measure(BenchRow(**job_fields), seconds)}
     except Exception as error:
-        result = describe_failure(error)
+        result = failure_result(error)
     print(RESULT_PREFIX + json.dumps(result), flush=True)
     os._exit(0)
 

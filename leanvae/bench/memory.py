@@ -1,11 +1,12 @@
 """Peak memory during some work: from the allocator on GPUs, from the resident set on CPUs."""
 
-import ctypes
 import gc
 import threading
 from pathlib import Path
 
 import torch
+
+from litevae.memory import return_freed_memory
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -30,7 +31,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
             return self
-        _give_freed_memory_back()
+        return_freed_memory(self._device)  # or the work that follows would reuse it unseen
         self._sampler = None
         try:
             _CLEAR_REFS.write_text("5", encoding="ascii")  # resets the peak
@@ -79,14 +80,6 @@ def _peak_resident_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"{_STATUS} has no VmHWM")
-
-
-def _give_freed_memory_back() -> None:
-    """Make glibc return freed memory, which later work would otherwise reuse without showing it."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return
 
 
 def limit_memory(limit_bytes: int) -> None:

@@ -45,10 +45,6 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
     return written
 
 
-def _size(row: dict[str, Any]) -> Size:
-    return Size(row["frames"], row["height"], row["width"])
-
-
 def _total_seconds(row: dict[str, Any]) -> float:
     return sum(row[part]["median"] for part in ("encode", "decode") if part in row)
 
@@ -86,7 +82,7 @@ def _without_twins(entries: Sequence[dict[str, Any]], report: Report) -> list[di
             for other in kept
             if ours
             and report["models"][other["model"]]["is_ours"]
-            and _size(other) == _size(entry)
+            and Size.of(other) == Size.of(entry)
             and abs(other["encode"] + other["decode"] - total) < _SAME_COST * total
         ]
         if not twins:
@@ -95,11 +91,11 @@ def _without_twins(entries: Sequence[dict[str, Any]], report: Report) -> list[di
 
 
 def _draw_panel(axes: Axes, entries: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
-    sizes = sorted({_size(entry) for entry in entries}, key=lambda size: size.num_pixels)
+    sizes = sorted({Size.of(entry) for entry in entries}, key=lambda size: size.num_pixels)
     names = list(dict.fromkeys(entry["model"] for entry in entries))
-    flops = {(entry["model"], _size(entry)): (entry["encode"] + entry["decode"]) / 1e12 for entry in entries}
+    flops = {(entry["model"], Size.of(entry)): (entry["encode"] + entry["decode"]) / 1e12 for entry in entries}
     times = {
-        (row["model"], _size(row)): _total_seconds(row)
+        (row["model"], Size.of(row)): _total_seconds(row)
         for row in rows
         if row["mode"] == "whole" and row["dtype"] == "float32" and row["batch"] == 1
     }

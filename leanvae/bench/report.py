@@ -1,7 +1,5 @@
 """A run's results as one dictionary, written as JSON, with a CSV file of its rows."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from leanvae.bench.settings import DEFAULT_FRAMES, HEADLINE, TABLE3_BATCH, TABLE
 from leanvae.bench.sizes import resolution_name
 from leanvae.peers.models import Size
 from litevae.errors import InvalidInput
-from litevae.files import write_text
+from litevae.files import write_csv, write_text
 
 NO_TIME, UNCOUNTED = "no time: needs", "its FLOPs cannot be counted"
 JSON_FILE, CSV_FILE = "results.json", "results.csv"
@@ -94,15 +92,11 @@ def _flops(bench: Benchmark) -> list[dict[str, Any]]:
                 continue
             entry = {"model": model.name, **asdict(size), "measured_size": str(model.fit(size))}
             entries.append({**entry, "encode": counted.encode, "decode": counted.decode})
-    ours = {_size_of(entry): _total(entry) for entry in entries if entry["model"] == HEADLINE}
+    ours = {Size.of(entry): _total(entry) for entry in entries if entry["model"] == HEADLINE}
     for entry in entries:
-        total = ours.get(_size_of(entry))
+        total = ours.get(Size.of(entry))
         entry["times_ours"] = _total(entry) / total if total else None
     return entries
-
-
-def _size_of(entry: dict[str, Any]) -> Size:
-    return Size(entry["frames"], entry["height"], entry["width"])
 
 
 def _total(entry: dict[str, Any]) -> int:
@@ -143,7 +137,7 @@ def memory_limits(rows: Sequence[dict[str, Any]], memory_bytes: int) -> list[dic
         of_model = [row for row in single if row["model"] == name and row["status"] in ("ok", OUT_OF_MEMORY)]
         counts = {row["frames"] for row in of_model}
         frames = DEFAULT_FRAMES if DEFAULT_FRAMES in counts else max(counts, default=0)
-        of_model = sorted((row for row in of_model if row["frames"] == frames), key=_num_pixels)
+        of_model = sorted((row for row in of_model if row["frames"] == frames), key=lambda row: Size.of(row).num_pixels)
         ran_out = [row for row in of_model if row["status"] == OUT_OF_MEMORY]
         if ran_out:
             limits.append({"model": name, "frames": frames, "ran_out_at": _name(ran_out[0])})
@@ -156,10 +150,6 @@ def memory_limits(rows: Sequence[dict[str, Any]], memory_bytes: int) -> list[dic
     return limits
 
 
-def _num_pixels(row: dict[str, Any]) -> int:
-    return _size_of(row).num_pixels
-
-
 def _name(row: dict[str, Any]) -> str:
     return resolution_name(row["height"], row["width"])
 
@@ -169,11 +159,7 @@ def write_report(report: Report, folder: Path) -> None:
     write_text(folder / JSON_FILE, json.dumps(report, indent=1, allow_nan=False) + "\n")
     flat = [_flatten(row) for row in report["rows"]]
     columns = list(dict.fromkeys(name for row in flat for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    write_text(folder / CSV_FILE, text.getvalue())
+    write_csv(folder / CSV_FILE, columns, ([row.get(name) for name in columns] for row in flat))
 
 
 def _flatten(row: dict[str, Any]) -> dict[str, Any]:

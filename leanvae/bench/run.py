@@ -18,7 +18,7 @@ from leanvae.bench.child import run_child
 from leanvae.bench.floor import matrix_rate, memory_bandwidth
 from leanvae.bench.flops import Count, count
 from leanvae.bench.jobs import BenchRow, Result, Results
-from leanvae.bench.machine import describe_machine
+from leanvae.bench.machine import machine_facts
 from leanvae.bench.modes import lacks_mode
 from leanvae.bench.plan import Estimator, common_side, plan
 from leanvae.bench.settings import COMMON_SHARE, COMMON_SIDES, DEFAULT_FRAMES, BenchSettings
@@ -113,7 +113,7 @@ class Benchmark:
                 bar.total = number + len(ahead)
                 bar.update()
                 seconds = sum(map(self.estimator.estimate, ahead))
-                logger.info("[%d/%d, %s left] %s: %s", number, bar.total, _minutes(seconds), job, _describe(result))
+                logger.info("[%d/%d, %s left] %s: %s", number, bar.total, _minutes(seconds), job, _summary_line(result))
         if number:
             self._measure_floors_again()
 
@@ -139,7 +139,7 @@ class Benchmark:
     def _load_machine(self) -> dict[str, Any]:
         """Return the folder's record, checked against this machine, or a new one with freshly measured floors."""
         path, device = self.settings.output / "machine.json", torch.device(self.settings.device)
-        here = describe_machine(self.settings.device)
+        here = machine_facts(self.settings.device)
         machine = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         if machine is None:
             date = datetime.now(UTC).date().isoformat()
@@ -260,8 +260,8 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _describe(result: Result) -> str:
-    """Describe a result in one line."""
+def _summary_line(result: Result) -> str:
+    """One line on a result."""
     if result["status"] != "ok":
         return f"{result['status']}: {result['reason']}"
     parts = [

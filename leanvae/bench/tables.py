@@ -49,12 +49,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
             console.print(table)
     failed = [row for row in report["rows"] if row["status"] != "ok"]
     for row in failed:
-        console.print(f"{row['model']} {_size(row)} {row['mode']} {row['dtype']}: {row['status']}: {row['reason']}")
+        console.print(f"{row['model']} {Size.of(row)} {row['mode']} {row['dtype']}: {row['status']}: {row['reason']}")
     _print_left_out(report["left_out"], console)
-
-
-def _size(row: dict[str, Any]) -> Size:
-    return Size(row["frames"], row["height"], row["width"])
 
 
 def _table(title: str, *columns: str, caption: str | None = None) -> Table:
@@ -71,15 +67,15 @@ def _measurements(rows: Sequence[dict[str, Any]]) -> Table:
         *("model", "size", "mode", "dtype", "TFLOP", "seconds", "IQR %", "frames/s", "peak GiB", "x floor"),
         caption="x floor: time over that of the same FLOPs at the rate of matrix products. * one call, no warm-up.",
     )
-    for row in sorted(rows, key=lambda row: (row["batch"], _size(row), row["mode"], row["model"])):
+    for row in sorted(rows, key=lambda row: (row["batch"], Size.of(row), row["mode"], row["model"])):
         parts = [row[part] for part in ("encode", "decode") if part in row]
         if row["status"] != "ok":
-            table.add_row(row["model"], str(_size(row)), row["mode"], row["dtype"], row["status"])
+            table.add_row(row["model"], str(Size.of(row)), row["mode"], row["dtype"], row["status"])
             continue
         batch = f"{row['batch']} x " if row["batch"] > 1 else ""
         table.add_row(
             row["model"],
-            f"{batch}{_size(row)}",
+            f"{batch}{Size.of(row)}",
             row["mode"],
             row["dtype"],
             _pair(parts, lambda part: f"{part['flops'] / 1e12:.3g}" if part["flops"] else "?"),
@@ -99,7 +95,7 @@ def _pair(parts: list[dict[str, Any]], show: Any) -> str:
 def _flops(report: Report, kind: str) -> Table:
     """Make a table with the models of a kind as rows and sizes as columns."""
     entries = [entry for entry in report["flops"] if report["models"][entry["model"]]["kind"] == kind]
-    sizes = sorted({_size(entry) for entry in entries})
+    sizes = sorted({Size.of(entry) for entry in entries})
     counts = sorted({size.frames for size in sizes})
     columns = [
         resolution_name(size.height, size.width) if len(counts) == 1 else f"{size.frames} x {size.height}x{size.width}"
@@ -110,7 +106,7 @@ def _flops(report: Report, kind: str) -> Table:
     title = f"Counted: TFLOP to encode and decode {what}{brackets}"
     table = _table(title, "model", *columns, caption="A multiply-add counts as two.")
     for name in dict.fromkeys(entry["model"] for entry in entries):
-        of_model = {_size(entry): entry for entry in entries if entry["model"] == name}
+        of_model = {Size.of(entry): entry for entry in entries if entry["model"] == name}
         table.add_row(name, *(_flops_cell(of_model.get(size)) for size in sizes))
     return table
 

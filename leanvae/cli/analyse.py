@@ -41,13 +41,13 @@ def run(args: argparse.Namespace) -> int:
     report = analyse(
         args.checkpoint, args.input, args.output, find_device(args.device), find_dtype(args.dtype), study, args.strict
     )
-    print(describe(report))
+    print(measures_table(report))
     print(f"{report['images']} images analysed, {len(report['skipped'])} skipped: {args.output}/{ANALYSIS_FILE}")
     return 0
 
 
-def describe(report: dict[str, Any]) -> str:
-    """Return a report's tables as text: a line for each model and measure."""
+def measures_table(report: dict[str, Any]) -> str:
+    """A report's tables as text: a line for each model and measure."""
     lines = []
     for model in report["models"]:
         lines.append(model["name"])

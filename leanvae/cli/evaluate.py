@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         strict=args.strict,
     )
     if rank() == 0:
-        print(describe(report))
+        print(totals_table(report))
         print(f"{report['files']} files evaluated, {len(report['skipped'])} skipped: {args.output}/{PAGE_FILE}")
     return 0
 
@@ -112,8 +112,8 @@ _COLUMNS = (
 )
 
 
-def describe(report: dict[str, Any]) -> str:
-    """Return the totals as a table of text, without empty columns."""
+def totals_table(report: dict[str, Any]) -> str:
+    """The totals as a table of text; columns without a value are left out."""
     models = report["models"]
     columns = [column for column in _COLUMNS if any(model[column[0]]["value"] is not None for model in models)]
     lines = [["model", *(label for _, label, _ in columns)]]

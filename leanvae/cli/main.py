@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from leanvae.cli import analyse, bench, decode, encode, evaluate, reconstruct, store, train
-from litevae.errors import LeanVAEError, WorkIncomplete
+from litevae.errors import RAISED_ON_MAIN, LeanVAEError, WorkIncomplete
 
 WRONG_INPUT, WORK_INCOMPLETE = 2, 3  # exit status
 
@@ -89,16 +89,28 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     try:
         return args.run(args)
     except LeanVAEError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return WORK_INCOMPLETE if isinstance(error, WorkIncomplete) else WRONG_INPUT
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _print_error(error: Exception) -> None:
+    """Prints an error in one line, unless another rank prints the same one."""
+    if RAISED_ON_MAIN in getattr(error, "__notes__", ()):
+        return
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        from leanvae.config import ConfigError
+
+        if isinstance(error, ConfigError | WorkIncomplete):  # the same on all ranks of a node
+            return
+    print(f"error: {error}", file=sys.stderr)
 
 
 def _log_to_stderr() -> None:

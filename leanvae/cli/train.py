@@ -59,11 +59,11 @@ def _train(config_class: "type[TrainVideoConfig] | type[TrainImageConfig]", args
     if args.dry_run:
         from leanvae.config import load_config
         from leanvae.distributed import rank, world_size
-        from leanvae.training.dry_run import describe_run
+        from leanvae.training.dry_run import run_summary
 
         if rank() == 0:
             ranks = args.ranks or world_size()
-            print(describe_run(load_config(config_class, args.config, args.set), ranks))
+            print(run_summary(load_config(config_class, args.config, args.set), ranks))
         return 0
 
     from leanvae.training.loop import train

@@ -3,8 +3,6 @@
 It repeats LiteVAE's Table 6 and Figures 2, 3, 4, 5 and 8 on a user's own images.
 """
 
-import csv
-import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +17,10 @@ from leanvae.checkpoint import load_vae
 from leanvae.evaluation.analysis_record import Autoencoder, ModelRecord, Study
 from leanvae.media.errors import MediaError
 from leanvae.media.image import read_image
-from leanvae.media.naming import NamedItem, find_inputs
+from leanvae.media.naming import NamedItem, find_inputs, first_skipped
 from leanvae.progress import Progress
 from litevae.errors import InvalidInput, WorkIncomplete, extra
-from litevae.files import write_text
+from litevae.files import write_csv, write_text
 from litevae.perceptual import PerceptualDistance, find_backbone, load_lpips, missing_backbone_message
 
 with extra("video"):
@@ -31,8 +29,7 @@ with extra("video"):
 logger = logging.getLogger("leanvae")
 
 ANALYSIS_FILE = "analysis.json"
-_MMD_COLUMNS = ["sigma", "mean", "std"]
-_BATCH_PIXELS = 2**18
+_BATCH_PIXELS = 2**18  # at once
 
 
 def analyse(
@@ -165,29 +162,16 @@ def analyse_models(
         lpips = lpips.to(next(next(iter(models.values())).parameters()).device)
     records = [ModelRecord(name, vae, study, lpips) for name, vae in models.items()]
     skipped: list[dict[str, str]] = []
-    pictures: list[NDArray[np.uint8]] = []
-    counts = dict.fromkeys(study.sides, 0)
     with torch.inference_mode():
-        for images in read_squares(jobs, study.sides, skipped):
-            side = len(images[0])
-            counts[side] += len(images)
-            if side == study.size:
-                pictures += images[: study.num_pictures - len(pictures)]
-            for record in records:
-                record.update(images)
-        num_read = len(jobs) - len(skipped)
-        if not num_read:
-            raise WorkIncomplete(f"none of {len(jobs)} images could be read: {_list(skipped)}")
-        if not pictures:
-            raise InvalidInput(
-                f"size is {study.size}: none of the {num_read} images is that large; choose a smaller size"
-            )
+        pictures, counts = _measure(records, jobs, study, skipped)
         drawn = {record.name: [record.picture(image) for image in pictures] for record in records}
         summaries = [record.summary() for record in records]
+    num_read = len(jobs) - len(skipped)
+    left_out = {side: num_read - count for side, count in counts.items()}
     notes += [
-        f"{num_read - count} of {num_read} images are smaller than {side} pixels and left out at that size"
-        for side, count in counts.items()
-        if count < num_read
+        f"{count} of {num_read} images are smaller than {side} pixels and left out there"
+        for side, count in left_out.items()
+        if count
     ]
     for note in notes:
         logger.info(note)
@@ -196,7 +180,7 @@ def analyse_models(
         "images": num_read,
         "size": study.size,
         "resolutions": list(study.resolutions),
-        "left_out": {str(side): num_read - count for side, count in counts.items()},
+        "left_out": {str(side): count for side, count in left_out.items()},
         "notes": notes,
         "models": [
             {"name": name, "checkpoint": (sources or {}).get(name), **summary}
@@ -210,14 +194,29 @@ def analyse_models(
     plots.plot_features(output / "features.png", pictures, drawn)
     plots.plot_latents(output / "latents.png", pictures, drawn)
     if strict and skipped:
-        raise WorkIncomplete(f"{len(skipped)} of {len(jobs)} images could not be read: {_list(skipped)}")
+        raise WorkIncomplete(f"{len(skipped)} of {len(jobs)} images could not be read: {first_skipped(skipped)}")
     return report
 
 
-def _list(skipped: list[dict[str, str]], shown: int = 5) -> str:
-    """List the first skipped files with their reasons, and the number of others."""
-    names = "; ".join(f"{entry['input']}: {entry['reason']}" for entry in skipped[:shown])
-    return names + (f"; and {len(skipped) - shown} more" if len(skipped) > shown else "")
+def _measure(
+    records: Sequence[ModelRecord], jobs: list[NamedItem], study: Study, skipped: list[dict[str, str]]
+) -> tuple[list[NDArray[np.uint8]], dict[int, int]]:
+    """Adds all images to the records; returns those to be shown, and how many were as large as each side."""
+    pictures: list[NDArray[np.uint8]] = []
+    counts = dict.fromkeys(study.sides, 0)
+    for images in read_squares(jobs, study.sides, skipped):
+        side = len(images[0])
+        counts[side] += len(images)
+        if side == study.size:
+            pictures += images[: study.num_pictures - len(pictures)]
+        for record in records:
+            record.update(images)
+    num_read = len(jobs) - len(skipped)
+    if not num_read:
+        raise WorkIncomplete(f"none of {len(jobs)} images could be read: {first_skipped(skipped)}")
+    if not pictures:
+        raise InvalidInput(f"size is {study.size}: none of the {num_read} images is as large; choose a smaller one")
+    return pictures, counts
 
 
 def _find_lpips(notes: list[str]) -> PerceptualDistance | None:
@@ -275,14 +274,6 @@ def _write_tables(report: dict[str, Any], output: Path) -> None:
     write_text(output / ANALYSIS_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
     models = report["models"]
     measured = [{"model": model["name"], **row} for model in models for row in model["resolution"]]
-    _write_csv(output / "resolution.csv", list(measured[0]), measured)
-    distances = [{"model": model["name"], **row} for model in models for row in model["mmd"]["values"]]
-    _write_csv(output / "mmd.csv", ["model", *_MMD_COLUMNS], distances)
-
-
-def _write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_csv(output / "resolution.csv", list(measured[0]), (row.values() for row in measured))
+    distances = ([model["name"], *row.values()] for model in models for row in model["mmd"]["values"])
+    write_csv(output / "mmd.csv", ["model", "sigma", "mean", "std"], distances)

@@ -20,7 +20,7 @@ from leanvae.evaluation.summary import Evaluated, summarise, write_tables
 from leanvae.media.errors import MediaError
 from leanvae.media.folder import open_clip, read_frames
 from leanvae.media.info import Frame
-from leanvae.media.naming import NamedItem, find_inputs
+from leanvae.media.naming import NamedItem, find_inputs, first_skipped
 from leanvae.metrics.clips import ClipFeatures, ClipMeasures, LatentStatistics
 from leanvae.metrics.networks import FeatureNetworks, load_feature_networks
 from leanvae.progress import Progress
@@ -108,8 +108,7 @@ def evaluate(
         skipped = run.measure_all()
         report = on_main(lambda: _report(run, skipped, str(inputs)))
     if skipped and (strict or len(skipped) == len(jobs)):
-        listed = "; ".join(f"{entry['input']}: {entry['reason']}" for entry in skipped[:5])
-        raise WorkIncomplete(f"{len(skipped)} of {len(jobs)} files could not be evaluated: {listed}")
+        raise WorkIncomplete(f"{len(skipped)} of {len(jobs)} files could not be evaluated: {first_skipped(skipped)}")
     return report
 
 

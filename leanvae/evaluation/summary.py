@@ -1,10 +1,7 @@
 """Totals over clips, with intervals, and tables."""
 
-import csv
-import io
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from torch import Tensor
 from leanvae.evaluation.records import SOURCE, Records, Row
 from leanvae.metrics.frechet import distance_interval, frechet_distance, mean_interval
 from litevae.analysis import mmd
-from litevae.files import write_text
+from litevae.files import write_csv, write_text
 
 TOTALS_FILE, CLIPS_FILE, FRAMES_FILE = "evaluation.json", "clips.csv", "frames.csv"
 MEASURES = ("psnr", "ssim", "ms_ssim", "lpips", "flicker", "tile_seam", "chunk_seam", "block_score")
@@ -147,13 +144,5 @@ def write_tables(report: dict[str, Any], evaluated: Evaluated, folder: Path) -> 
         for clip, row in rows.items()
         for frame, value in enumerate(row["frame_psnr"])
     )
-    _write_csv(folder / CLIPS_FILE, ["model", "file", *_INFO, *MEASURES], clips)
-    _write_csv(folder / FRAMES_FILE, ["model", "file", "frame", "psnr"], frames)
-
-
-def _write_csv(path: Path, columns: list[str], lines: Iterable[list[Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(lines)
-    write_text(path, text.getvalue())
+    write_csv(folder / CLIPS_FILE, ["model", "file", *_INFO, *MEASURES], clips)
+    write_csv(folder / FRAMES_FILE, ["model", "file", "frame", "psnr"], frames)

@@ -21,9 +21,9 @@ from litevae.errors import InvalidInput
 from litevae.memory import SHARE_OF_FREE, format_bytes, free_memory, parse_bytes
 from litevae.tiling import check_tile
 
-MOST_LATENT_FRAMES = 16  # of a stream at once, if memory is limited
-PIXELS_AT_ONCE = 2**21  # of decoded frames to measure and write at a time, but at least one frame
-_LIMIT_ON_CPU = 6 * 2**30
+MOST_LATENT_FRAMES = 16  # that a stream works on at once where memory is limited
+PIXELS_AT_ONCE = 2**21  # of decoded frames that are measured and written at a time, but at least one frame
+LIMIT_ON_CPU = "6GiB"  # of encoding and decoding if none is given
 _SMALLEST_TILE = 8  # tokens of a planned tile in each direction
 # Measured share that glibc's heap loses to gaps between tensors. It keeps the memory of tensors of up to 32 MiB, and
 # returns that of larger ones at once. Tiles, mostly those with neighbours to the side, differ in shape and leave the
@@ -291,7 +291,7 @@ def plan_reconstruction(
         return pixels + max(encoding.memory + decoding.load.kept, decoding.memory + encoding.load.kept)
 
     free = free_memory(weight.device)
-    limit = memory_limit or (_LIMIT_ON_CPU if free is None else int(SHARE_OF_FREE * free))
+    limit = memory_limit or (parse_bytes(LIMIT_ON_CPU) if free is None else int(SHARE_OF_FREE * free))
     smallest = min(pairs, key=memory)
     pair = next((pair for pair in pairs if memory(pair) <= limit), smallest)
     if memory_limit is not None and memory(pair) > memory_limit:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from leanvae.checkpoint import load_vae
-from leanvae.latents.encoder import MEMORY_LIMIT_ON_CPU, VAE
+from leanvae.coder import FrameCoder
 from leanvae.latents.entry import TENSORS, StoreEntry, read_entry
 from leanvae.latents.session import hash_checkpoint
 from leanvae.latents.store import Store, StoreError
 from leanvae.media.writer import VideoWriter
-from leanvae.model import LeanVAE
 from leanvae.progress import Progress
 from litevae.errors import NotFinite
 from litevae.pixels import to_bytes
@@ -53,7 +52,7 @@ def decode_latents(
     """
     vae = load_vae(checkpoint)
     known = hash_checkpoint(vae)
-    vae = vae.to(device, dtype).compile()
+    coder = FrameCoder(vae.to(device, dtype).compile())
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     entries = _find_entries(source, keys)
@@ -68,7 +67,7 @@ def decode_latents(
                         f"{source}: {key} was encoded with the checkpoint {entry.facts['checkpoint'][:12]}..., "
                         f"not with {checkpoint}, which is {known[:12]}..."
                     )
-                write_clip(vae, entry, target)
+                write_clip(coder, entry, target)
                 num_decoded += 1
             progress.add()
     return {"decoded": num_decoded, "present": len(entries) - num_decoded}
@@ -87,20 +86,19 @@ def _find_entries(source: str | Path, keys: Sequence[str]) -> dict[str, Callable
     return {key: partial(store.read_entry, rows[key]) for key in keys or rows}
 
 
-def write_clip(vae: VAE, entry: StoreEntry, path: Path) -> None:
+def write_clip(coder: FrameCoder, entry: StoreEntry, path: Path) -> None:
     """Decodes an entry to an mp4 file with the source's timestamps, counted from the clip's start."""
     facts = entry.facts
     _, height, width = facts["size"]
     times = facts["times"]
     rate = Fraction(facts["fps"] / facts["stride"]).limit_denominator(1001) if facts["fps"] else None
     with VideoWriter(path, width, height, time_base=_TIME_BASE, rate=rate) as writer:
-        frames = (frame for piece in decode_entry(vae, entry) for frame in to_bytes(piece))
+        frames = (frame for piece in decode_entry(coder, entry) for frame in to_bytes(piece))
         for image, seconds in zip(frames, times, strict=True):
             writer.write(image, round((seconds - times[0]) / _TIME_BASE))
 
 
-@torch.inference_mode()
-def decode_entry(vae: VAE, entry: StoreEntry) -> Iterator[Tensor]:
+def decode_entry(coder: FrameCoder, entry: StoreEntry) -> Iterator[Tensor]:
     """Decodes the mean of an entry's posterior.
 
     Yields:
@@ -109,22 +107,8 @@ def decode_entry(vae: VAE, entry: StoreEntry) -> Iterator[Tensor]:
     Raises:
         NotFinite: they are not.
     """
-    parameter = next(vae.parameters())
-    limit = MEMORY_LIMIT_ON_CPU if parameter.device.type == "cpu" else None
-    latent = entry.tensors["mean"][None].to(parameter)
-    missing, height, width = entry.facts["size"]
-    for frames in _decode(vae, latent, limit):
-        frames = frames[:missing, :, :height, :width].float()
-        missing -= len(frames)
-        if not frames.isfinite().all():
-            raise NotFinite(f"{entry.key}: the decoder's output is not finite: it needs another dtype (float32)")
-        yield ((frames + 1) / 2).clamp(0, 1)
-
-
-def _decode(vae: VAE, latent: Tensor, memory_limit: str | None) -> Iterator[Tensor]:
-    """Frames `(t, 3, H, W)` in [-1, 1], padded, of a latent `(1, Z, T', H', W')`."""
-    parts = latent.split(_LATENT_FRAMES_AT_ONCE, dim=2)
-    if isinstance(vae, LeanVAE):
-        yield from (clip[0].transpose(0, 1) for clip in vae.decode_stream(parts, memory_limit=memory_limit))
-    else:
-        yield from (vae.decode(part[0].transpose(0, 1), memory_limit=memory_limit) for part in parts)
+    latent = entry.tensors["mean"][None].to(next(coder.vae.parameters()))
+    try:
+        yield from coder.decode(latent.split(_LATENT_FRAMES_AT_ONCE, dim=2), entry.facts["size"])
+    except NotFinite as error:
+        raise NotFinite(f"{entry.key}: {error}") from None

@@ -13,7 +13,7 @@ from leanvae.checkpoint import load_vae
 from leanvae.data.quarantine import modification_time
 from leanvae.distributed import barrier, gather, join_ranks, on_main, rank, world_size
 from leanvae.latents.clips import Finished, Order, Rejected, belongs_to, list_sources
-from leanvae.latents.encoder import VAE, Encoded, EncodedClip, EncodeJob, encode_here, load_for_encoding, make_entry
+from leanvae.latents.encoder import VAE, Encoded, EncodedClip, EncodeJob, encode_here, make_entry
 from leanvae.latents.entry import StoreEntry
 from leanvae.latents.session import hash_checkpoint, writing
 from leanvae.latents.shards import ShardWriter
@@ -139,7 +139,7 @@ def _encode(job: EncodeJob, device: str, engine: EngineName, vae: VAE, orders: S
         from leanvae.latents.ray import encode_with_ray
 
         return encode_with_ray(job, vae, device, orders)
-    return encode_here(job, load_for_encoding(vae, job, device), orders)
+    return encode_here(job, vae, device, orders)
 
 
 @dataclass

@@ -1,22 +1,20 @@
 """Pieces of clips to latents: short clips of one shape in batches, long ones piece by piece, as they come."""
 
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from leanvae.coder import MEMORY_LIMIT_ON_CPU, VAE, frames_per_latent, to_model
+from leanvae.coder import VAE, FrameCoder, ImageEncoder, frames_per_latent, to_model
+from leanvae.inference.stream import EncoderStream, joined
 from leanvae.latents.clips import ClipRequest, ClipRule, Decoded, Finished, Order, Piece, Rejected, decode_ahead
 from leanvae.latents.entry import StoreEntry
 from leanvae.media.item import Item
-from leanvae.model import LeanVAE
-from leanvae.patchify import latent_frames
 from litevae.errors import NotFinite
 from litevae.memory import return_freed_memory
 from litevae.posterior import DiagonalGaussian
@@ -92,12 +90,10 @@ class ClipEncoder:
     def __init__(
         self, vae: VAE, dtype: torch.dtype, batch_size: int, flips: bool, memory_limit: str | int | None = None
     ) -> None:
-        self._vae = vae
+        self._coder = FrameCoder(vae, memory_limit=memory_limit)
         self._dtype = dtype
         self._batch_size = batch_size
         self._flips = flips
-        on_cpu = next(vae.parameters()).device.type == "cpu"
-        self._memory_limit = memory_limit or (MEMORY_LIMIT_ON_CPU if on_cpu else None)
         self._waiting: dict[tuple[int, ...], list[Piece]] = {}
         self._open: dict[tuple[str, int], _LongClip] = {}
         self._memory_returned = 0.0
@@ -131,41 +127,42 @@ class ClipEncoder:
             return
         key = (piece.source.id, piece.first)
         if piece.begins:
-            self._open[key] = _LongClip(self._vae, self._memory_limit)
+            self._open[key] = _LongClip(self._coder.encoder(), piece.thumbnail)
         clip = self._open[key]
-        clip.encode(self._to_model([piece]), piece)
+        clip.encode(to_model(self._views([piece]), self._coder.vae), piece)
         self._return_memory()
         if piece.ends:
             del self._open[key]
-            mean, logvar = (torch.cat(parts, dim=2) for parts in zip(*clip.parameters, strict=True))
-            yield self._finish(piece, clip.times, clip.thumbnail, mean, logvar)
+            yield self._finish(piece, clip.times, clip.thumbnail, joined(clip.posteriors, ()))
 
     @torch.inference_mode()
     def _encode_batch(self, pieces: list[Piece]) -> Iterator[EncodedClip]:
-        mean, logvar = _encode(self._vae, self._to_model(pieces), self._memory_limit)
+        posterior = self._coder.encode(self._views(pieces))
         self._return_memory()
-        for piece, means, logvars in zip(pieces, mean.chunk(len(pieces)), logvar.chunk(len(pieces)), strict=True):
-            yield self._finish(piece, piece.times, piece.thumbnail, means, logvars)
+        parts = (values.chunk(len(pieces)) for values in (posterior.mean, posterior.logvar))
+        for piece, mean, logvar in zip(pieces, *parts, strict=True):
+            yield self._finish(piece, piece.times, piece.thumbnail, DiagonalGaussian(mean, logvar))
 
     def _return_memory(self) -> None:
         """Keeps the heap from growing: frames come and go beside what stays. Now and then, since it takes time."""
         if time.monotonic() - self._memory_returned > _SECONDS_BETWEEN_RETURNS:
-            return_freed_memory(next(self._vae.parameters()).device)
+            return_freed_memory(next(self._coder.vae.parameters()).device)
             self._memory_returned = time.monotonic()
 
-    def _to_model(self, pieces: list[Piece]) -> Tensor:
-        """`(B, 3, T, H, W)` of pieces of one shape; with flips, each is followed by its mirror image."""
-        x = to_model([piece.frames for piece in pieces], self._vae)
-        return torch.stack((x, x.flip(-1)), dim=1).flatten(0, 1) if self._flips else x
+    def _views(self, pieces: list[Piece]) -> list[NDArray[np.uint8]]:
+        """The frames of each piece; with flips, each is followed by its mirror image."""
+        if not self._flips:
+            return [piece.frames for piece in pieces]
+        return [frames for piece in pieces for frames in (piece.frames, piece.frames[:, :, ::-1])]
 
     def _finish(
-        self, piece: Piece, times: list[float], thumbnail: bytes | None, mean: Tensor, logvar: Tensor
+        self, piece: Piece, times: list[float], thumbnail: bytes | None, posterior: DiagonalGaussian
     ) -> EncodedClip:
-        """Packs the parameters `(1 or 2, Z, T', H', W')` of a clip and, with flips, its mirror image."""
+        """Packs the posterior `(1 or 2, Z, T', H', W')` of a clip and, with flips, its mirror image."""
         tensors = {}
-        for prefix, means, logvars in zip(("", _FLIPPED), mean, logvar, strict=False):
-            tensors[f"{prefix}mean"] = means.to("cpu", self._dtype).contiguous()
-            tensors[f"{prefix}logvar"] = logvars.to("cpu", self._dtype).contiguous()
+        for prefix, mean, logvar in zip(("", _FLIPPED), posterior.mean, posterior.logvar, strict=False):
+            tensors[f"{prefix}mean"] = mean.to("cpu", self._dtype).contiguous()
+            tensors[f"{prefix}logvar"] = logvar.to("cpu", self._dtype).contiguous()
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise NotFinite(
                 f"{piece.source.name}: the latents are not finite in {self._dtype}: the weights are broken, "
@@ -185,79 +182,41 @@ class ClipEncoder:
                     self._waiting[shape] = kept
 
 
-def _encode(vae: VAE, x: Tensor, memory_limit: str | int | None) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance `(B, Z, T', H', W')` of clips `(B, 3, T, H, W)`."""
-    if isinstance(vae, LeanVAE):
-        posterior = vae.encode(x, memory_limit=memory_limit)
-        return posterior.mean, posterior.logvar
-    posterior = vae.encode(x.transpose(1, 2).flatten(0, 1), memory_limit=memory_limit)
-    mean, logvar = (
-        values.unflatten(0, (len(x), x.shape[2])).transpose(1, 2) for values in (posterior.mean, posterior.logvar)
-    )
-    return mean, logvar
-
-
 @dataclass
 class _LongClip:
-    """A clip that comes in pieces, all of which but the last end with a latent frame.
+    """A clip that comes in pieces."""
 
-    `LeanVAE.encode_stream` draws its frames from an iterator. It gets each piece when that comes, and is asked for
-    just the latent frames that follow from it.
-
-    Attributes:
-        parameters: mean and log-variance of what has come, in parts along time.
-    """
-
-    vae: VAE
-    memory_limit: str | int | None
+    encoder: EncoderStream | ImageEncoder
+    thumbnail: bytes | None
     times: list[float] = field(default_factory=list)
-    thumbnail: bytes | None = None
-    parameters: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _arrived: deque[Tensor] = field(default_factory=deque)
-    _posteriors: Iterator[DiagonalGaussian] | None = None
+    posteriors: list[DiagonalGaussian] = field(default_factory=list)
 
     def encode(self, x: Tensor, piece: Piece) -> None:
         """Encodes the next piece, which is `x` for the model."""
         self.times += piece.times
-        self.thumbnail = self.thumbnail or piece.thumbnail
-        if not isinstance(self.vae, LeanVAE):
-            self.parameters.append(_encode(self.vae, x, self.memory_limit))
-            return
-        if self._posteriors is None:
-            self._posteriors = self.vae.encode_stream(self._draw(), memory_limit=self.memory_limit)
-        self._arrived.append(x)
-        missing = latent_frames(x.shape[2], frames_per_latent(self.vae), piece.begins)
-        while missing:
-            posterior = next(self._posteriors)
-            self.parameters.append((posterior.mean, posterior.logvar))
-            missing -= posterior.mean.shape[2]
-
-    def _draw(self) -> Iterator[Tensor]:
-        while self._arrived:
-            yield self._arrived.popleft()
-
-
-def load_for_encoding(vae: VAE, job: EncodeJob, device: str) -> VAE:
-    """A model as `load_vae` gave it, prepared for inference on a device."""
-    return vae.to(device, job.compute_dtype).compile()
+        found = [self.encoder.push(part) for part in self.encoder.split(x)]
+        if piece.ends:
+            found.append(self.encoder.finish())
+        self.posteriors += [posterior for posterior in found if posterior is not None]
 
 
 def make_request(job: EncodeJob, vae: VAE) -> ClipRequest:
-    """What decoders need to know to serve a model."""
+    """What decoders need to know to serve a model where it is."""
     gpu = str(next(vae.parameters()).device) if job.nvdec else None
     return ClipRequest(job.rule, frames_per_latent(vae), job.thumbnails, gpu)
 
 
-def make_encoder(job: EncodeJob, vae: VAE) -> ClipEncoder:
-    """An encoder with a model."""
+def make_encoder(job: EncodeJob, vae: VAE, device: str) -> ClipEncoder:
+    """An encoder with a model as `load_vae` gave it, which is prepared for inference on a device."""
+    vae = vae.to(device, job.compute_dtype).compile()
     return ClipEncoder(vae, job.dtype, job.batch_size, job.flips, job.memory_limit)
 
 
-def encode_here(job: EncodeJob, vae: VAE, orders: Sequence[Order]) -> Iterator[Encoded]:
+def encode_here(job: EncodeJob, vae: VAE, device: str, orders: Sequence[Order]) -> Iterator[Encoded]:
     """Encodes in this process what decoder processes send."""
+    encoder = make_encoder(job, vae, device)
     ahead = 2 * (job.num_workers + job.batch_size)
-    decoded = decode_ahead(orders, make_request(job, vae), job.num_workers, ahead, job.timeout)
-    return make_encoder(job, vae).run(decoded)
+    return encoder.run(decode_ahead(orders, make_request(job, vae), job.num_workers, ahead, job.timeout))
 
 
 def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> StoreEntry:
@@ -266,7 +225,7 @@ def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> StoreEntry
     Args:
         checkpoint: hash of the weights and the configuration that it was encoded with.
     """
-    source, last = clip.source, clip.last
+    source, last, caption = clip.source, clip.last, clip.source.columns.get("caption")
     facts = {
         "key": f"{source.id}_{clip.first:07d}",
         "source": source.name,
@@ -284,11 +243,7 @@ def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> StoreEntry
         "dtype": str(clip.tensors["mean"].dtype).removeprefix("torch."),
         "flipped": len(clip.tensors) > 2,
         "checkpoint": checkpoint,
-        "caption": _text(source.columns.get("caption")),
+        "caption": None if caption is None else str(caption),
         "columns": source.columns,
     }
     return StoreEntry(facts, clip.tensors, clip.thumbnail)
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)

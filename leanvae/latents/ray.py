@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from leanvae.latents.clips import ClipRequest, Decoded, Order, Piece, decode_source
-from leanvae.latents.encoder import VAE, Encoded, EncodeJob, load_for_encoding, make_encoder, make_request
+from leanvae.latents.encoder import VAE, Encoded, EncodeJob, make_encoder, make_request
 from litevae.errors import extra
 
 with extra("video"):
@@ -98,7 +98,7 @@ class _Encoder:
 
     def __init__(self, stored_vae: "list[ray.ObjectRef[VAE]]", job: EncodeJob, device: str) -> None:
         (vae,) = ray.get(stored_vae)
-        self._encoder = make_encoder(job, load_for_encoding(vae, job, device))
+        self._encoder = make_encoder(job, vae, device)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         """Encodes a batch of clips; rows that are not clips pass through, and an error becomes one."""

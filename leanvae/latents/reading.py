@@ -204,8 +204,6 @@ class ShapeBatches(Sampler[list[Key]]):
         clips: the data set.
         batch_size: clips of a rank's batch.
 
-    Attributes:
-        epoch: the current epoch; it moves on when one has been iterated over.
     """
 
     def __init__(self, clips: LatentClips, batch_size: int) -> None:
@@ -217,23 +215,34 @@ class ShapeBatches(Sampler[list[Key]]):
         for index, shape in enumerate(clips.shapes):
             shapes.setdefault(shape, []).append(index)
         self._buckets = [np.asarray(indices) for _, indices in sorted(shapes.items())]
-        self.epoch = 0
-        self._position = 0
+        self._epoch = self._position = 0
 
     def __len__(self) -> int:
         """Returns the number of batches of an epoch."""
         together = self._batch_size * self._clips.world_size
         return sum(-(-len(bucket) // together) for bucket in self._buckets)
 
+    @property
+    def epoch(self) -> int:
+        """The current epoch; it moves on when one has been iterated over. Another one begins with its first batch."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._epoch, self._position = epoch, 0
+
     def __iter__(self) -> Iterator[list[Key]]:
-        """Yields what is left of the epoch, which then moves on."""
+        """Yields what is left of the epoch, which then moves on; if nothing is left, the next one."""
+        if 0 < len(self) <= self._position:  # a loop was left at the last batch
+            self.epoch += 1
         together = self._batch_size * self._clips.world_size
         batches = shape_batches(self._buckets, together, self._clips.seed, self.epoch)
         start = self._clips.rank * self._batch_size
         for position in range(self._position, len(batches)):
             self._position = position + 1
             yield [(self.epoch, int(index)) for index in batches[position][start : start + self._batch_size]]
-        self.epoch, self._position = self.epoch + 1, 0
+        self.epoch += 1
 
     def state_dict(self) -> dict[str, int]:
         """Says where the iteration is: the epoch, and its batches so far.
@@ -244,7 +253,7 @@ class ShapeBatches(Sampler[list[Key]]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues where an iteration with the same seed, batch size and number of ranks was."""
-        self.epoch, self._position = state["epoch"], state["position"]
+        self._epoch, self._position = state["epoch"], state["position"]
 
 
 def make_item(latent: Tensor, facts: dict[str, Any], flipped: bool) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from leanvae.checkpoint import load_vae
+from leanvae.coder import FrameCoder, frames_per_latent
 from leanvae.latents.clips import ClipRequest, ClipRule, Piece, Rejected, decode_source, find_source
 from leanvae.latents.decode import decode_entry
-from leanvae.latents.encoder import VAE, frames_per_latent
 from leanvae.latents.entry import FACTS, TENSORS, StoreEntry, StoreError, parse_facts, read_tensors
 from leanvae.latents.session import hash_checkpoint
 from leanvae.latents.store import INDEX, INDEX_SCHEMA, SHARDS, SHARED_COLUMNS, STATISTICS, Store
@@ -75,7 +75,7 @@ def verify_store(
         if hash_checkpoint(vae) != manifest["checkpoint"]:
             raise StoreError(f"{store.address}: encoded with another checkpoint than the one given")
         rows = _spread(pa.concat_tables(intact), num_samples)
-        samples = list(_compare_samples(store, manifest, vae.to(device), rows, problems))
+        samples = list(_compare_samples(store, manifest, FrameCoder(vae.to(device)), rows, problems))
     return {
         "store": store.address,
         "shards": len(shards),
@@ -165,23 +165,23 @@ def _spread(index: pa.Table, number: int) -> list[dict[str, Any]]:
 
 
 def _compare_samples(
-    store: Store, manifest: dict[str, Any], vae: VAE, rows: list[dict[str, Any]], problems: list[str]
+    store: Store, manifest: dict[str, Any], coder: FrameCoder, rows: list[dict[str, Any]], problems: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Decodes clips and measures them against their sources; adds those for which that is impossible to `problems`."""
     rule = ClipRule.model_validate(manifest["rule"])
     for row in rows:
         try:
-            psnr_of_clip = _psnr(vae, store.read_entry(row), rule)
+            psnr_of_clip = _psnr(coder, store.read_entry(row), rule)
         except (LeanVAEError, OSError) as error:
             problems.append(f"{row['key']}: {error}")
         else:
             yield {"key": row["key"], "source": row["source"], "psnr": psnr_of_clip}
 
 
-def _psnr(vae: VAE, entry: StoreEntry, rule: ClipRule) -> float | None:
+def _psnr(coder: FrameCoder, entry: StoreEntry, rule: ClipRule) -> float | None:
     """Mean PSNR in decibels over a clip's frames; None where infinite."""
-    originals = _source_frames(entry.facts, ClipRequest(rule, frames_per_latent(vae)))
-    decoded = (frame for frames in decode_entry(vae, entry) for frame in frames.cpu().split(1))
+    originals = _source_frames(entry.facts, ClipRequest(rule, frames_per_latent(coder.vae)))
+    decoded = (frame for frames in decode_entry(coder, entry) for frame in frames.cpu().split(1))
     values = [
         psnr(frame, torch.from_numpy(original).movedim(-1, 0)[None].float() / 255).item()
         for original, frame in zip(originals, decoded, strict=True)

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -55,6 +55,12 @@ def find_inputs(inputs: Path, output: Path) -> list[NamedItem]:
     root = os.path.abspath(inputs) if inputs.is_dir() else os.path.commonpath([os.path.dirname(path) for path in paths])
     names = [printable(os.path.relpath(path, root)) for path in paths]
     return [NamedItem(*parts) for parts in zip(items, names, _unique_targets(names), strict=True)]
+
+
+def first_skipped(skipped: Sequence[Mapping[str, str]], shown: int = 5) -> str:
+    """Names the first of the files that were skipped, with their reasons, and how many more there are."""
+    names = "; ".join(f"{entry['input']}: {entry['reason']}" for entry in skipped[:shown])
+    return names + (f"; and {len(skipped) - shown} more" if len(skipped) > shown else "")
 
 
 def _unique_targets(names: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Models as benchmark and evaluation use them: the sizes they take, and how they encode and decode."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,11 @@ class Size:
     frames: int
     height: int
     width: int
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Size":
+        """The size in a row of results."""
+        return cls(row["frames"], row["height"], row["width"])
 
     @property
     def num_pixels(self) -> int:

@@ -1,6 +1,6 @@
 """The configuration of a training run, read from one YAML file."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -17,30 +17,9 @@ from leanvae.config import LeanVAEConfig
 from leanvae.data.buckets import Shape
 from leanvae.data.config import ClipDataConfig, DataConfig, ImageDataConfig
 from leanvae.training.curriculum import BatchRule, Curriculum, PhaseConfig, lay_out
+from leanvae.training.deepspeed_block import check_block
+from leanvae.training.gan import Decay, GANConfig, ImageGANConfig
 from litevae.config import DOWNSAMPLING, LiteVAEConfig, StrictConfig
-from litevae.discriminators import DiscriminatorConfig
-
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-# Settings that DeepSpeed also takes, and our fields that set them.
-_KEYS_OF_OURS = {
-    "train_batch_size": "training.batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.batch_size and training.micro_batch_size",
-    "gradient_clipping": "training.gradient_clipping",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer",
-    "activation_checkpointing": "training.activation_checkpointing",
-}
-_EXAMPLES = {"bf16": "{enabled: true}", "zero_optimization": "{stage: 2}"}
-# The other top-level keys of DeepSpeed's configuration. It ignores unknown keys, which hides misspelt ones.
-_DEEPSPEED_KEYS = frozenset(
-    """aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile
-    csv_monitor data_types disable_allgather dump_state elasticity flops_profiler gradient_predivide_factor
-    memory_breakdown prescale_gradients seq_parallel_communication_data_type sparse_gradients steps_per_print
-    tensorboard timers torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization""".split()
-)
 
 
 class LossTerm(StrictConfig):
@@ -107,43 +86,6 @@ class LossConfig(StrictConfig):
     perceptual: Literal["auto", "required", "none"] = "auto"
     lpips_backbone: str | None = None
     vgg_backbone: str | None = None
-
-
-class GANConfig(StrictConfig):
-    """The adversarial loss, on single frames.
-
-    Attributes:
-        weight: weight of the generator's adversarial loss.
-        weighting: `constant`, or `adaptive` (only for the image model): the weight is multiplied by the ratio of the
-            reconstruction and adversarial losses' gradient norms at the decoder's last layer (LiteVAE, Equation 2,
-            where the weight is 1/2).
-        loss: loss of the discriminator.
-        generator_loss: `non_saturating`, mean softplus(-logits), or `hinge`, -mean(logits).
-        start_step: first step in which the discriminator trains and counts.
-        warmup_steps: steps after `start_step` during which the weight rises linearly from 0.
-        lecam: weight of the LeCam regularisation of the discriminator.
-        lecam_decay: decay of its running averages of the logits.
-        learning_rate: rate of the discriminator.
-        log_gradient_ratio: whether logged steps measure the gradients' ratio, weight included (LiteVAE, Figure 7).
-        discriminator: its architecture.
-    """
-
-    weight: NonNegativeFloat = 0.2
-    weighting: Literal["constant", "adaptive"] = "constant"
-    loss: Literal["hinge", "logistic"] = "hinge"
-    generator_loss: Literal["non_saturating", "hinge"] = "non_saturating"
-    start_step: NonNegativeInt = 0
-    warmup_steps: NonNegativeInt = 0
-    lecam: NonNegativeFloat = 0.005
-    lecam_decay: Decay = 0.999
-    learning_rate: PositiveFloat = 1e-5
-    log_gradient_ratio: bool = False
-    discriminator: DiscriminatorConfig = DiscriminatorConfig()
-
-    @property
-    def looks_at_gradients(self) -> bool:
-        """Whether some steps need the gradients at the decoder's last layer."""
-        return self.weighting == "adaptive" or self.log_gradient_ratio
 
 
 class OptimizerConfig(StrictConfig):
@@ -291,25 +233,7 @@ class TrainConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _deepspeed_is_told_once(self) -> Self:
-        for key, field in _KEYS_OF_OURS.items():
-            if key in self.deepspeed:
-                raise ValueError(f"deepspeed.{key} is set by {field}: remove it from the deepspeed block")
-        if "fp16" in self.deepspeed:
-            raise ValueError("deepspeed.fp16: training in float16 is not supported, use bf16")
-        for key in ("bf16", "zero_optimization"):
-            if not isinstance(value := self.deepspeed.get(key, {}), dict):
-                raise ValueError(f"deepspeed.{key} is {value!r}: it must be a mapping, as in {_EXAMPLES[key]}")
-        if (stage := self.deepspeed.get("zero_optimization", {}).get("stage", 0)) not in range(4):
-            raise ValueError(f"deepspeed.zero_optimization.stage is {stage!r}: it must be 0, 1, 2 or 3")
-        if self.training.compile and stage == 3:
-            raise ValueError(
-                "training.compile: torch.compile cannot see the weights that ZeRO-3 gathers during a pass: use a lower "
-                "deepspeed.zero_optimization.stage"
-            )
-        if unknown := sorted(self.deepspeed.keys() - _DEEPSPEED_KEYS):
-            raise ValueError(
-                f"deepspeed.{unknown[0]}: unknown key; DeepSpeed's are {', '.join(sorted(_DEEPSPEED_KEYS))}"
-            )
+        check_block(self.deepspeed, compiles=self.training.compile)
         return self
 
     @property
@@ -390,23 +314,6 @@ class ImageLossConfig(LossConfig):
     lpips: LossTerm = _term(1.0)
     low_bands: LossTerm = _term(0.0)
     high_bands: LossTerm = _term(0.0)
-
-
-class ImageDiscriminatorConfig(DiscriminatorConfig):
-    """`DiscriminatorConfig` with the default of LiteVAE: a UNet."""
-
-    kind: Literal["patch", "unet", "stylegan"] = "unet"
-
-
-class ImageGANConfig(GANConfig):
-    """`GANConfig` with the defaults of LiteVAE."""
-
-    weight: NonNegativeFloat = 0.1
-    generator_loss: Literal["non_saturating", "hinge"] = "hinge"
-    start_step: NonNegativeInt = 50_000
-    lecam: NonNegativeFloat = 0.0
-    learning_rate: PositiveFloat = 1e-4
-    discriminator: ImageDiscriminatorConfig = ImageDiscriminatorConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class ImageOptimizerConfig(OptimizerConfig):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from leanvae.config import ConfigError, describe_errors
+from leanvae.config import ConfigError, error_lines
 from leanvae.distributed import barrier, on_main
 from leanvae.training.checkpoints import temporary_folder
 from leanvae.training.config import TrainConfig
@@ -51,7 +51,7 @@ class DeepSpeedEngine:
         try:
             self._engine: Any = initialize(model=module, optimizer=optimizer, config=settings)[0]
         except ValidationError as error:
-            raise ConfigError(f"deepspeed block: {describe_errors(error)}") from error
+            raise ConfigError(f"deepspeed block: {error_lines(error)}") from error
         check_attributes(self._engine)
         self._stage: int = self._engine.zero_optimization_stage()
         self.module: nn.Module = self._engine.module

@@ -21,8 +21,8 @@ from litevae.recompute import recompute_activations
 NUM_STEPS = 20
 
 
-def describe_run(config: TrainConfig, world_size: int) -> str:
-    """Describe a run as text: resolved configuration, first steps, and estimates for each of `world_size` ranks.
+def run_summary(config: TrainConfig, world_size: int) -> str:
+    """Return the resolved configuration, the first steps, and estimates for each of `world_size` ranks, as text.
 
     The data sources are listed and, if there are several buckets, their files measured, as in the run.
 

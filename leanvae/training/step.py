@@ -13,9 +13,10 @@ from torch.nn.grad import conv2d_weight
 from leanvae.config import LeanVAEConfig
 from leanvae.data.buckets import Shape
 from leanvae.distributed import mean_over_ranks, world_size
-from leanvae.training.config import GANConfig, TrainConfig
+from leanvae.training.config import TrainConfig
 from leanvae.training.curriculum import learning_rate, perceptual_frames, posterior_noise, ramp
 from leanvae.training.engine import Engine, frozen
+from leanvae.training.gan import GANConfig
 from leanvae.training.losses import Perceptual, as_images, reconstruction_terms, weighted_sum
 from litevae.decoder import Decoder
 from litevae.losses import (

@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from leanvae import distributed as D
+from litevae.errors import RAISED_ON_MAIN
 
 PATIENCE = 2.0  # seconds of the default group
 
@@ -40,8 +41,9 @@ def raise_on_main():
     def work():
         raise Unsendable("a.py", 3)
 
-    with pytest.raises(RuntimeError if D.rank() else Unsendable, match=r"a\.py, line 3"):
+    with pytest.raises(RuntimeError if D.rank() else Unsendable, match=r"a\.py, line 3") as raised:
         D.on_main(work)
+    assert getattr(raised.value, "__notes__", []) == [RAISED_ON_MAIN] * D.rank()
     assert D.gather(D.rank()) == [0, 1]
 
 

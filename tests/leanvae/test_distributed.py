@@ -1,5 +1,6 @@
 """What ranks do together: waiting, dying, and who is the main one."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -73,6 +74,26 @@ def test_one_process_works_alone():
     torch.testing.assert_close(D.mean_over_ranks(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.0]))
     D.barrier()
     D.stop_processes()
+
+
+def test_a_folder_that_cannot_be_taken_is_let_go(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(D.os, "open", lambda *arguments: opened.append(open_file(*arguments)) or opened[-1])
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(D.os, "pwrite", raise_full)
+        with pytest.raises(OSError, match="No space left"):
+            D.lock_folder(tmp_path)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
+    os.close(D.lock_folder(tmp_path, wait=0.0))
+
+
+def open_file(*arguments, open_=os.open):
+    return open_(*arguments)
+
+
+def raise_full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_rank_ends_with_its_launcher():

@@ -13,7 +13,7 @@ from leanvae.bench import run as run_module
 from leanvae.bench.child import _result_of, run_child
 from leanvae.bench.floor import matrix_rate
 from leanvae.bench.jobs import BenchRow, Results
-from leanvae.bench.measure import describe_failure, repeat
+from leanvae.bench.measure import failure_result, repeat
 from leanvae.bench.plan import Estimator, common_side, plan
 from leanvae.bench.run import Benchmark
 from leanvae.bench.settings import BenchSettings
@@ -207,7 +207,7 @@ def test_matrix_rate_is_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_failures_are_told_from_running_out_of_memory(error: BaseException, status: str) -> None:
-    described = describe_failure(error)
+    described = failure_result(error)
     assert described["status"] == status
     assert "\n" not in described["reason"]
 

@@ -15,7 +15,16 @@ import pytest
 
 from leanvae.cli import main as cli
 from leanvae.config import ConfigError
-from litevae.errors import MissingFile, MissingPackage, NotFinite, TrainingDiverged, WorkIncomplete, extra
+from litevae.errors import (
+    RAISED_ON_MAIN,
+    InvalidInput,
+    MissingFile,
+    MissingPackage,
+    NotFinite,
+    TrainingDiverged,
+    WorkIncomplete,
+    extra,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -240,3 +249,27 @@ def test_reconstruct_command_prints_the_measures_and_where_they_are(
     assert "1 reconstructed, 0 skipped" in out
     assert f"{tmp_path}/out/metrics.json" in out
     assert "[1/1] a.png: " in err
+
+
+@pytest.mark.parametrize(
+    ("error", "ranks"),
+    [
+        (InvalidInput("a"), [0, 1]),  # may be of one rank alone
+        (ConfigError("a"), [0]),
+        (WorkIncomplete("a"), [0]),
+        (NotFinite("a"), [0, 1]),
+    ],
+)
+def test_ranks_do_not_repeat_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, ranks: list[int]
+) -> None:
+    _use(monkeypatch, error)
+    printed = {}
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert cli.main(["fail"]) in (2, 3)
+        printed[rank] = capsys.readouterr().err
+    assert printed == {rank: "error: a\n" if rank in ranks else "" for rank in (0, 1)}
+    error.add_note(RAISED_ON_MAIN)
+    assert cli.main(["fail"]) in (2, 3)
+    assert capsys.readouterr().err == ""

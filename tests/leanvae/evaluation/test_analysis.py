@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from leanvae import LeanVAE, LeanVAEConfig
-from leanvae.cli.analyse import add_arguments, describe, run
+from leanvae.cli.analyse import add_arguments, measures_table, run
 from leanvae.evaluation.analysis import analyse, analyse_models, model_names, shrink_square
 from leanvae.evaluation.analysis_record import Autoencoder, ModelRecord, Study
 from leanvae.media.image import read_image
@@ -103,7 +103,7 @@ def test_analyse_models_writes_tables_and_pictures(
     assert _png_size(output / "resolution.png") == (600 * num_measures, 540)
     for picture in ("features.png", "latents.png", "resolution.png"):
         assert len(np.unique(read_image(output / picture))) > 50
-    text = describe(report)
+    text = measures_table(report)
     assert all(name in text for name in models)
     assert "nan" not in text
 

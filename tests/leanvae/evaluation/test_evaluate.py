@@ -278,23 +278,24 @@ def test_files_are_read_once_for_each_model(files: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.distributed
-def test_two_ranks_agree_with_one(files: Path, models: Path, tmp_path: Path) -> None:
+def test_two_ranks_agree_with_one(
+    files: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--checkpoint", f"{models}/lean", "jpeg:40", "--input", str(files), "--output"]
-    script = str(ROOT / "scripts" / "evaluate.py")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for output, command in (("one", [script]), ("two", [*launcher, script])):
-        done = subprocess.run(
-            [sys.executable, *command, *flags, str(tmp_path / output)],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("3 files evaluated, 2 skipped") == 1
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "scripts" / "evaluate.py"), *flags, str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert cli.main([*flags, str(tmp_path / "one")], command="evaluate") == 0
+    for printed in (done.stdout, capsys.readouterr().out):
+        assert printed.count("3 files evaluated, 2 skipped") == 1
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one["skipped"] == two["skipped"]
     for a, b in zip(one["models"], two["models"], strict=True):

@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_clips(write_clip):
     """A function that fills a folder with four clips, one of them broken, one too short for five frames."""
 
@@ -44,7 +44,7 @@ def clips(make_clips, tmp_path):
     return make_clips(tmp_path / "clips")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_job(checkpoint):
     """A function that says how to encode clips of five frames."""
 

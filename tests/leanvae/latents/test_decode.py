@@ -14,6 +14,7 @@ import torch
 
 from leanvae import load_vae
 from leanvae.cli.main import main
+from leanvae.coder import FrameCoder
 from leanvae.latents.clips import ClipRule
 from leanvae.latents.decode import decode_entry, decode_latents
 from leanvae.latents.encode import encode_clips
@@ -53,7 +54,7 @@ def test_entries_decode_to_the_reconstruction(odd_clip, checkpoint, make_job, tm
     encode_clips([str(odd_clip)], tmp_path / "store", make_job(ClipRule()))
     store, vae = Store(tmp_path / "store"), load_vae(checkpoint)
     (row,) = store.index().to_pylist()
-    decoded = torch.cat(list(decode_entry(vae, store.read_entry(row))))
+    decoded = torch.cat(list(decode_entry(FrameCoder(vae), store.read_entry(row))))
     frames = np.stack([frame.image for frame in iter_frames(odd_clip)])
     x = torch.from_numpy(frames).movedim(-1, 0)[None].float() / 127.5 - 1
     with torch.inference_mode():

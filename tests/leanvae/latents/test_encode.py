@@ -20,12 +20,13 @@ from safetensors.torch import load
 
 from leanvae import load_vae
 from leanvae.cli.main import main
+from leanvae.coder import to_model
 from leanvae.data.samples import Cut, cut_picture
 from leanvae.latents import clips as clips_module
 from leanvae.latents import encode
 from leanvae.latents.clips import ClipRequest, ClipRule, Finished, Piece, Rejected, decode_ahead, decode_source
 from leanvae.latents.encode import encode_clips
-from leanvae.latents.encoder import ClipEncoder, EncodedClip, to_model
+from leanvae.latents.encoder import ClipEncoder, EncodedClip
 from leanvae.latents.store import Store, StoreError
 from leanvae.latents.verify import verify_store
 from leanvae.media.item import Item

@@ -23,23 +23,24 @@ SHARED = ROOT.parent / "shared" / "data"
 KILLS = 5
 
 
-@pytest.fixture
-def sources(tmp_path, make_clips, write_clip):
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, make_clips, write_clip):
     """Folders of good and bad files: the shared ones where they are there."""
     if SHARED.exists():
         return [str(SHARED / "dev" / "videos"), str(SHARED / "bad")]
-    folder = make_clips(tmp_path / "clips")
+    folder = make_clips(tmp_path_factory.mktemp("clips"))
     for number in range(20):
         write_clip(folder / f"{number}.mp4", num_frames=60, seed=number, height=120, width=160)
     return [str(folder)]
 
 
-@pytest.fixture
-def expected(sources, make_job, tmp_path):
+@pytest.fixture(scope="module")
+def expected(sources, make_job, tmp_path_factory):
     """Keys and reasons of an undisturbed run."""
     rule = ClipRule(frames=17, every=40, resolutions=("64x64",))
-    encode_clips(sources, tmp_path / "undisturbed", make_job(rule, num_workers=2))
-    return contents(tmp_path / "undisturbed")
+    store = tmp_path_factory.mktemp("undisturbed")
+    encode_clips(sources, store, make_job(rule, num_workers=2))
+    return contents(store)
 
 
 def contents(folder):

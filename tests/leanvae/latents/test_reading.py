@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -191,6 +192,23 @@ def test_batches_have_one_shape_and_resume(clips, make_job, tmp_path):
     ranks = [LatentClips(tmp_path / "store", rank=rank, world_size=2) for rank in range(2)]
     together = [a + b for a, b in zip(*(ShapeBatches(rank, batch_size=1) for rank in ranks), strict=True)]
     assert together == epoch
+
+
+def test_loops_over_shape_batches_may_be_left_at_any_batch(store):
+    clips = LatentClips(store)
+    second = ShapeBatches(clips, batch_size=2)
+    second.epoch = 1
+    second = list(second)
+    for last in range(len(second)):
+        batches = ShapeBatches(clips, batch_size=2)
+        first = list(islice(batches, last + 1))
+        resumed = ShapeBatches(clips, batch_size=2)
+        resumed.load_state_dict(batches.state_dict())
+        rest = list(resumed)
+        assert first + rest == list(ShapeBatches(clips, batch_size=2)) + second * (last + 1 == len(second))
+        batches.epoch = 1  # as a loop over epochs says
+        assert batches.state_dict() == {"epoch": 1, "position": 0}
+        assert list(batches) == second
 
 
 def test_shape_batches_hold_each_clip_once_but_for_filling_up():

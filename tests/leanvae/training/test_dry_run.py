@@ -8,7 +8,7 @@ from leanvae.data.buckets import Shape
 from leanvae.model import LeanVAE
 from leanvae.training.build import find_items, make_schedule
 from leanvae.training.config import TrainVideoConfig
-from leanvae.training.dry_run import activation_bytes, describe_run, state_bytes
+from leanvae.training.dry_run import activation_bytes, run_summary, state_bytes
 
 MODEL = {"low_channels": 8, "high_channels": 24, "num_stream_layers": 1, "num_fusion_layers": 1}
 
@@ -32,7 +32,7 @@ def config(tmp_path, write_clip):
 
 
 def test_it_shows_the_configuration_the_schedule_and_the_memory(config):
-    text = describe_run(config, 2)
+    text = run_summary(config, 2)
     assert "tokens_per_batch: 256" in text
     assert "bf16:\n    enabled: true" in text
     schedule = make_schedule(config, find_items(config.data)[0])
@@ -45,7 +45,7 @@ def test_it_shows_the_configuration_the_schedule_and_the_memory(config):
     assert "phase 0, 30 steps from step 1: 9x32x48 " in text
     assert "discriminator: 0.0" in text
     with pytest.raises(ConfigError, match="3 ranks cannot share"):
-        describe_run(config, 3)
+        run_summary(config, 3)
 
 
 def test_states_are_sharded_as_zero_says():

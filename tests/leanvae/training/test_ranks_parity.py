@@ -72,6 +72,16 @@ def cases(stages):
 
 
 def half_cases():
+    """Small video models in bfloat16 at every stage, each with the case whose losses they come close to."""
+    made = {}
+    for stage in STAGES:
+        tree = {**VIDEO, "training": {"batch_size": 4, "micro_batch_size": 1, "engine": "deepspeed"}}
+        tree["deepspeed"] = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+        made[f"half-{stage}"] = {"kind": "video", "steps": 3, "config": tree}
+    return made
+
+
+def image_cases():
     """Image models in bfloat16, with every discriminator and the losses that look at more than their own network."""
     base = {**ADAPTIVE, "losses": {"perceptual": "none", "ldl": 0.5}}
     made = {}
@@ -104,6 +114,22 @@ def bad_cases(stages):
     return {name: {**case, "config": {**case["config"], "deepspeed": each}} for name, each in settings.items()}
 
 
+def compiled_case(stage):
+    """Two steps of clips."""
+    engine = {"engine": "plain"} if stage is None else {"engine": "deepspeed"}
+    tree = {**VIDEO, "training": {"batch_size": 2, "compile": stage is not None, **engine}}
+    return {"kind": "video", "steps": 2, "config": {**tree, "deepspeed": {"zero_optimization": {"stage": stage or 0}}}}
+
+
+def offloaded_cases():
+    """Joint training with optimizer states on the host."""
+    made = {}
+    for stage in (1, 2, 3):
+        case = made[f"offloaded-{stage}"] = cases(stages=True)[f"joint-{stage}"]
+        case["config"]["deepspeed"]["zero_optimization"] |= OFFLOADED
+    return made
+
+
 def resume_cases(folder, ranks, loads_of=None):
     """Runs of six steps that write a checkpoint after two (or, loading that of other ranks, after four)."""
     made = {}
@@ -124,14 +150,29 @@ def run(folder, name, tree, ranks):
     cases_file.write_text(json.dumps(tree))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, str(PROGRAM), str(cases_file), str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return load_file(output)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("plain"), "plain", cases(stages=False), 1)
+    """All that is compared with, from one plain process."""
+    tree = cases(stages=False) | {"compiled": compiled_case(None)} | bad_cases([])
+    return run(tmp_path_factory.mktemp("plain"), "plain", tree, 1)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of the checkpoints that are gone on from."""
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, saved):
+    """All cases on two ranks but those that go on from a checkpoint; to start ranks takes longer than a case."""
+    tree = cases(stages=True) | offloaded_cases() | bad_cases(STAGES) | half_cases() | image_cases()
+    return run(tmp_path_factory.mktemp("ranks"), "ranks", tree | resume_cases(saved, "2"), 2)
 
 
 def part(tensors, case, kind):
@@ -145,12 +186,17 @@ def distance(ours, theirs, case, reference):
     return (difference / sum(b.double().square().sum() for _, b in pairs)).sqrt().item()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_every_zero_stage_equals_one_plain_process(plain, tmp_path, ranks):
-    tree = cases(stages=True)
-    tensors = run(tmp_path, f"ranks{ranks}", tree, ranks)
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    tree = cases(stages=True) | {"compiled-2": compiled_case(2)}
+    return run(tmp_path_factory.mktemp("rank"), "rank", tree, 1)
+
+
+@pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
+def test_every_zero_stage_equals_one_plain_process(plain, request, ranks):
+    tensors = request.getfixturevalue(ranks)
     found = {}
-    for case in tree:
+    for case in cases(stages=True):
         reference = case.partition("-")[0]
         kinds = ["logs", "gradients.vae", "gradients.discriminator", "weights.vae", "average"]
         for kind in kinds:
@@ -161,71 +207,62 @@ def test_every_zero_stage_equals_one_plain_process(plain, tmp_path, ranks):
     assert {key: value for key, value in found.items() if not value < 1e-5} == {}, found
 
 
-def compiled_case(stage):
-    """Two steps of clips."""
-    engine = {"engine": "plain"} if stage is None else {"engine": "deepspeed"}
-    tree = {**VIDEO, "training": {"batch_size": 2, "compile": stage is not None, **engine}}
-    return {"kind": "video", "steps": 2, "config": {**tree, "deepspeed": {"zero_optimization": {"stage": stage or 0}}}}
-
-
-def test_compiled_training_equals_plain_training(tmp_path):
-    plain = run(tmp_path, "plain", {"compiled": compiled_case(None)}, 1)
-    tensors = run(tmp_path, "compiled", {"compiled-2": compiled_case(2)}, 1)
+def test_compiled_training_equals_plain_training(plain, one_rank):
     for kind in ("logs", "gradients.vae", "weights.vae", "average"):
-        ours, theirs = part(tensors, "compiled-2", kind), part(plain, "compiled", kind)
+        ours, theirs = part(one_rank, "compiled-2", kind), part(plain, "compiled", kind)
         assert distance(ours, theirs, "compiled-2", "compiled") < 1e-5, kind
 
 
-def test_offloaded_optimizers_equal_one_plain_process(plain, tmp_path):
-    tree = {}
-    for stage in (1, 2, 3):
-        case = cases(stages=True)[f"joint-{stage}"]
-        case["config"]["deepspeed"]["zero_optimization"] |= OFFLOADED
-        tree[f"joint-{stage}"] = case
-    tensors = run(tmp_path, "offloaded", tree, 2)
-    for case in tree:
+def test_offloaded_optimizers_equal_one_plain_process(plain, two_ranks):
+    for case in offloaded_cases():
         for kind in ("logs", "weights.vae", "average"):
-            assert distance(part(tensors, case, kind), part(plain, "joint", kind), case, "joint") < 1e-5, (case, kind)
+            ours, theirs = part(two_ranks, case, kind), part(plain, "joint", kind)
+            assert distance(ours, theirs, case, "joint") < 1e-5, (case, kind)
 
 
-def test_steps_that_are_not_finite_on_one_rank_change_nothing_on_any(tmp_path):
-    reference = run(tmp_path, "plain", bad_cases([]), 1)
-    tensors = run(tmp_path, "ranks", bad_cases(STAGES), 2)
+def test_steps_that_are_not_finite_on_one_rank_change_nothing_on_any(plain, two_ranks):
     for case in bad_cases(STAGES):
-        changed = [part(tensors, case, f"changed.{step}")[f"{case}.changed.{step}"].tolist() for step in BAD]
+        changed = [part(two_ranks, case, f"changed.{step}")[f"{case}.changed.{step}"].tolist() for step in BAD]
         assert changed == [[0, 0]] * len(BAD), case
-        kinds = {kind: (part(tensors, case, kind), part(reference, "bad", kind)) for kind in ("weights", "average")}
+        kinds = {kind: (part(two_ranks, case, kind), part(plain, "bad", kind)) for kind in ("weights", "average")}
         found = {kind: distance(*tensors, case, "bad") for kind, tensors in kinds.items()}
         assert max(found.values()) < (1e-5 if "bf16" not in case else 1e-2), (case, found)
 
 
-def test_runs_go_on_with_another_number_of_ranks(tmp_path):
-    whole = run(tmp_path, "whole", resume_cases(tmp_path, "2"), 2)
-    fewer = run(tmp_path, "fewer", resume_cases(tmp_path, 1, loads_of="2"), 1)
-    more = run(tmp_path, "more", resume_cases(tmp_path, 2, loads_of="1"), 2)
+def test_runs_go_on_with_another_number_of_ranks(two_ranks, saved, tmp_path):
+    fewer = run(tmp_path, "fewer", resume_cases(saved, 1, loads_of="2"), 1)
+    more = run(tmp_path, "more", resume_cases(saved, 2, loads_of="1"), 2)
     found = {}
-    for case in resume_cases(tmp_path, 2):
+    for case in resume_cases(saved, 2):
         # Going back in a running process, as a roll-back does, gives the same again.
         for step in range(2, 6):
-            first, again = part(whole, case, f"logs.{step}"), part(whole, case, f"again.{step}")
+            first, again = part(two_ranks, case, f"logs.{step}"), part(two_ranks, case, f"again.{step}")
             assert {name.replace("again", "logs"): value for name, value in again.items()} == first, (case, step)
         for name, resumed, first in (("fewer", fewer, 2), ("more", more, 4)):
             for kind in (*(f"logs.{step}" for step in range(first, 6)), "weights", "average"):
-                ours, theirs = part(resumed, case, kind), part(whole, case, kind)
+                ours, theirs = part(resumed, case, kind), part(two_ranks, case, kind)
                 assert set(ours) == set(theirs)
                 found[case, name, kind] = distance(ours, theirs, case, case)
     # In bfloat16 each rank rounds what it sums.
     assert {key: value for key, value in found.items() if not value < (1e-2 if "bf16" in key[0] else 1e-5)} == {}
 
 
-def test_image_models_train_in_bfloat16(tmp_path):
-    tensors = run(tmp_path, "bf16", half_cases(), 2)
-    assert all(value.isfinite().all() for value in tensors.values())
+def test_losses_in_bfloat16_are_close_to_those_in_float32(plain, two_ranks):
     for case in half_cases():
-        logs = {name.rpartition(".")[2] for name in part(tensors, case, "logs.0")}
+        losses = part(two_ranks, case, "logs")
+        assert losses
+        for name, value in losses.items():
+            if name.endswith(".loss"):
+                assert value.item() == pytest.approx(plain[name.replace(case, "video", 1)].item(), rel=0.05), name
+
+
+def test_image_models_train_in_bfloat16(two_ranks):
+    for case in image_cases():
+        assert all(value.isfinite().all() for value in part(two_ranks, case, "").values())
+        logs = {name.rpartition(".")[2] for name in part(two_ranks, case, "logs.0")}
         assert {"ldl", "adaptive_weight", "gradient_ratio", "discriminator"} <= logs
         # The averaged weights are those of the optimizer, in full precision.
-        assert any((v != v.bfloat16().float()).any() for v in part(tensors, case, "average").values())
+        assert any((v != v.bfloat16().float()).any() for v in part(two_ranks, case, "average").values())
 
 
 def test_a_weight_that_is_wrong_would_be_noticed(plain):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -47,15 +48,20 @@ TIMINGS = (
 )
 
 
-@pytest.fixture
-def command(tmp_path, write_clip):
-    """A function that gives the command line of a run on small clips, one of them broken."""
-    folder = tmp_path / "clips"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory, write_clip):
+    """A folder of small clips, one of them broken."""
+    folder = tmp_path_factory.mktemp("clips")
     for index in range(8):
         write_clip(folder / f"clip{index}.mp4", seed=index)
     (folder / "broken.mp4").write_text("no video")
-    config = tmp_path / "train.yaml"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, clips):
+    """A function that gives the command line of a run into a folder."""
+    config = tmp_path_factory.mktemp("config") / "train.yaml"
     config.write_text(yaml.safe_dump(SETTINGS))
 
     def build(output, ranks=0, *overrides):
@@ -66,9 +72,9 @@ def command(tmp_path, write_clip):
         if ranks:
             launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
             program += launcher
-        settings = [f"data.sources=[{folder}]", *overrides]
+        settings = [f"data.sources=[{clips}]", *overrides]
         flags = [flag for setting in settings for flag in ("--set", setting)]
-        return [*program, str(SCRIPT), "--config", str(config), "--output", str(tmp_path / output), *flags]
+        return [*program, str(SCRIPT), "--config", str(config), "--output", str(output), *flags]
 
     return build
 
@@ -95,43 +101,65 @@ def assert_same_losses(actual, expected, tolerance):
             assert a[name] == pytest.approx(b[name], abs=tolerance, rel=tolerance), (a["step"], name)
 
 
-@pytest.fixture
-def plain_losses(command, tmp_path):
-    train(command("plain", 0, "training.engine=plain"))
-    return metrics(tmp_path / "plain")
+@pytest.fixture(scope="module")
+def plain_losses(command, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    train(command(folder, 0, "training.engine=plain"))
+    return metrics(folder)
+
+
+def long_settings(stage):
+    # Small weights stay whole on every rank under ZeRO-3 unless the threshold says otherwise.
+    zero = f"deepspeed.zero_optimization={{stage: {stage}, stage3_param_persistence_threshold: 0}}"
+    return [zero, "training.max_steps=26", "training.checkpoint_every=10"]
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """A function that gives the folder of a run that nothing disturbed, on some ranks at a ZeRO stage."""
+
+    @cache
+    def make(ranks, stage):
+        folder = tmp_path_factory.mktemp(f"stage{stage}_ranks{ranks}")
+        train(command(folder, ranks, *long_settings(stage)))
+        return folder
+
+    return make
+
+
+def copy_without_end(folder, target):
+    """Copies a run as a kill would have left it after its last but one checkpoint."""
+    shutil.copytree(folder, target, symlinks=True)
+    shutil.rmtree(target / "checkpoints" / "step_00000026")
+    return target
 
 
 @pytest.mark.parity
-def test_runs_started_by_deepspeed_equal_one_plain_process(command, plain_losses, tmp_path):
-    assert len(plain_losses) == 5
+def test_runs_started_by_deepspeed_equal_one_plain_process(command, whole, tmp_path):
+    train(command(tmp_path / "plain", 0, "training.engine=plain", "training.max_steps=26"))
+    expected = metrics(tmp_path / "plain")[:5]
+    assert len(expected) == 5
     for ranks, stage in ((1, 0), (2, 1), (2, 3)):
-        name = f"stage{stage}_ranks{ranks}"
-        # Small weights stay whole on every rank under ZeRO-3 unless the threshold says otherwise.
-        zero = f"{{stage: {stage}, stage3_param_persistence_threshold: 0}}"
-        train(command(name, ranks, f"deepspeed.zero_optimization={zero}"))
-        assert_same_losses(metrics(tmp_path / name), plain_losses, 1e-4)
+        assert_same_losses(metrics(whole(ranks, stage))[:5], expected, 1e-4)
 
 
 @pytest.mark.parity
 def test_accumulated_passes_equal_one_plain_process(command, plain_losses, tmp_path):
-    train(command("passes", 2, "deepspeed.zero_optimization.stage=2", "training.micro_batch_size=1"))
-    assert_same_losses(metrics(tmp_path / "passes"), plain_losses, 1e-4)
+    train(command(tmp_path, 2, "deepspeed.zero_optimization.stage=2", "training.micro_batch_size=1"))
+    assert_same_losses(metrics(tmp_path), plain_losses, 1e-4)
 
 
-def test_bfloat16_trains_at_every_stage(command, plain_losses, tmp_path):
-    for stage in (0, 1, 2, 3):
-        name = f"bf16_stage{stage}"
-        train(command(name, 2, f"deepspeed={{zero_optimization: {{stage: {stage}}}, bf16: {{enabled: true}}}}"))
-        for a, b in zip(metrics(tmp_path / name), plain_losses, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+def test_bfloat16_trains(command, plain_losses, tmp_path):
+    """All stages are compared in `test_ranks_parity.py`."""
+    train(command(tmp_path, 2, "deepspeed={zero_optimization: {stage: 2}, bf16: {enabled: true}}"))
+    for a, b in zip(metrics(tmp_path), plain_losses, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
-def test_killed_run_goes_on_as_if_undisturbed(command, tmp_path, ranks, stage):
-    settings = [f"deepspeed.zero_optimization.stage={stage}", "training.max_steps=26", "training.checkpoint_every=10"]
-    train(command("whole", ranks, *settings))
-    expected = metrics(tmp_path / "whole")
-    line = command("killed", ranks, *settings)
+def test_killed_run_goes_on_as_if_undisturbed(command, whole, tmp_path, ranks, stage):
+    expected = metrics(whole(ranks, stage))
+    line = command(tmp_path / "killed", ranks, *long_settings(stage))
     for kill_after in (12, 23):
         process = subprocess.Popen(
             line, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -149,16 +177,13 @@ def test_killed_run_goes_on_as_if_undisturbed(command, tmp_path, ranks, stage):
     assert actual == expected
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(command, tmp_path):
+def test_a_run_goes_on_with_another_number_of_ranks(command, whole, tmp_path):
     """All stages, both ways, are compared in `test_ranks_parity.py`; here the data go on, too, bad files included."""
-    settings = ["deepspeed.zero_optimization.stage=2", "training.max_steps=8", "training.checkpoint_every=4"]
-    train(command("whole", 2, *settings))
-    shutil.copytree(tmp_path / "whole", tmp_path / "fewer", symlinks=True)
-    shutil.rmtree(tmp_path / "fewer" / "checkpoints" / "step_00000008")
-    done = train(command("fewer", 0, *settings))
+    fewer = copy_without_end(whole(2, 2), tmp_path / "fewer")
+    done = train(command(fewer, 0, *long_settings(2)))
     assert "number of ranks: 2 -> 1" in done.stderr
-    assert_same_losses(metrics(tmp_path / "fewer"), metrics(tmp_path / "whole"), 1e-5)
-    assert not list((tmp_path / "fewer" / "checkpoints").glob(".*"))
+    assert_same_losses(metrics(fewer), metrics(whole(2, 2)), 1e-5)
+    assert not list((fewer / "checkpoints").glob(".*"))
 
 
 def wait_for_step(folder, step, process):
@@ -173,7 +198,7 @@ def wait_for_step(folder, step, process):
 
 def test_ranks_end_with_their_launcher(command, tmp_path):
     """Killed alone, the launcher leaves its ranks behind: they must save and go, for the next run waits for them."""
-    line = command("orphans", 2, "training.max_steps=100000")
+    line = command(tmp_path / "orphans", 2, "training.max_steps=100000")
     process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_step(tmp_path / "orphans", 3, process)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
@@ -187,13 +212,11 @@ def test_ranks_end_with_their_launcher(command, tmp_path):
     assert state["step"] == len(metrics(tmp_path / "orphans"))
 
 
-def test_ranks_wait_for_held_out_files_that_the_main_one_decodes(command, tmp_path):
+def test_ranks_wait_for_held_out_files_that_the_main_one_decodes(command, whole, tmp_path):
     """At a resume DeepSpeed's own collectives follow, which give up after ten minutes."""
-    settings = ["deepspeed.zero_optimization.stage=3", "training.batch_size=2"]
-    train(command("slow", 2, *settings, "training.max_steps=1"))
-    line = command("slow", 2, *settings, "training.max_steps=2")
-    train([str(PATIENCE) if word == str(SCRIPT) else word for word in line])
-    assert len(metrics(tmp_path / "slow")) == 2
+    slow = copy_without_end(whole(2, 3), tmp_path / "slow")
+    train([str(PATIENCE) if word == str(SCRIPT) else word for word in command(slow, 2, *long_settings(3))])
+    assert len(metrics(slow)) == 26
 
 
 def is_rank(process):
@@ -205,7 +228,7 @@ def is_rank(process):
 def test_signals_save_and_exit(command, tmp_path, number, status, to_group):
     # Long steps: the decoders are idle when the signal comes.
     wide = ["model.low_channels=64", "model.high_channels=192", "data.resolution=[64,64]"]
-    line = command("stopped", 0, "training.max_steps=100000", *wide)
+    line = command(tmp_path / "stopped", 0, "training.max_steps=100000", *wide)
     process = subprocess.Popen(
         line, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -220,7 +243,7 @@ def test_signals_save_and_exit(command, tmp_path, number, status, to_group):
 
 
 def test_torchrun_starts_it_too(command, plain_losses, tmp_path):
-    line = command("torchrun", 0)
+    line = command(tmp_path, 0)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     train([line[0], *torchrun, *line[1:]])
-    assert_same_losses(metrics(tmp_path / "torchrun"), plain_losses, 1e-4)
+    assert_same_losses(metrics(tmp_path), plain_losses, 1e-4)
