@@ -68,7 +68,7 @@ def parse_config(config_class: type[ConfigT], tree: dict[str, Any], origin: str)
 
 
 def error_lines(error: ValidationError, config_class: type[BaseModel] | None = None) -> str:
-    """A line for each error, with its key, the value and the rule; with the class, also the keys that exist."""
+    """Return a line for each error, with its key, the value and the rule; with the class, also the known keys."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])

@@ -13,7 +13,7 @@ _PACKAGES = ("leanvae", "torch", "diffusers", "numpy")
 
 
 def machine_facts(device: str) -> dict[str, Any]:
-    """Hardware and software that decide the figures; no names of hosts or users."""
+    """Return the hardware and software that affect the figures, without names of hosts or users."""
     hardware: dict[str, Any] = {
         "device": device,
         "processor": _processor(),

@@ -113,7 +113,7 @@ def measure(job: BenchRow, seconds: float) -> Result:
 
 
 def failure_result(error: BaseException) -> Result:
-    """A failure as a result: its status and its first line."""
+    """Return a failure as a result: its status and first line."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if is_out_of_memory(error):
         return {"status": OUT_OF_MEMORY, "reason": reason}

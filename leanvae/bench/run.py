@@ -261,7 +261,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _summary_line(result: Result) -> str:
-    """One line on a result."""
+    """Describe a result in one line."""
     if result["status"] != "ok":
         return f"{result['status']}: {result['reason']}"
     parts = [

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measures_table(report: dict[str, Any]) -> str:
-    """A report's tables as text: a line for each model and measure."""
+    """Return a report's tables as text: a line for each model and measure."""
     lines = []
     for model in report["models"]:
         lines.append(model["name"])

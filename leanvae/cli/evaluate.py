@@ -113,7 +113,7 @@ _COLUMNS = (
 
 
 def totals_table(report: dict[str, Any]) -> str:
-    """The totals as a table of text; columns without a value are left out."""
+    """Return the totals as a table of text, without empty columns."""
     models = report["models"]
     columns = [column for column in _COLUMNS if any(model[column[0]]["value"] is not None for model in models)]
     lines = [["model", *(label for _, label, _ in columns)]]

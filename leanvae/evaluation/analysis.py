@@ -29,7 +29,7 @@ with extra("video"):
 logger = logging.getLogger("leanvae")
 
 ANALYSIS_FILE = "analysis.json"
-_BATCH_PIXELS = 2**18  # at once
+_BATCH_PIXELS = 2**18
 
 
 def analyse(
@@ -169,7 +169,7 @@ def analyse_models(
     num_read = len(jobs) - len(skipped)
     left_out = {side: num_read - count for side, count in counts.items()}
     notes += [
-        f"{count} of {num_read} images are smaller than {side} pixels and left out there"
+        f"{count} of {num_read} images are smaller than {side} pixels and left out at that size"
         for side, count in left_out.items()
         if count
     ]
@@ -201,7 +201,7 @@ def analyse_models(
 def _measure(
     records: Sequence[ModelRecord], jobs: list[NamedItem], study: Study, skipped: list[dict[str, str]]
 ) -> tuple[list[NDArray[np.uint8]], dict[int, int]]:
-    """Adds all images to the records; returns those to be shown, and how many were as large as each side."""
+    """Add all images to the records; return those to show, and the number of images as large as each side."""
     pictures: list[NDArray[np.uint8]] = []
     counts = dict.fromkeys(study.sides, 0)
     for images in read_squares(jobs, study.sides, skipped):
@@ -215,7 +215,7 @@ def _measure(
     if not num_read:
         raise WorkIncomplete(f"none of {len(jobs)} images could be read: {first_skipped(skipped)}")
     if not pictures:
-        raise InvalidInput(f"size is {study.size}: none of the {num_read} images is as large; choose a smaller one")
+        raise InvalidInput(f"size is {study.size}: none of the {num_read} images is that large; choose a smaller size")
     return pictures, counts
 
 

@@ -21,8 +21,8 @@ from litevae.errors import InvalidInput
 from litevae.memory import SHARE_OF_FREE, format_bytes, free_memory, parse_bytes
 from litevae.tiling import check_tile
 
-MOST_LATENT_FRAMES = 16  # that a stream works on at once where memory is limited
-PIXELS_AT_ONCE = 2**21  # of decoded frames that are measured and written at a time, but at least one frame
+MOST_LATENT_FRAMES = 16  # of a stream at once, if memory is limited
+PIXELS_AT_ONCE = 2**21  # of decoded frames to measure and write at a time, but at least one frame
 LIMIT_ON_CPU = "6GiB"  # of encoding and decoding if none is given
 _SMALLEST_TILE = 8  # tokens of a planned tile in each direction
 # Measured share that glibc's heap loses to gaps between tensors. It keeps the memory of tensors of up to 32 MiB, and

@@ -22,7 +22,7 @@ NUM_STEPS = 20
 
 
 def run_summary(config: TrainConfig, world_size: int) -> str:
-    """Return the resolved configuration, the first steps, and estimates for each of `world_size` ranks, as text.
+    """Describe a run as text: resolved configuration, first steps, and estimates for each of `world_size` ranks.
 
     The data sources are listed and, if there are several buckets, their files measured, as in the run.
 
