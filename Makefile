@@ -23,7 +23,7 @@ venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
-	@# CPU builds of torch come without Triton, whose interpreter runs the kernels' tests; other systems have none.
+	@# CPU builds of torch lack Triton, whose interpreter runs the kernels' tests. Not every system has a build of it.
 	-$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(VENV)/bin/python -m pip install --no-deps triton==3.6.0
 	@touch $@
 

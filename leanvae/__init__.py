@@ -1,4 +1,4 @@
-"""LeanVAE: wavelet-based video autoencoders, their training and their use."""
+"""LeanVAE: wavelet-based video autoencoders, from training to use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ _HOMES = {"LeanVAE": "leanvae.model", "LeanVAEConfig": "leanvae.config", "load_v
 
 
 def __getattr__(name: str) -> object:
-    """Imports a public name when it is first used, so that ``import leanvae`` alone stays light."""
+    """Import a public name when it is first used, so that ``import leanvae`` itself stays light."""
     if name not in _HOMES:
         raise AttributeError(f"module 'leanvae' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,8 +1,8 @@
 """The latent channel bottleneck: compressed sensing by unrolled ISTA-Net+, or plain linear maps.
 
-The encoder measures the features with a matrix `phi`; the decoder recovers them by iterating a gradient step on
-the measurement error and a proximal step whose sparsifying transform is learned (LeanVAE, Figure 1b; ISTA-Net+,
-Zhang and Ghanem, 2018).
+The encoder measures the features with a matrix `phi`. The decoder recovers them by alternating a gradient step on the
+measurement error with a proximal step, whose sparsifying transform is learned (LeanVAE, Figure 1b; ISTA-Net+, Zhang and
+Ghanem, 2018).
 """
 
 from functools import partial
@@ -17,13 +17,13 @@ from leanvae.surroundings import WHOLE, Whole
 
 
 class ISTABottleneck(nn.Module):
-    """Measures features `(B, T, H, W, D)` into a latent `(B, T, H, W, Z)` and recovers them by ISTA-Net+.
+    """Compressed sensing of features `(B, T, H, W, D)` as a latent `(B, T, H, W, Z)`, recovered by ISTA-Net+.
 
     Args:
         dim: width D of the features.
         latent_channels: number Z of measurements.
         num_iterations: unrolled iterations.
-        num_layers: NAF layers (without residuals) of each learned transform.
+        num_layers: NAF layers (without residuals) in each learned transform.
     """
 
     def __init__(self, dim: int, latent_channels: int, num_iterations: int, num_layers: int) -> None:
@@ -31,7 +31,7 @@ class ISTABottleneck(nn.Module):
         self.num_layers = num_layers
         self.phi = nn.Parameter(torch.randn(latent_channels, dim) * dim**-0.5)
         self.initial = nn.Parameter(self.phi.detach().T.contiguous())  # Q of ISTA-Net+
-        # One-element vectors, not scalars, which DeepSpeed cannot partition.
+        # One-element vectors, because DeepSpeed cannot partition scalars.
         self.steps = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in range(num_iterations))
         self.thresholds = nn.ParameterList(nn.Parameter(torch.full((1,), 0.01)) for _ in range(num_iterations))
 
@@ -42,11 +42,11 @@ class ISTABottleneck(nn.Module):
         self.backward_transforms = transforms()
 
     def compress(self, features: Tensor) -> Tensor:
-        """The latent's mean, `features phi^T`."""
+        """Return the latent's mean, `features phi^T`."""
         return features @ self.phi.T
 
     def recover(self, z: Any, *, around: Whole = WHOLE) -> Tensor:
-        """Recovers features `(B, T, H, W, D)` from a latent `(B, T, H, W, Z)`, which `around` may hold."""
+        """Recover features `(B, T, H, W, D)` from a latent `(B, T, H, W, Z)`, which `around` may hold."""
         x = around.here(z) @ self.initial.T
         for step, threshold, forward, backward in zip(
             self.steps, self.thresholds, self.forward_transforms, self.backward_transforms, strict=True
@@ -56,12 +56,12 @@ class ISTABottleneck(nn.Module):
             h = forward(x, around=around)
             h = tokenwise(partial(soft_threshold, threshold=threshold), h)
             h = backward(h, around=around)
-            x = around.here(before) + h  # asked for now: the convolutions move a tile
+            x = around.here(before) + h  # only after the convolutions, which move a tile
         return x
 
 
 class LinearBottleneck(nn.Module):
-    """Plain linear maps down to the latent and back (the autoencoder of LeanVAE's bottleneck ablation)."""
+    """Linear maps to the latent and back (the autoencoder in LeanVAE's bottleneck ablation)."""
 
     def __init__(self, dim: int, latent_channels: int) -> None:
         super().__init__()
@@ -69,9 +69,9 @@ class LinearBottleneck(nn.Module):
         self.up = nn.Linear(latent_channels, dim)
 
     def compress(self, features: Tensor) -> Tensor:
-        """The latent's mean."""
+        """Return the latent's mean."""
         return self.down(features)
 
     def recover(self, z: Any, *, around: Whole = WHOLE) -> Tensor:
-        """Recovers features `(B, T, H, W, D)` from a latent `(B, T, H, W, Z)`, which `around` may hold."""
+        """Recover features `(B, T, H, W, D)` from a latent `(B, T, H, W, Z)`, which `around` may hold."""
         return self.up(around.here(z))

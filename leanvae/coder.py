@@ -1,6 +1,6 @@
-"""A model run over frames, the one way to do so: bytes in; latents, and frames that were checked, out.
+"""Running models over frames: bytes in; latents and checked frames out.
 
-`FrameCoder` does it for LeanVAE and LiteVAE, `leanvae.peers` for other people's autoencoders, and
+All commands use it: `FrameCoder` for LeanVAE and LiteVAE, `leanvae.peers` for other projects' autoencoders, and
 `leanvae.evaluation.baselines` for JPEG and the like.
 """
 
@@ -32,11 +32,11 @@ with extra("video"):
 VAE = LeanVAE | LiteVAE
 Tile = tuple[int, int] | None  # (height, width) in pixels
 Clip = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]  # (T, H, W, 3), or its frames
-IMAGES_AT_ONCE = 4  # frames that an image model gets at a time, at most
+IMAGES_AT_ONCE = 4  # most frames that an image model gets at a time
 
 
 class Seams(NamedTuple):
-    """Where the parts meet that a clip is worked on in: the first row, column and frame of each, but for the first."""
+    """The places where a clip's parts meet: the first row, column and frame of each part except the first."""
 
     rows: frozenset[int] = frozenset()
     columns: frozenset[int] = frozenset()
@@ -50,11 +50,11 @@ class Seams(NamedTuple):
         first: int | None = None,
         chunk: int = 1,
     ) -> "Seams":
-        """Finds where tiles and chunks meet.
+        """Find where tiles and chunks meet.
 
         Args:
             size: (T, H, W) of the clip.
-            tiles: (height, width) in pixels of each way in which frames are tiled; None for whole frames.
+            tiles: (height, width) in pixels of each tiling of the frames; None for whole frames.
             first: frames of the first chunk; None if the clip is not cut.
             chunk: frames of each further chunk.
         """
@@ -68,13 +68,12 @@ class Seams(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """Some frames and what a model makes of them.
+    """Some frames and their reconstruction.
 
     Attributes:
-        frames: as they were given.
+        frames: the frames, unchanged.
         output: `(t, 3, H, W)` float32 in [0, 1], one for each frame.
-        latent: `(Z, T', H', W')` that this output and those after it come from; None if an output before brought it,
-            or there is none.
+        latent: `(Z, T', H', W')` of this output and the next ones; None if an earlier output had it, or there is none.
     """
 
     frames: list[Frame]
@@ -83,24 +82,24 @@ class Reconstruction(NamedTuple):
 
     @property
     def reference(self) -> Tensor:
-        """The frames in the shape, type, range and place of the output."""
+        """The frames in the shape, type, range and device of the output."""
         return from_bytes(np.stack([frame.image for frame in self.frames]), self.output.device)
 
 
 class Reconstructor(Protocol):
-    """Encodes and decodes frames."""
+    """An encoder and decoder of frames."""
 
     @property
     def patch(self) -> int:
-        """Side in pixels of the patches or blocks that it works on."""
+        """Side in pixels of its patches or blocks."""
         ...
 
     def seams(self, frames: int, height: int, width: int) -> Seams:
-        """Says where tiles and chunks of a clip or image of this size meet."""
+        """Say where tiles and chunks of a clip or image of this size meet."""
         ...
 
     def reconstruct(self, frames: Iterable[Frame]) -> Iterator[Reconstruction]:
-        """Encodes and decodes frames of one size, in order and in bounded memory.
+        """Encode and decodes frames of one size, in order and in bounded memory.
 
         Raises:
             NotFinite: the decoder's output is infinite or NaN.
@@ -109,14 +108,14 @@ class Reconstructor(Protocol):
 
 
 class FrameCoder:
-    """LeanVAE or LiteVAE as tools use it, a `Reconstructor`. LiteVAE takes each frame of a clip as an image.
+    """LeanVAE or LiteVAE as a `Reconstructor`. LiteVAE takes each frame of a clip as an image.
 
     Args:
         vae: the model, in evaluation mode.
         chunk: most frames at a time; None takes as many as memory allows.
         tile: most (height, width) in pixels of a tile; None takes as much as memory allows.
-        memory_limit: bytes, or such as `"6GiB"`, as in `LeanVAE.encode`; `reconstruct` counts its frames in. None takes
-            a device's free memory, and on CPUs 6 GiB, which `reconstruct` may exceed where it has to.
+        memory_limit: bytes, or such as `"6GiB"`, as in `LeanVAE.encode`; `reconstruct` includes its frames. None means
+            a device's free memory, and on CPUs 6 GiB, which `reconstruct` may exceed if necessary.
     """
 
     def __init__(
@@ -136,7 +135,7 @@ class FrameCoder:
 
     @torch.inference_mode()
     def encode(self, clips: Sequence[Clip]) -> DiagonalGaussian:
-        """Encodes clips `(T, H, W, 3)` of one shape together.
+        """Encode clips `(T, H, W, 3)` of one shape together.
 
         Returns:
             The posterior `(B, Z, T', H', W')`; T' = T for LiteVAE.
@@ -150,18 +149,18 @@ class FrameCoder:
         return ImageEncoder(self.vae, self._tile, self._limit).push(x)
 
     def encoder(self) -> "EncoderStream | ImageEncoder":
-        """Opens a stream for clips of one size, whose frames `to_model` makes. Use it in inference mode."""
+        """Open a stream for clips of one size, whose frames `to_model` makes. Use it in inference mode."""
         if isinstance(self.vae, LeanVAE):
             return EncoderStream(self.vae.layers, Parts(self._tile, None, self._limit))
         return ImageEncoder(self.vae, self._tile, self._limit)
 
     @torch.inference_mode()
     def decode(self, latents: Iterable[Tensor], size: Sequence[int]) -> Iterator[Tensor]:
-        """Decodes the latent of one clip.
+        """Decode the latent of one clip.
 
         Args:
-            latents: parts `(1, Z, t', H', W')` of it, in order, on the model's device and in its type.
-            size: its true (T, H, W), which the frames are cropped to.
+            latents: its parts `(1, Z, t', H', W')`, in order, on the model's device and in its type.
+            size: the clip's true (T, H, W), to crop the frames to.
 
         Yields:
             Frames `(t, 3, H, W)`, float32 in [0, 1].
@@ -182,7 +181,7 @@ class FrameCoder:
                 yield from finite_frames(frames)
 
     def seams(self, frames: int, height: int, width: int) -> Seams:
-        """Says where tiles and chunks of a clip or image of this size meet."""
+        """Say where tiles and chunks of a clip or image of this size meet."""
         size = (frames, height, width)
         if frames == 1 or not isinstance(self.vae, LeanVAE):
             return Seams.between(size, [self._tile])
@@ -193,10 +192,10 @@ class FrameCoder:
 
     @torch.inference_mode()
     def reconstruct(self, frames: Iterable[Frame]) -> Iterator[Reconstruction]:
-        """Encodes and decodes frames of one size; latents are the posterior's mean. A single frame is an image.
+        """Encode and decodes frames of one size; latents are the posterior's mean. A single frame is an image.
 
         Raises:
-            InvalidInput: the memory limit cannot be kept, or tiles are asked for and not exact.
+            InvalidInput: the memory limit cannot be kept, or tiles are requested and not exact.
             NotFinite: the decoder's output is infinite or NaN.
         """
         rest = iter(frames)
@@ -225,16 +224,16 @@ class FrameCoder:
             if posterior is None:
                 continue
             latent = posterior.mode()
-            # The last frame was repeated to fill its group; what it decodes to has no source.
+            # The last frame was repeated to fill its group; the copies' output has no source.
             decoded = _true_frames(decoder.push(latent), len(waiting), height, width)
             fresh: Tensor | None = latent[0]
             for output in finite_frames(decoded):
                 yield Reconstruction([waiting.popleft() for _ in output], output, fresh)
                 fresh = None
-        assert not waiting, "a model gives back as many frames as it gets"
+        assert not waiting, "a model returns as many frames as it gets"
 
     def _plans(self, vae: LeanVAE, height: int, width: int) -> tuple[ClipPlan, ClipPlan]:
-        """Plans to encode and decode a clip of this size."""
+        """Make plans to encode and decode a clip of this size."""
         plans = plan_reconstruction(vae, width, height, self._chunk, self._given_limit)
         if self._tile is None:
             return plans
@@ -245,9 +244,9 @@ class FrameCoder:
 
 
 def _chunks(plan: ClipPlan) -> tuple[int, int]:
-    """Frames of the first and of each further chunk.
+    """Return the frames of the first and of each further chunk.
 
-    The first is shorter, so that after the first frame, which stands alone, groups stay whole.
+    The first is shorter, because its first frame stands alone and groups must stay whole.
     """
     group = plan.load.config.patch_size[0]
     chunk = group * (plan.latent_frames or 1)
@@ -255,70 +254,70 @@ def _chunks(plan: ClipPlan) -> tuple[int, int]:
 
 
 class ImageEncoder:
-    """Frames encoded as images of their own, with the methods of an `EncoderStream`.
+    """An encoder of frames as separate images, with the methods of an `EncoderStream`.
 
-    Of a LeanVAE it takes less memory than a stream of one frame, which keeps what the next ones would need.
+    For a LeanVAE it needs less memory than a stream of one frame, which keeps the past for the next ones.
     """
 
     def __init__(self, vae: VAE, tile: Tile, memory_limit: int | str | None) -> None:
         self._vae, self._tile, self._limit = vae, tile, memory_limit
 
     def split(self, frames: Tensor) -> Iterator[Tensor]:
-        """Gives the frames back: `push` takes any number."""
+        """Yield the frames unchanged, because `push` takes any number."""
         yield frames
 
     def push(self, frames: Tensor) -> DiagonalGaussian:
-        """Encodes `(B, 3, t, H, W)` to `(B, Z, t, H', W')`."""
+        """Encode `(B, 3, t, H, W)` to `(B, Z, t, H', W')`."""
         posterior = self._vae.encode(_to_images(frames), tile=self._tile, memory_limit=self._limit)
         mean, logvar = (_to_clips(values, len(frames)) for values in (posterior.mean, posterior.logvar))
         return DiagonalGaussian(mean, logvar, tuple(frames.shape[2:]))
 
     def finish(self) -> None:
-        """Nothing is left: no frame waits for others."""
+        """Return None, because no frame waits for others."""
 
 
 class ImageDecoder:
-    """The inverse, with the methods of a `DecoderStream`."""
+    """The inverse of `ImageEncoder`, with the methods of a `DecoderStream`."""
 
     def __init__(self, vae: VAE, tile: Tile, memory_limit: int | str | None) -> None:
         self._vae, self._tile, self._limit = vae, tile, memory_limit
 
     def split(self, latent: Tensor) -> Iterator[Tensor]:
-        """Gives the latent back: `push` takes any number."""
+        """Yield the latent unchanged, because `push` takes any number."""
         yield latent
 
     def push(self, latent: Tensor) -> Tensor:
-        """Decodes `(B, Z, t, H', W')` to `(B, 3, t, H, W)`, padded."""
+        """Decode `(B, Z, t, H', W')` to `(B, 3, t, H, W)`, padded."""
         images = _to_images(latent) if isinstance(self._vae, LiteVAE) else _to_images(latent).unsqueeze(2)
         return _to_clips(self._vae.decode(images, tile=self._tile, memory_limit=self._limit), len(latent))
 
 
 def _to_images(clips: Tensor) -> Tensor:
-    """`(B, C, t, H, W)` as `(B t, C, H, W)`."""
+    """Rearrange `(B, C, t, H, W)` to `(B t, C, H, W)`."""
     return clips.transpose(1, 2).flatten(0, 1)
 
 
 def _to_clips(images: Tensor, batch: int) -> Tensor:
-    """`(B t, C, H, W)`, or clips of one frame `(B t, C, 1, H, W)`, as `(B, C, t, H, W)`."""
+    """Rearrange `(B t, C, H, W)`, or clips of one frame `(B t, C, 1, H, W)`, to `(B, C, t, H, W)`."""
     images = images.squeeze(2) if images.ndim == 5 else images
     return images.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 def to_model(clips: Sequence[Clip], vae: nn.Module) -> Tensor:
-    """Converts clips of bytes `(T, H, W, 3)` to the `(B, 3, T, H, W)` in [-1, 1] that a model takes, on its device.
+    """Convert clips of bytes `(T, H, W, 3)` to a model's input `(B, 3, T, H, W)` in [-1, 1], on its device.
 
     Args:
-        clips: of one shape; a list of frames is a clip, too.
+        clips: clips of one shape; a list of frames is a clip, too.
         vae: the model, which decides on device and type.
     """
     like = next(vae.parameters(), torch.empty(0))
-    if like.device.type != "cpu":  # bytes are a quarter to move
+    if like.device.type != "cpu":  # moving bytes takes a quarter of the time
         x = torch.from_numpy(np.stack(clips)).to(like.device).movedim(-1, 1).contiguous().to(torch.float32)
         return x.mul_(2 / 255).sub_(1).to(like.dtype)
     num_frames, (height, width, _) = len(clips[0]), clips[0][0].shape
     x = np.empty((len(clips), 3, num_frames, height, width), np.float32)
     for planes, clip in zip(x, clips, strict=True):
-        for index, frame in enumerate(clip):  # frame by frame, which stay in the cache: a third of the time
+        for index, frame in enumerate(clip):  # single frames stay in the cache, which takes a third of the time
             scaled = np.multiply(frame, np.float32(2 / 255), dtype=np.float32)
             scaled -= 1
             cv2.split(scaled, list(planes[:, index]))
@@ -326,12 +325,12 @@ def to_model(clips: Sequence[Clip], vae: nn.Module) -> Tensor:
 
 
 def frames_per_latent(vae: VAE) -> int:
-    """Frames that each latent frame but the first stands for."""
+    """Return the frames of each latent frame except the first."""
     return vae.config.patch_size[0] if isinstance(vae, LeanVAE) else 1
 
 
 def in_chunks(frames: Iterable[Frame], first: int | None, chunk: int | None) -> Iterator[list[Frame]]:
-    """Cuts frames after the first `first` of them, then after `chunk` each; None takes all that are left."""
+    """Cut frames after the first `first`, then after every `chunk`; None takes all that are left."""
     rest = iter(frames)
     while some := list(islice(rest, first)):
         yield some
@@ -339,7 +338,7 @@ def in_chunks(frames: Iterable[Frame], first: int | None, chunk: int | None) -> 
 
 
 def finite_frames(decoded: Tensor) -> Iterator[Tensor]:
-    """Brings a decoder's `(t, 3, H, W)` in about [-1, 1] to float32 in [0, 1], as much at once as is to be measured.
+    """Convert a decoder's `(t, 3, H, W)` in about [-1, 1] to float32 in [0, 1], in parts that fit for measuring.
 
     Raises:
         NotFinite: a value is infinite or NaN.
@@ -355,5 +354,5 @@ def finite_frames(decoded: Tensor) -> Iterator[Tensor]:
 
 
 def _true_frames(decoded: Tensor, count: int, height: int, width: int) -> Tensor:
-    """The frames `(t, 3, H, W)` of a decoded clip `(1, 3, t, H, W)` without padding, at most `count`."""
+    """Return the frames `(t, 3, H, W)` of a decoded clip `(1, 3, t, H, W)` without padding, at most `count`."""
     return decoded[0, :, :count, :height, :width].transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Reading of YAML configurations, and the video model's own."""
+"""Reading YAML configurations, and the video model's configuration."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,14 +27,14 @@ class ConfigError(InvalidInput):
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Sets one dotted ``key.path=value`` in a nested dictionary, in place.
+    """Set one dotted ``key.path=value`` in a nested dictionary, in place.
 
     Args:
         tree: the configuration as read from YAML.
         override: ``key.path=value``; the value is read as YAML, so lists and mappings work.
 
     Raises:
-        ConfigError: the override has no ``=``, or its path runs through a value that is no mapping.
+        ConfigError: the override has no ``=``, or its path leads through a value that is not a mapping.
     """
     path, separator, text = override.partition("=")
     keys = path.strip().split(".")
@@ -43,7 +43,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is no valid YAML: {error}") from error
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
     node = tree
     for depth, key in enumerate(keys[:-1]):
         child = node.setdefault(key, {})
@@ -56,7 +56,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def parse_config(config_class: type[ConfigT], tree: dict[str, Any], origin: str) -> ConfigT:
-    """Validates a nested dictionary; errors name every bad key with its value and what is allowed.
+    """Validate a nested dictionary; errors name every bad key with its value and the rule.
 
     Raises:
         ConfigError: an unknown key, a missing key or a bad value.
@@ -68,14 +68,14 @@ def parse_config(config_class: type[ConfigT], tree: dict[str, Any], origin: str)
 
 
 def error_lines(error: ValidationError, config_class: type[BaseModel] | None = None) -> str:
-    """A line for each error, with its key, the value and the rule; with the class, also the keys that exist."""
+    """Return a line for each error, with its key, the value and the rule; with the class, also the known keys."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         prefix = f"\n  {key}: " if key else "\n  "
         if item["type"] == "extra_forbidden":
             known = _known_keys(config_class, item["loc"][:-1])
-            lines.append(f"{prefix}unknown key" + (f"; there are {', '.join(known)}" if known else ""))
+            lines.append(f"{prefix}unknown key" + (f"; expected one of {', '.join(known)}" if known else ""))
         elif item["type"] == "missing":
             lines.append(f"{prefix}missing")
         elif isinstance(item["input"], dict):
@@ -86,7 +86,7 @@ def error_lines(error: ValidationError, config_class: type[BaseModel] | None = N
 
 
 def _known_keys(config_class: type[BaseModel] | None, path: tuple[int | str, ...]) -> list[str]:
-    """Keys of the block at a path; none where it leads through something other than blocks."""
+    """Return the keys of the block at a path, or none if the path leads through something else than blocks."""
     for part in path:
         field = config_class.model_fields.get(str(part)) if config_class else None
         candidates = [field.annotation, *get_args(field.annotation)] if field else []
@@ -96,12 +96,12 @@ def _known_keys(config_class: type[BaseModel] | None, path: tuple[int | str, ...
 
 
 def load_config(config_class: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Reads a YAML file, applies dotted overrides and validates the result.
+    """Read a YAML file, apply dotted overrides and validate the result.
 
-    A key `base` at the top names another YAML file, relative to this one, whose keys this one overrides.
+    The top-level key `base` names another YAML file, relative to this one, whose keys this one overrides.
 
     Raises:
-        ConfigError: a file is missing or no YAML mapping, or its content or an override is wrong.
+        ConfigError: a file is missing or not a YAML mapping, or its content or an override is wrong.
     """
     tree = _read_tree(Path(path), ())
     for override in overrides:
@@ -110,7 +110,7 @@ def load_config(config_class: type[ConfigT], path: str | Path, overrides: Sequen
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """A nested dictionary in which `over` replaces what `base` has; mappings are merged, all else is replaced."""
+    """Merge `over` into `base`: nested mappings are merged, other values replaced."""
     merged = dict(base)
     for key, value in over.items():
         before = merged.get(key)
@@ -119,18 +119,18 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_tree(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping in a YAML file, merged over that of its base; `readers` are the files that led here."""
+    """Return the mapping in a YAML file, merged over that of its base; `readers` are the files that led here."""
     if path.resolve() in readers:
-        raise ConfigError(f"{path}: is its own base, by way of {', '.join(str(reader) for reader in readers)}")
+        raise ConfigError(f"{path}: is its own base, through {', '.join(str(reader) for reader in readers)}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         named_by = f" (the base of {readers[-1]})" if readers else ""
         raise ConfigError(f"{path}{named_by}: cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: no valid YAML: {error}") from error
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys at the top, got {type(tree).__name__}")
+        raise ConfigError(f"{path}: expected a mapping at the top, got {type(tree).__name__}")
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -144,7 +144,7 @@ class LeanVAEConfig(AutoencoderConfig):
 
     Attributes:
         latent_channels, latent_mean, latent_std: see `AutoencoderConfig`.
-        patch_size: pixels (frames, height, width) per latent element, the wavelet's factor 2 included.
+        patch_size: pixels (frames, height, width) per latent element, including the wavelet's factor 2.
         wavelet: `haar`, a discrete wavelet of pywt (in space; Haar in time), or `none` for raw pixel patches.
         streams: `separate` keeps low and high bands apart in the first layers, `joint` does not
             (LeanVAE, component ablation). Without bands, `wavelet: none`, there is one stream: `joint`.
@@ -156,8 +156,8 @@ class LeanVAEConfig(AutoencoderConfig):
         ista_iterations: iterations of ISTA-Net+.
         ista_layers: NAF layers of each learned transform in an iteration.
         decoder_norm: `layer` (published) or `smc` (self-modulated linear maps instead of LayerNorm).
-        patch_norm: LayerNorm before and after the patch projections; the paper found that it makes blocks visible.
-        data_scale: factor from public [-1, 1] pixels to what the network was trained on ([-0.5, 0.5]).
+        patch_norm: whether the patch projections have LayerNorm before and after; in the paper it makes blocks visible.
+        data_scale: factor from public pixels in [-1, 1] to those that the network was trained on ([-0.5, 0.5]).
     """
 
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 8, 8)

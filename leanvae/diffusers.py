@@ -1,4 +1,4 @@
-"""LeanVAE as a model of diffusers, for its pipelines and its ways of saving and loading."""
+"""LeanVAE as a diffusers model, for its pipelines and its saving and loading."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from leanvae.model import LeanVAE
 from litevae.errors import extra
 from litevae.torchvision_compat import prepare_torchvision
 
-prepare_torchvision()  # diffusers imports torchvision wherever it is installed
+prepare_torchvision()  # diffusers imports torchvision if it is installed
 
 with extra("diffusers"):
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -22,13 +22,13 @@ with extra("diffusers"):
 class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     """A `LeanVAE` with the interface of diffusers' video autoencoders.
 
-    Clips are `(B, 3, T, H, W)` in [-1, 1], latents `(B, Z, T', H', W')`. Pipelines of diffusers bring latents to the
-    scale of their models themselves, as `(z - latents_mean) / latents_std * scaling_factor`. Unlike those of other
-    models, tiles give what the whole clip gives.
+    Clips are `(B, 3, T, H, W)` in [-1, 1], latents `(B, Z, T', H', W')`. Pipelines of diffusers scale latents
+    themselves, as `(z - latents_mean) / latents_std * scaling_factor`. Unlike in other models, tiles give the same
+    result as the whole clip.
 
     Args:
         latents_mean, latents_std: statistics of the latents' channels.
-        scaling_factor: what normalized latents are multiplied by.
+        scaling_factor: factor applied to normalized latents.
 
     The other arguments are the fields of `LeanVAEConfig`.
     """
@@ -83,7 +83,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @classmethod
     def from_leanvae(cls, vae: LeanVAE) -> "AutoencoderKLLeanVAE":
-        """A copy of a model of ours, such as `load_vae` gives, in evaluation mode."""
+        """Copy a `LeanVAE`, such as from `load_vae`, in evaluation mode."""
         fields = vae.config.model_dump()
         fields |= {"latents_mean": fields.pop("latent_mean"), "latents_std": fields.pop("latent_std")}
         model = cls(**fields)
@@ -98,7 +98,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         tile_sample_min_width: int | None = None,
         tile_sample_min_num_frames: int | None = None,
     ) -> None:
-        """Works on tiles of at most these pixels and, if given, frames at a time; the results stay the same."""
+        """Work on tiles of at most these pixels and, if given, frames at a time; the results stay the same."""
         super().enable_tiling()
         self.tile_sample_min_height = tile_sample_min_height or self.tile_sample_min_height
         self.tile_sample_min_width = tile_sample_min_width or self.tile_sample_min_width
@@ -113,7 +113,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.tile_sample_min_num_frames if self.use_tiling else None
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """The posterior of clips `(B, 3, T, H, W)` of any T, H and W, as `latent_dist`."""
+        """Encode clips `(B, 3, T, H, W)` of any T, H and W; the posterior is `latent_dist`."""
         posteriors = [self.vae.encode(part, self._tile, self._chunk) for part in self._slices(x)]
         parameters = torch.cat([torch.cat((part.mean, part.logvar), dim=1) for part in posteriors])
         distribution = DiagonalGaussianDistribution(parameters)
@@ -122,7 +122,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def decode(
         self, z: Tensor, return_dict: bool = True, size: Sequence[int] | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """The clips of latents `(B, Z, T', H', W')`, as `sample`; `size` (T, H, W) crops the padding away."""
+        """Decode latents `(B, Z, T', H', W')` to `sample`; `size` (T, H, W) crops the padding."""
         parts = [self.vae.decode(part, size, self._tile, self._chunk) for part in self._slices(z)]
         sample = torch.cat(parts)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -137,7 +137,7 @@ class AutoencoderKLLeanVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encodes and decodes clips `(B, 3, T, H, W)`; from the posterior's mean unless it shall be sampled."""
+        """Encode and decode clips `(B, 3, T, H, W)`, from the posterior's mean or, on request, a sample."""
         distribution = self.encode(sample, return_dict=False)[0]
         z = distribution.sample(generator) if sample_posterior else distribution.mode()
         return self.decode(z, return_dict, tuple(sample.shape[2:]))

@@ -1,4 +1,4 @@
-"""What the processes of a run do together, and how they learn that they should stop."""
+"""Communication between a run's processes, and the signals that stop them."""
 
 import copy
 import fcntl
@@ -30,8 +30,8 @@ LOCK_FILE = ".lock"
 _SECONDS_FOR_THE_OTHER_RUN = 120.0
 _LONGEST_WAIT = timedelta(days=14)
 
-# Where ranks wait for what one of them does alone, which may take hours. DeepSpeed's own group gives up after minutes.
-# None is the default group.
+# The group in which ranks wait for work of a single rank, which may take hours. DeepSpeed's own group gives up after
+# minutes. None is the default group.
 _waiting_group: dist.ProcessGroup | None = None
 
 
@@ -99,7 +99,7 @@ def stop_processes() -> None:
     if not dist.is_initialized():
         return
     if _waiting_group is not None:
-        # First, because leaving a group of GPUs may itself wait.
+        # First, because leaving a group of GPUs may wait.
         dist.destroy_process_group(_waiting_group)
         _waiting_group = None
     dist.destroy_process_group()
@@ -182,17 +182,17 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def _as_others_get(error: Exception) -> Exception:
-    """Return an error that can be sent to other ranks; those that cannot are described."""
+    """Return an error that can be sent to other ranks; one that cannot is replaced by a description."""
     try:
         pickle.dumps(error)
-        copy.copy(error)  # made anew from its arguments, as on the other ranks
+        copy.copy(error)  # recreates it from its arguments, as unpickling on the other ranks does
     except Exception:
         return RuntimeError(f"the main rank: {type(error).__name__}: {error}")
     return error
 
 
 def max_over_ranks(values: list[int]) -> list[int]:
-    """Return the highest of each value over all ranks."""
+    """Return the maximum of each value over all ranks."""
     if not dist.is_initialized():
         return values
     packed = torch.tensor(values)
@@ -201,7 +201,7 @@ def max_over_ranks(values: list[int]) -> list[int]:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Average a tensor over all ranks, each of which passes the same shape, on the device where it is."""
+    """Average a tensor of the same shape over all ranks, on its device."""
     if not dist.is_initialized():
         return values
     values = values.clone()
@@ -242,10 +242,10 @@ def lock_folder(folder: Path, wait: float = _SECONDS_FOR_THE_OTHER_RUN) -> int:
 
 
 class StopRequests:
-    """SIGTERM and SIGINT that have come in, and the death of DeepSpeed's launcher.
+    """SIGTERM, SIGINT, and the death of DeepSpeed's launcher.
 
-    `deepspeed` starts a launcher on each node, which starts the ranks. Neither takes its children along if it is
-    killed. A rank without its launcher acts as after SIGTERM; otherwise it would train on beside the next run.
+    `deepspeed` starts a launcher on each node, which starts the ranks. If either is killed, its children stay alive. A
+    rank without its launcher acts as after SIGTERM; otherwise it would keep training beside the next run.
     """
 
     def __init__(self) -> None:
@@ -254,7 +254,7 @@ class StopRequests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the signals for the length of a block."""
+        """Catch the signals during a block."""
         handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield

@@ -65,23 +65,23 @@ class LeanVAE(Preparable):
         approximate: bool = False,
         normalize: bool = False,
     ) -> DiagonalGaussian:
-        """Encodes an image or a clip.
+        """Encode an image or a clip.
 
-        It is worked on whole, or in parts if they are asked for, or if memory runs out and no gradient is recorded.
-        Parts give what the whole gives, up to rounding.
+        It is encoded in parts if they are requested, or if memory runs out and no gradient is recorded; else whole.
+        Parts give the same result as the whole, up to rounding.
 
         Args:
-            x: image `(B, 3, H, W)` or clip `(B, 3, T, H, W)` in [-1, 1], of any T, H, W; what the patches do
-                not divide is padded by replication of the last frame, row and column.
-            tile: works on tiles of at most this (height, width) in pixels, at least a patch.
-            chunk: works on at most so many frames at once, but at least on those of one latent frame.
-            memory_limit: chooses chunk and tile, where they are not given, so that the peak of memory, the input
-                not counted, stays within so many bytes or `"6GiB"`, as estimated for inference. If memory runs
-                out nevertheless, the work goes on in parts of half the size, and the log says so.
-            approximate: where tiles are not exact, because the wavelet is longer than Haar, blends overlapping
-                ones linearly instead of refusing.
-            normalize: brings each channel to mean 0 and standard deviation 1, by the configuration's `latent_mean`
-                and `latent_std`.
+            x: image `(B, 3, H, W)` or clip `(B, 3, T, H, W)` in [-1, 1], of any T, H, W; sizes that the patches do not
+                divide are padded by replicating the last frame, row and column.
+            tile: most (height, width) of a tile in pixels, at least a patch.
+            chunk: most frames at once; one latent frame is the minimum.
+            memory_limit: bytes, or such as `"6GiB"`. Chooses chunk and tile, if they are not given, so that the
+                estimated peak of memory for inference, without the input, stays below it. If memory runs out
+                nevertheless, the log says so, and the work continues in parts of half the size.
+            approximate: if tiles are not exact, because the wavelet is longer than Haar, blend overlapping ones
+                linearly instead of refusing.
+            normalize: bring each channel to mean 0 and standard deviation 1, by the configuration's `latent_mean` and
+                `latent_std`.
 
         Returns:
             The posterior, `(B, Z, T', H', W')` with T' = 1 for an image; its `size` is the true `(H, W)` or
@@ -116,21 +116,20 @@ class LeanVAE(Preparable):
         approximate: bool = False,
         normalize: bool = False,
     ) -> Tensor:
-        """Pixels of a latent.
+        """Decode a latent.
 
         Args:
             latent: `(B, Z, T', H', W')`.
-            size: true size to crop to, `(T, H, W)`, or `(H, W)` for an image; without it the padded clip.
-            tile, chunk, memory_limit, approximate: as in `encode`; the limit includes what is returned.
-            normalize: the latent is a normalized one, as `encode` with `normalize` gives.
+            size: true size to crop to, `(T, H, W)`, or `(H, W)` for an image; None returns the padded clip.
+            tile, chunk, memory_limit, approximate: as in `encode`; the limit includes the output.
+            normalize: the latent is normalized, as from `encode` with `normalize`.
 
         Returns:
             Clip `(B, 3, T, H, W)`, or image `(B, 3, H, W)` for a size of two; about [-1, 1], not clamped.
 
         Raises:
-            ValueError: the latent's shape is wrong, `size` is not one that it can come from, an argument is wrong,
-                the memory limit cannot be kept, tiles are needed and not exact, or there are no statistics to
-                normalize by.
+            ValueError: the latent's shape or an argument is wrong, `size` does not fit the latent, the memory limit
+                cannot be kept, tiles are needed and not exact, or there are no statistics to normalize by.
         """
         check_latent(latent, self.config.latent_channels)
         check_dtype(latent, self.logvar.weight, "latent")
@@ -151,11 +150,11 @@ class LeanVAE(Preparable):
         return clip[:, :, 0] if size is not None and len(size) == 2 else clip
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
-        """Reconstruction of `x` from a sample of its posterior, and the posterior.
+        """Reconstruct `x` from a sample of its posterior, and return the posterior, too.
 
         Args:
             x: as in `encode`.
-            noise: standard normal, of the latent's shape (`latent_shape`); without it the posterior's mean.
+            noise: standard normal, of the latent's shape (`latent_shape`); None uses the posterior's mean.
         """
         posterior = self.encode(x)
         latent = posterior.mode() if noise is None else posterior.sample_with(noise)
@@ -168,19 +167,19 @@ class LeanVAE(Preparable):
         memory_limit: str | int | None = None,
         approximate: bool = False,
     ) -> Iterator[DiagonalGaussian]:
-        """Encodes a clip that arrives in chunks; equal to `encode` of the whole, with memory of a chunk.
+        """Encode a clip that arrives in chunks, with the result of `encode` and the memory of a chunk.
 
         Args:
-            chunks: tensors `(B, 3, t, H, W)` in [-1, 1], any t >= 1, all of one B, H, W, dtype.
-            tile, memory_limit, approximate: as in `encode`; a chunk for which memory does not suffice is worked on,
-                and its posteriors come, in parts. The limit includes what is kept from chunk to chunk.
+            chunks: tensors `(B, 3, t, H, W)` in [-1, 1], any t >= 1, all of the same B, H, W and dtype.
+            tile, memory_limit, approximate: as in `encode`. A chunk that needs too much memory is encoded and returned
+                in parts. The limit includes the past that is kept from chunk to chunk.
 
         Yields:
-            Posteriors `(B, Z, t', H', W')`, the first right after the first frame; concatenated over time
-            they are the whole clip's. `size` is the number of true frames that a posterior covers, H, W.
+            Posteriors `(B, Z, t', H', W')`, the first directly after the first frame; concatenated over time they equal
+            the whole clip's. `size` is the number of true frames that a posterior covers, H, W.
 
         Raises:
-            ValueError: a chunk has a wrong shape or another than those before, or as in `encode`.
+            ValueError: a chunk's shape is wrong or differs from the previous ones, or as in `encode`.
         """
         stream = EncoderStream(self.layers, Parts(tile, None, memory_limit, approximate))
         for frames in chunks:
@@ -195,24 +194,24 @@ class LeanVAE(Preparable):
         memory_limit: str | int | None = None,
         approximate: bool = False,
     ) -> Iterator[Tensor]:
-        """Decodes latents that arrive in chunks; equal to `decode` of the whole, with memory of a chunk.
+        """Decode latents that arrive in chunks, with the result of `decode` and the memory of a chunk.
 
         Args:
-            latents: tensors `(B, Z, t', H', W')`, any t' >= 1, all of one B, H', W', dtype.
+            latents: tensors `(B, Z, t', H', W')`, any t' >= 1, all of the same B, H', W' and dtype.
             tile, memory_limit, approximate: as in `encode_stream`.
 
         Yields:
-            Frames `(B, 3, t, H, W)`, padded size; concatenated over time they are the whole clip.
+            Frames `(B, 3, t, H, W)`, padded; concatenated over time they equal the whole clip.
 
         Raises:
-            ValueError: a latent has a wrong shape or another than those before, or as in `encode`.
+            ValueError: a latent's shape is wrong or differs from the previous ones, or as in `encode`.
         """
         stream = DecoderStream(self.layers, Parts(tile, None, memory_limit, approximate))
         for latent in latents:
             yield from map(stream.push, stream.split(latent))
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, int, int, int]:
-        """Shape `(Z, T', H', W')` of the latent of an image `(H, W)` or a clip `(T, H, W)`."""
+        """Return the shape `(Z, T', H', W')` of the latent of an image `(H, W)` or a clip `(T, H, W)`."""
         frames, height, width = (1, *size) if len(size) == 2 else size
         group, patch_height, patch_width = self.config.patch_size
         return (
@@ -223,15 +222,15 @@ class LeanVAE(Preparable):
         )
 
     def compile(self, **options: Any) -> "LeanVAE":  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Prepares the weights for inference, with the same results up to rounding.
+        """Prepare the weights for inference, with the same results up to rounding.
 
-        Norms, self-modulation and the Haar transform go into the weights, widths are padded, and on CPUs with oneDNN
-        the weights are packed; on GPUs encoder and decoder are also compiled, once for all sizes. The model computes
-        with what was prepared until it trains, moves or loads other weights; see `litevae.snapshot.Preparable`. Saved
-        weights are always the true ones.
+        Norms, self-modulation and the Haar transform are folded into the weights, widths are padded, and on CPUs with
+        oneDNN the weights are packed. On GPUs encoder and decoder are also compiled, once for all sizes. The model uses
+        the prepared weights until it trains, moves or loads others; see `litevae.snapshot.Preparable`. Saved weights
+        are always the original ones.
 
         Args:
-            options: of `torch.compile`; with any, encoder and decoder are compiled on CPUs too.
+            options: of `torch.compile`; if there are any, encoder and decoder are compiled on CPUs, too.
 
         Returns:
             The model itself, in evaluation mode.
@@ -241,7 +240,7 @@ class LeanVAE(Preparable):
         return self
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes `config.json`, `model.safetensors` and a model card, `README.md`, into a folder, each atomically.
+        """Write `config.json`, `model.safetensors` and a model card, `README.md`, into a folder, each atomically.
 
         A card that is there already is kept, with its figures brought up to date.
 
@@ -263,7 +262,7 @@ class LeanVAE(Preparable):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> str:
-        """Uploads what `save_pretrained` writes to the Hugging Face hub, in one commit, and returns its address.
+        """Upload what `save_pretrained` writes to the Hugging Face hub, in one commit, and returns its address.
 
         The repository is made if missing. A model card that it has already is kept, with its figures brought up to
         date.

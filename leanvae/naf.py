@@ -1,7 +1,7 @@
 """Neighbourhood-Aware Feedforward (NAF) layers of LeanVAE, on channels-last tokens `(B, T, H, W, D)`.
 
-A layer is a depthwise 3x3x3 convolution that sees no later frame, then a gated feedforward (LeanVAE, Figure 1b).
-The convolution alone mixes positions; `leanvae.surroundings` tells it what lies around its tokens.
+A layer is a causal depthwise 3x3x3 convolution, then a gated feedforward (LeanVAE, Figure 1b). Only the convolution
+mixes positions; `leanvae.surroundings` tells it what lies around its tokens.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,13 @@ Norm = Literal["layer", "smc"]
 def causal_depthwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, residual: bool = False
 ) -> Tensor:
-    """Depthwise 3x3x3 convolution, causal in time and zero-padded in space.
+    """Apply a depthwise 3x3x3 convolution, causal in time and zero-padded in space.
 
     Args:
         x: `(B, T, H, W, D)`.
         weight: `(D, 1, 3, 3, 3)`.
         bias: `(D,)`.
-        past: `(B, 2, H, W, D)`, the two frames before `x`; zeros at the start of a clip if `None`.
+        past: `(B, 2, H, W, D)`, the two frames before `x`; `None` means zeros, for the start of a clip.
         residual: whether `x` is added to the result.
 
     Returns:
@@ -45,11 +45,11 @@ def causal_depthwise_conv(
     if past is not None:
         frames = torch.cat((past, x), dim=1)
     elif x.is_cpu and not torch.is_grad_enabled():
-        # Zeros before and, needlessly, after the clip: faster on CPUs than to copy the clip behind zeros.
+        # Padding both ends, although only the start needs it, is faster on CPUs than copying the clip behind zeros.
         frames, num_zeros = x, PAST_FRAMES
     else:
         frames = F.pad(x, (0, 0, 0, 0, 0, 0, PAST_FRAMES, 0))
-    # Channels-last tokens are a channels-last 3D image already: only the axes are renamed, nothing is copied.
+    # Channels-last tokens already are a channels-last 3D image, so nothing is copied.
     y = F.conv3d(frames.movedim(-1, 1), weight, bias, padding=(num_zeros, 1, 1), groups=channels).movedim(1, -1)
     y = y[:, :num_frames]
     if not residual:
@@ -67,15 +67,15 @@ class CausalDepthwiseConv(nn.Module):
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, x: Tensor, past: Tensor | None = None, residual: bool = False) -> Tensor:
-        """Convolves tokens; see `causal_depthwise_conv`."""
+        """Convolve tokens; see `causal_depthwise_conv`."""
         return causal_depthwise_conv(x, self.weight, self.bias, past, residual)
 
 
 class FeedForward(nn.Module):
     """Gated feedforward: norm, linear to twice the inner width, GEGLU (value first, gate second), linear back.
 
-    With `norm="smc"` there is no LayerNorm and both linear maps are self-modulated; the gain of the second
-    starts at 0.1, since no norm tames the branch.
+    With `norm="smc"` there is no LayerNorm, and both linear maps are self-modulated. The second one's gain starts at
+    0.1, because no norm tames the branch.
     """
 
     def __init__(self, dim: int, norm: Norm = "layer") -> None:
@@ -91,7 +91,7 @@ class FeedForward(nn.Module):
             self.contract = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
-        """The feedforward of tokens `(..., D)`; with `residual`, plus the tokens."""
+        """Apply the feedforward to tokens `(..., D)`; `residual` adds the tokens."""
         expand, contract = linear_map(self.expand), linear_map(self.contract)
 
         def feedforward(tokens: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class FeedForward(nn.Module):
 
 
 def linear_map(linear: nn.Linear | SelfModulatedLinear) -> Callable[[Tensor], Tensor]:
-    """A linear map as a function; without gradients, a self-modulated one modulates once and not at every call."""
+    """Return a linear map as a function; without gradients, a self-modulated one is folded only once."""
     if isinstance(linear, SelfModulatedLinear) and not torch.is_grad_enabled():
         return partial(F.linear, weight=linear.fold())
     return linear
@@ -131,16 +131,16 @@ class NAFLayers(Recomputable):
         self.feedforwards = nn.ModuleList(FeedForward(dim, norm) for _ in range(num_layers))
 
     def forward(self, x: Tensor, *, around: Whole = WHOLE) -> Tensor:
-        """Runs the layers on tokens `(B, T, H, W, D)`; of a tile that lies beyond the frame there are none."""
+        """Run the layers on tokens `(B, T, H, W, D)`; a tile beyond the frame has none."""
         for conv, feedforward in zip(self.convs, self.feedforwards, strict=True):
             x = around.convolve(conv, x, self.residual)
             if x.numel():
-                x = self.run(feedforward, x, self.residual)  # which makes some twelve tensors of the size of x
+                x = self.run(feedforward, x, self.residual)  # recomputable: it makes about twelve tensors as large as x
         return x
 
 
 def init_linear_maps(module: nn.Module) -> None:
-    """Gives every `nn.Linear` below `module` the published initialisation: truncated normal 0.02, bias 0."""
+    """Initialise every `nn.Linear` below `module` as published: truncated normal 0.02, bias 0."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.trunc_normal_(child.weight, std=0.02)

@@ -1,6 +1,6 @@
-"""The network of LeanVAE, stated once: encoder, decoder, and the way of a clip through them (LeanVAE, Figure 1a).
+"""The network of LeanVAE, stated once: encoder, decoder, and a clip's path through them (LeanVAE, Figure 1a).
 
-Whole clips, chunks and tiles take the same way; they differ in what lies around their tokens (`leanvae.surroundings`).
+Whole clips, chunks and tiles take the same path. They differ in what lies around their tokens (`leanvae.surroundings`).
 """
 
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from leanvae.surroundings import WHOLE, Whole
 
 
 class Layers(Protocol):
-    """The parts of a LeanVAE that compute: those of the model itself, or prepared ones in their place."""
+    """The parts of a LeanVAE that compute: the model's own, or prepared ones."""
 
     config: LeanVAEConfig
     encoder: Any
@@ -25,7 +25,7 @@ class Layers(Protocol):
 
 
 class Encoder(nn.Module):
-    """Pixels to features: a stream of residual NAF layers for the low and the high bands each, then fused ones."""
+    """Pixels to features: a stream of residual NAF layers each for the low and the high bands, then fused ones."""
 
     def __init__(self, config: LeanVAEConfig) -> None:
         super().__init__()
@@ -36,15 +36,15 @@ class Encoder(nn.Module):
         self.fusion = NAFLayers(config.hidden_channels, config.num_fusion_layers)
 
     def forward(self, pixels: Tensor, *, around: Whole = WHOLE, starts_clip: bool = True) -> Tensor:
-        """Turns pixels `(B, 3, T, H, W)` in [-1, 1] into features `(B, T', H', W', D)`; see `PatchEmbedding`."""
+        """Turn pixels `(B, 3, T, H, W)` in [-1, 1] into features `(B, T', H', W', D)`; see `PatchEmbedding`."""
         streams = around.side_by_side(self.streams.values(), self.embedding(pixels, starts_clip))
         features = torch.cat(streams, dim=-1)
-        del streams  # half of what is held here
+        del streams  # half of the memory held here
         return self.fusion(features, around=around)
 
 
 class Decoder(nn.Module):
-    """Features to pixels: fused residual NAF layers, then a stream of them for the low and the high bands each."""
+    """Features to pixels: fused residual NAF layers, then a stream of them each for the low and the high bands."""
 
     def __init__(self, config: LeanVAEConfig) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, features: Tensor, *, around: Whole = WHOLE, starts_clip: bool = True) -> Tensor:
-        """Turns features `(B, T', H', W', D)` into pixels `(B, 3, T, H, W)`, about [-1, 1]."""
+        """Turn features `(B, T', H', W', D)` into pixels `(B, 3, T, H, W)`, about [-1, 1]."""
         features = self.fusion(features, around=around)
         streams = around.side_by_side(self.streams.values(), list(features.split(self.widths, dim=-1)))
         return self.projection(streams, starts_clip)
@@ -68,13 +68,13 @@ class Decoder(nn.Module):
 def encode_frames(
     layers: Layers, pixels: Tensor, *, around: Whole = WHOLE, starts_clip: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Encodes pixels whose sizes the patches divide.
+    """Encode pixels whose sizes the patches divide.
 
     Args:
-        layers: of the model.
+        layers: the model's layers.
         pixels: `(B, 3, T, H, W)` in [-1, 1].
         around: what lies around them.
-        starts_clip: whether the first frame stands alone, as that of a clip does.
+        starts_clip: whether the first frame is the first of the clip, which stands alone.
 
     Returns:
         The posterior's mean and log-variance, `(B, Z, T', H', W')`.
@@ -83,11 +83,11 @@ def encode_frames(
 
 
 def parameters_of(layers: Layers, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Measures features `(B, T', H', W', D)`: the posterior's mean and log-variance, `(B, Z, T', H', W')`."""
+    """Map features `(B, T', H', W', D)` to the posterior's mean and log-variance, `(B, Z, T', H', W')`."""
     return layers.bottleneck.compress(features).movedim(-1, 1), layers.logvar(features).movedim(-1, 1)
 
 
 def decode_frames(layers: Layers, latent: Tensor, *, around: Whole = WHOLE, starts_clip: bool = True) -> Tensor:
-    """Decodes a latent `(B, Z, T', H', W')` to pixels `(B, 3, T, H, W)`, padded, about [-1, 1]."""
+    """Decode a latent `(B, Z, T', H', W')` to pixels `(B, 3, T, H, W)`, padded, about [-1, 1]."""
     features = layers.bottleneck.recover(latent.movedim(1, -1), around=around)
     return layers.decoder(features, around=around, starts_clip=starts_clip)

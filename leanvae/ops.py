@@ -1,6 +1,6 @@
-"""Functions of single tokens, `(..., D)`: one Triton kernel each on GPUs, plain torch elsewhere.
+"""Functions of single tokens, `(..., D)`: a Triton kernel each on GPUs, plain torch elsewhere.
 
-Without gradients they run one block of tokens after the other, so that memory does not grow with the clip.
+Without gradients they run block by block, so that memory does not grow with the clip.
 """
 
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from leanvae import kernels
 
-# On CPUs few enough that what a function makes on the way stays in the cache; on GPUs enough to keep one busy.
+# Small enough for a function's intermediate results to stay in a CPU's cache; large enough to keep a GPU busy.
 BLOCK_TOKENS = {"cpu": 512, "cuda": 32768}
 
 
 def tokenwise(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
-    """`function(*tokens)`; in blocks unless a gradient is recorded or the call is being compiled.
+    """Return `function(*tokens)`, computed in blocks unless a gradient is recorded or the call is being compiled.
 
     Args:
-        function: of each token alone, from `(N, D)` to `(N, O)` and `(..., D)` to `(..., O)`.
-        tokens: `(..., D)`, each of a D of its own.
+        function: of single tokens, from `(N, D)` to `(N, O)` and `(..., D)` to `(..., O)`.
+        tokens: `(..., D)`, each with its own D.
 
     Returns:
         `(..., O)`.
@@ -31,7 +31,7 @@ def tokenwise(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
 
 
 def in_blocks(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
-    """`tokenwise` in blocks in any case, without a gradient."""
+    """Return `function(*tokens)`, computed in blocks without a gradient."""
     axes = tokens[0].shape[:-1]
     rows = [x.reshape(-1, x.shape[-1]) for x in tokens]
     size = BLOCK_TOKENS.get(tokens[0].device.type, BLOCK_TOKENS["cuda"])
@@ -48,13 +48,13 @@ def in_blocks(function: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm over the last axis, in the dtype of `x`.
+    """Apply LayerNorm over the last axis, in the dtype of `x`.
 
     Args:
         x: `(..., D)`.
-        scale: `(D,)`, or `None` for one.
-        shift: `(D,)`, or `None` for zero.
-        eps: what keeps constant tokens finite.
+        scale: `(D,)`; `None` means ones.
+        shift: `(D,)`; `None` means zeros.
+        eps: keeps constant tokens finite.
     """
     if kernels.usable(x):
         from leanvae.kernels.feedforward import layer_norm as kernel
@@ -64,7 +64,7 @@ def layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
 
 
 def geglu(value: Tensor, gate: Tensor) -> Tensor:
-    """`value * gelu(gate)` with the exact GELU (Shazeer, 2020)."""
+    """Return `value * gelu(gate)` with the exact GELU (Shazeer, 2020)."""
     if kernels.usable(gate):
         from leanvae.kernels.feedforward import geglu as kernel
 
@@ -73,7 +73,7 @@ def geglu(value: Tensor, gate: Tensor) -> Tensor:
 
 
 def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
-    """`sign(x) * max(|x| - threshold, 0)`, the proximal map of `threshold * |x|_1`; `threshold` has one element."""
+    """Return `sign(x) * max(|x| - threshold, 0)`, the proximal map of `threshold * |x|_1`, for one threshold."""
     if kernels.usable(x):
         from leanvae.kernels.ista import soft_threshold as kernel
 
@@ -82,7 +82,7 @@ def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
 
 
 def gradient_step(x: Tensor, z: Tensor, phi: Tensor, step: Tensor) -> Tensor:
-    """`x - step * (x phi^T - z) phi`: descends `|x phi^T - z|^2 / 2`.
+    """Return `x - step * (x phi^T - z) phi`, a descent step on `|x phi^T - z|^2 / 2`.
 
     Args:
         x: current estimate of the features, `(..., D)`.

@@ -1,7 +1,8 @@
 """From pixels to wavelet patches and back (LeanVAE, Figure 1b: Patchifier).
 
-The first frame of a clip stands alone: it gets a 2D transform and image patches. The others get a 3D transform
-and video patches. Both give tokens of the same width, so that an image is a clip of one frame.
+The first frame of a clip stands alone: it gets a 2D transform and image patches. The others get a 3D transform and
+    video
+patches. Both give tokens of the same width, so an image is a clip of one frame.
 """
 
 import math
@@ -28,7 +29,7 @@ class Bands(NamedTuple):
 
     Attributes:
         image: `(B, 12, 1, H/2, W/2)`, of the clip's first frame; `None` in a chunk that does not begin the clip.
-        video: `(B, 24, t/2, H/2, W/2)`, of the t frames after it; `None` where there are none.
+        video: `(B, 24, t/2, H/2, W/2)`, of the t frames after it; `None` if there are none.
     """
 
     image: Tensor | None
@@ -36,13 +37,13 @@ class Bands(NamedTuple):
 
 
 def split_first_frame(x: Tensor, starts_clip: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Parts a chunk `(B, C, T, H, W)` into the frame that stands alone and the others."""
+    """Split a chunk `(B, C, T, H, W)` into the frame that stands alone and the others."""
     first, rest = (x[:, :, :1], x[:, :, 1:]) if starts_clip else (None, x)
     return first, (rest if rest.shape[2] else None)
 
 
 def to_bands(x: Tensor, wavelet: str = "haar", starts_clip: bool = True) -> Bands:
-    """Wavelet bands of a clip, scaled as in the published model (2D by 2, 3D by 2 sqrt 2).
+    """Transform a clip to wavelet bands, scaled as in the published model (2D by 2, 3D by 2 sqrt 2).
 
     Args:
         x: `(B, 3, T, H, W)`, T = 4n + 1 (4n if the chunk does not start the clip), H and W even.
@@ -59,7 +60,7 @@ def to_bands(x: Tensor, wavelet: str = "haar", starts_clip: bool = True) -> Band
 
 
 def from_bands(bands: Bands, wavelet: str = "haar") -> Tensor:
-    """Exact inverse of `to_bands`."""
+    """Invert `to_bands` exactly."""
     image, video = bands.image, bands.video
     if wavelet != "none":
         image = None if image is None else idwt2d(image / IMAGE_BAND_SCALE, wavelet)
@@ -69,13 +70,13 @@ def from_bands(bands: Bands, wavelet: str = "haar") -> Tensor:
 
 @dataclass(frozen=True)
 class Patches:
-    """How one kind of frames, the image frame or the video frames, is cut.
+    """How one kind of frames is cut: the image frame, or the video frames.
 
     Attributes:
         shape: (frames, height, width) of a patch, on the bands.
         channels: band channels by stream.
         pixels: (frames, height, width) of a patch, in pixels.
-        is_image: whether it is the image frame that is cut.
+        is_image: whether these are patches of the image frame.
     """
 
     shape: tuple[int, int, int]
@@ -84,23 +85,23 @@ class Patches:
     is_image: bool
 
     def vector_size(self, stream: str) -> int:
-        """Length of a stream's patch vectors."""
+        """Return the length of a stream's patch vectors."""
         return self.channels[stream] * math.prod(self.shape)
 
     def of_streams(self, bands: Tensor) -> tuple[Tensor, ...]:
-        """Parts the channels `(B, C, T, H, W)` of the bands by stream."""
+        """Split the bands' channels `(B, C, T, H, W)` by stream."""
         return bands.split(list(self.channels.values()), dim=1)
 
 
 def stream_widths(config: LeanVAEConfig) -> dict[str, int]:
-    """Channels of the tokens, by stream."""
+    """Return the tokens' channels, by stream."""
     if config.streams == "joint":
         return {"joint": config.hidden_channels}
     return {"low": config.low_channels, "high": config.high_channels}
 
 
 def image_and_video_patches(config: LeanVAEConfig) -> tuple[Patches, Patches]:
-    """The patches that a configuration cuts from the image frame and from the video frames."""
+    """Return the patches of the image frame and of the video frames."""
     frames, height, width = config.patch_size
     factor, image_bands, video_bands = (1, 1, 1) if config.wavelet == "none" else (2, 4, 8)
 
@@ -117,7 +118,7 @@ def image_and_video_patches(config: LeanVAEConfig) -> tuple[Patches, Patches]:
 
 
 def to_patches(bands: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """`(B, C, T, H, W)` to `(B, T/pt, H/ph, W/pw, C*pt*ph*pw)`; a patch vector is ordered (C, pt, ph, pw)."""
+    """Rearrange `(B, C, T, H, W)` to `(B, T/pt, H/ph, W/pw, C*pt*ph*pw)`; patch vectors are ordered (C, pt, ph, pw)."""
     pt, ph, pw = patch
     return rearrange(
         bands, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw
@@ -125,7 +126,7 @@ def to_patches(bands: Tensor, patch: tuple[int, int, int]) -> Tensor:
 
 
 def from_patches(patches: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """Exact inverse of `to_patches`."""
+    """Invert `to_patches` exactly."""
     pt, ph, pw = patch
     return rearrange(
         patches, "b t h w (c pt ph pw) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw
@@ -133,20 +134,20 @@ def from_patches(patches: Tensor, patch: tuple[int, int, int]) -> Tensor:
 
 
 def latent_frames(frames: int, group: int, starts_clip: bool = True) -> int:
-    """Latent frames of `frames` frames, of which the last group may be incomplete."""
+    """Count the latent frames of `frames` frames, whose last group may be incomplete."""
     first = int(starts_clip)
     return first + -(-(frames - first) // group)
 
 
 def clip_frames(latent_frames: int, group: int, starts_clip: bool = True) -> int:
-    """Frames of `latent_frames` latent frames."""
+    """Count the frames of `latent_frames` latent frames."""
     return group * latent_frames - (group - 1) * int(starts_clip)
 
 
 def pad_to_patches(clip: Tensor, patch_size: Sequence[int], starts_clip: bool = True) -> Tensor:
-    """Replicates the last frame, row and column of `(B, C, T, H, W)` until the patches divide the clip.
+    """Replicate the last frame, row and column of `(B, C, T, H, W)` until the patches divide the clip.
 
-    If the clip starts here, its first frame stands outside the groups of `patch_size[0]` frames.
+    If the clip starts here, its first frame is not part of the groups of `patch_size[0]` frames.
     """
     frames, height, width = clip.shape[2:]
     group, patch_height, patch_width = patch_size
@@ -163,9 +164,9 @@ def _projection(size: int, width: int, norm: bool) -> nn.Module:
 
 
 class PatchEmbedding(nn.Module):
-    """Wavelet transform, then linear maps from patches of the bands to tokens: apart for images, videos and streams."""
+    """Wavelet transform, then linear maps from patches of the bands to tokens, for images, videos and streams each."""
 
-    is_folded = False  # whether transform and maps are one
+    is_folded = False  # whether transform and maps are one product
 
     def __init__(self, config: LeanVAEConfig) -> None:
         super().__init__()
@@ -176,11 +177,11 @@ class PatchEmbedding(nn.Module):
         self.video = nn.ModuleDict({name: _projection(video.vector_size(name), widths[name], norm) for name in widths})
 
     def forward(self, pixels: Tensor, starts_clip: bool = True) -> list[Tensor]:
-        """Turns pixels into the tokens of each stream.
+        """Turn pixels into the tokens of each stream.
 
         Args:
             pixels: `(B, 3, T, H, W)` in [-1, 1] whose sizes the patches divide.
-            starts_clip: whether the first frame stands alone, as that of a clip does.
+            starts_clip: whether the first frame is the first of the clip, which stands alone.
 
         Returns:
             Tokens `(B, T', H', W', width)`, by stream.
@@ -195,7 +196,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchProjection(nn.Module):
-    """Linear maps from tokens back to patches of the bands, then the inverse transform: mirrors `PatchEmbedding`."""
+    """Linear maps from tokens back to patches of the bands, then the inverse transform; mirrors `PatchEmbedding`."""
 
     def __init__(self, config: LeanVAEConfig) -> None:
         super().__init__()
@@ -206,7 +207,7 @@ class PatchProjection(nn.Module):
         self.video = nn.ModuleDict({name: nn.Linear(widths[name], video.vector_size(name)) for name in widths})
 
     def forward(self, tokens: list[Tensor], starts_clip: bool = True) -> Tensor:
-        """Turns tokens `(B, T', H', W', width)` by stream into pixels `(B, 3, T, H, W)` in [-1, 1]."""
+        """Turn tokens `(B, T', H', W', width)` by stream into pixels `(B, 3, T, H, W)` in [-1, 1]."""
 
         def bands(tokens: list[Tensor], patches: Patches, maps: nn.ModuleDict) -> Tensor | None:
             if not tokens[0].shape[1]:

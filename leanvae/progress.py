@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, and a line now and then elsewhere."""
+"""Progress of a run: a bar on a terminal, an occasional log line elsewhere."""
 
 import logging
 import time
@@ -16,17 +16,17 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Counts the units of a run's work, and shows how far it is.
+    """A counter of a run's finished work, shown to the user.
 
     Args:
-        label: what is being done, such as `encoding`.
-        unit: what the work is counted in, such as `file`.
+        label: name of the work, such as `encoding`.
+        unit: unit of the work, such as `file`.
         total: number of units; None if unknown.
-        is_shown: whether this process shows anything; with several ranks, one should.
-        stays: whether the bar stays on the terminal when the work is done.
+        is_shown: whether this process shows anything; of several ranks, only one should.
+        stays: whether the bar stays on the terminal after the work.
 
     Attributes:
-        counts: what `count` has counted.
+        counts: the totals of `count`.
     """
 
     def __init__(
@@ -48,19 +48,19 @@ class Progress:
         self._bar.close()
 
     def add(self, number: int = 1) -> None:
-        """Counts units that are done."""
+        """Count finished units."""
         self._done += number
         self._bar.update(number)
         self._write_line_if_due()
 
     def count(self, **numbers: int) -> None:
-        """Counts other things, such as `clips=1, frames=17`, whose rates are shown."""
+        """Count other things, such as `clips=1, frames=17`, and show their rates."""
         self.counts.update(numbers)
         self._bar.set_postfix_str(self._rates(), refresh=False)
         self._write_line_if_due()
 
     def note(self, text: str) -> None:
-        """Shows a text beside the bar, such as the file at hand; rates take its place."""
+        """Show a text beside the bar, such as the current file; rates replace it."""
         self._bar.set_postfix_str(text)
 
     def _rates(self) -> str:

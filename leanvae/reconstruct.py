@@ -1,4 +1,4 @@
-"""Reconstruction of clips and images: what a trained autoencoder makes of a user's own files, with measures."""
+"""Reconstruction of clips and images: a model's output for a user's own files, with measures."""
 
 import json
 import logging
@@ -35,18 +35,18 @@ METRICS_FILE = "metrics.json"
 
 @dataclass
 class Result:
-    """What became of a file; the fields as they stand in `metrics.json`.
+    """The result for a file, with the fields of `metrics.json`.
 
     Attributes:
         input: the file's path relative to the input folder.
         kind: `video` or `image`.
         reconstruction, side_by_side: the files written, relative to the output folder.
-        width, height: size of the source and the reconstruction in pixels, upright.
+        width, height: upright size of the source and the reconstruction in pixels.
         frames: number of frames of both.
-        fps: average frames per second, None for images and where the source does not say.
-        psnr: in decibels, the mean over frames; None where infinite.
+        fps: average frames per second; None for images and if the source does not say.
+        psnr: in decibels, the mean over frames; None if infinite.
         ssim: the mean over frames; None for a side under 11 pixels.
-        notes: what could not be kept of the source.
+        notes: properties of the source that could not be kept.
     """
 
     input: str
@@ -79,36 +79,36 @@ def reconstruct(
     memory_limit: str | int | None = None,
     strict: bool = False,
 ) -> dict[str, Any]:
-    """Encodes and decodes a clip, an image, or every clip and image of a folder and those in it.
+    """Encode and decode a clip, an image, or all clips and images below a folder.
 
-    For each file it writes `NAME.recon.mp4` (or `.png`), `NAME.side_by_side.mp4` with the source on the left,
-    and for all of them one `metrics.json`. Clips keep their timestamps, size, number of frames and sound, and
-    stand upright; they are streamed, so a clip's length takes no memory. PSNR and SSIM are those of the
-    decoder's output, clamped to [0, 1], before it is rounded to 8 bits or coded. Latents are the posterior's
-    mean.
+    For each file it writes `NAME.recon.mp4` (or `.png`) and `NAME.side_by_side.mp4`, with the source on the left, and
+    for all of them one `metrics.json`. Clips are turned upright and keep their timestamps, size, number of frames and
+    sound. They are streamed, so memory does not grow with their length. PSNR and SSIM measure the decoder's output,
+    clamped to [0, 1], before it is rounded to 8 bits or coded. Latents are the posterior's mean.
 
     Args:
-        checkpoint: what `load_vae` reads.
-        inputs: a file, or a folder whose clips and images are taken in the order of their names.
-        output: folder for the results, made if missing.
-        device: where the model runs.
-        dtype: its type; as stored if None.
-        chunk: most frames to encode at a time; as memory allows if None.
-        memory_limit: bytes, or such as `"6GiB"`, that the model, its streams and their frames may take besides the
-            weights. The coders of video, which run on the host, are not counted: about 600 bytes for each pixel of a
-            frame. If None, a device's free memory is the limit, and on CPUs 6 GiB where so little suffices.
-        strict: a file that cannot be reconstructed is an error, raised after the others are done.
+        checkpoint: anything that `load_vae` reads.
+        inputs: a file, or a folder, whose clips and images are sorted by name.
+        output: folder for the results, created if missing.
+        device: device of the model.
+        dtype: type of the model; None uses the stored one.
+        chunk: most frames to encode at a time; None takes as many as memory allows.
+        memory_limit: bytes, or such as `"6GiB"`, for the model, its streams and their frames, without the weights.
+            Video
+            coding on the host is not counted: about 600 bytes per pixel of a frame. None means a device's free memory,
+            and on CPUs 6 GiB if that suffices.
+        strict: whether a file that cannot be reconstructed is an error, raised after the others are done.
 
     Returns:
-        The content of `metrics.json`: `files` (a `Result` each), `skipped` (`input` and `reason` each) and
-        `total` (`files`, `skipped`, `frames`, and `psnr` and `ssim` as means over the frames of the files that
-        have a finite value, with the number of those that do not).
+        The content of `metrics.json`: `files` (a `Result` each), `skipped` (`input` and `reason` each) and `total`
+        (`files`, `skipped`, `frames`, and `psnr` and `ssim` as means over the frames of files with a finite value, with
+        the number of files without one).
 
     Raises:
-        FileNotFoundError: there is no such input or checkpoint.
-        ValueError: the input holds no clip or image, the output folder is the input folder, or the memory limit
-            is wrong or cannot be kept.
-        WorkIncomplete: no file could be reconstructed, or not all with `strict`.
+        FileNotFoundError: the input or checkpoint does not exist.
+        ValueError: the input holds no clip or image, the output folder is the input folder, or the memory limit is
+            wrong or cannot be kept.
+        WorkIncomplete: no file could be reconstructed or, with `strict`, not all of them.
         NotFinite: the model's output is infinite or NaN.
     """
     inputs, output = Path(inputs), Path(output)
@@ -132,7 +132,7 @@ def reconstruct(
                 raise NotFinite(f"{job.name}: {error}") from error
             results.append(result)
             logger.info("%s: %s", label, result)
-    finally:  # also when it is interrupted
+    finally:  # even if interrupted
         files = [asdict(result) for result in results]
         report.update(total=_total(results, len(skipped)), files=files, skipped=skipped)
         write_text(output / METRICS_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -144,7 +144,7 @@ def reconstruct(
 
 
 def _total(results: list[Result], num_skipped: int) -> dict[str, Any]:
-    """Totals of all files; the measures are means over the frames of the files that have them."""
+    """Sum up all files; the measures are means over the frames of files that have them."""
     total: dict[str, Any] = {"files": len(results), "skipped": num_skipped}
     total["frames"] = sum(result.frames for result in results)
     for name in ("psnr", "ssim"):
@@ -156,7 +156,7 @@ def _total(results: list[Result], num_skipped: int) -> dict[str, Any]:
 
 
 def _reconstruct_file(coder: FrameCoder, job: NamedItem, output: Path, label: str) -> Result:
-    """Reconstructs one file and writes its outputs; `label` stands before its progress.
+    """Reconstruct a file and write its outputs; `label` precedes its progress.
 
     Raises:
         MediaError: the file cannot be read, or mp4 cannot hold it.

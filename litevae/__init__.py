@@ -1,6 +1,6 @@
-"""The image autoencoder LiteVAE, and the tensor arithmetic that it shares with the video autoencoder.
+"""The image autoencoder LiteVAE, and the tensor maths that it shares with the video autoencoder.
 
-Nothing here knows about time, files or processes; those live in ``leanvae``.
+Time, data and processes are the subject of ``leanvae``.
 """
 
 from importlib import import_module
@@ -16,7 +16,7 @@ _HOMES = {"LiteVAE": "litevae.model", "LiteVAEConfig": "litevae.config"}
 
 
 def __getattr__(name: str) -> object:
-    """Imports a public name when it is first used, so that ``import litevae`` alone stays light."""
+    """Import a public name when it is first used, so that ``import litevae`` itself stays light."""
     if name not in _HOMES:
         raise AttributeError(f"module 'litevae' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""What the paper's analysis looks at: the latents' distance to a Gaussian, feature maps, and latents as colours."""
+"""Measures of the paper's analysis: the latents' distance to a Gaussian, feature maps, and latents as colours."""
 
 import math
 from collections.abc import Sequence
@@ -16,23 +16,23 @@ _TAIL = 0.01  # of a latent channel's values, cut off at either end of the colou
 
 
 def mmd(x: Tensor, y: Tensor, sigma: float | Sequence[float]) -> Tensor:
-    """Squared maximum mean discrepancy of two samples, with the kernel exp(-|a - b|^2 / (2 sigma^2)).
+    """Compute the squared maximum mean discrepancy of two samples, with the kernel exp(-|a - b|^2 / (2 sigma^2)).
 
     The unbiased estimate of Gretton et al., "A kernel two-sample test" (2012), Equation 3: the mean kernel of pairs
-    within `x`, plus that within `y`, less twice that between them; a sample is no pair with itself, so the estimate
-    of two samples of one distribution scatters round 0 and may be negative. No value exceeds 2.
+    within `x`, plus that within `y`, minus twice that between them. A sample does not pair with itself, so for two
+    samples of one distribution the estimate scatters around 0 and may be negative. It is at most 2.
 
-    A latent is one sample, flattened, as the bandwidths 25 to 500 of LiteVAE's Table 6 suggest: two standard normal
-    vectors of D = 32 * 32 * 4 elements are sqrt(2 D) = 90 apart. The paper does not say how it scales its numbers;
-    ours are not scaled, so they compare with each other alone, and only at one D.
+    A flattened latent is one sample, as the bandwidths 25 to 500 in LiteVAE's Table 6 suggest: two standard normal
+    vectors of D = 32 * 32 * 4 elements are sqrt(2 D) = 90 apart. The paper does not say how it scales its numbers.
+    Ours are not scaled, so compare them only with each other, and only at the same D.
 
     Args:
         x: `(M, D)`, at least two samples.
         y: `(N, D)`, at least two samples, on the same device.
-        sigma: bandwidth of the kernel in the samples' own unit, or several of them.
+        sigma: bandwidth of the kernel in the samples' own unit, or several bandwidths.
 
     Returns:
-        `()`, or `(S,)` for S bandwidths; float64. Memory is bounded whatever M and N.
+        `()`, or `(S,)` for S bandwidths; float64. Memory is bounded for any M and N.
 
     Raises:
         ValueError: a shape, a bandwidth or a value is wrong.
@@ -50,7 +50,7 @@ def mmd(x: Tensor, y: Tensor, sigma: float | Sequence[float]) -> Tensor:
         raise ValueError(f"sigma is {sigma}: expected one or several positive bandwidths")
     rates = (-0.5 / sigmas.square()).reshape(-1).to(x.device)
     m, n = len(x), len(y)
-    # Of a sample with itself the kernel is 1.
+    # The kernel of a sample with itself is 1.
     within_x = (_kernel_sums(x, x, rates) - m) / (m * (m - 1))
     within_y = (_kernel_sums(y, y, rates) - n) / (n * (n - 1))
     between = _kernel_sums(x, y, rates) / (m * n)
@@ -58,7 +58,7 @@ def mmd(x: Tensor, y: Tensor, sigma: float | Sequence[float]) -> Tensor:
 
 
 def _kernel_sums(x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
-    """Sum of exp(rate * |a - b|^2) over all pairs, block by block: `(S,)` for S rates, float64."""
+    """Sum exp(rate * |a - b|^2) over all pairs, block by block: `(S,)` for S rates, float64."""
     total = torch.zeros_like(rates)
     for row, a in enumerate(x.split(_MMD_BLOCK)):
         a = a.double()
@@ -66,7 +66,7 @@ def _kernel_sums(x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
             b = b.double()
             squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
             if x is y and row == column:
-                squares.fill_diagonal_(0.0)  # exactly, whatever cancels
+                squares.fill_diagonal_(0.0)  # cancellation leaves rounding errors
             squares.clamp_(min=0.0)
             total += torch.stack([torch.exp(rate * squares).sum() for rate in rates])
     return total
@@ -74,16 +74,16 @@ def _kernel_sums(x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Imbalance:
-    """How unevenly the magnitude of feature maps is spread over their positions.
+    """Measures of how unevenly feature maps spread their magnitude over the positions.
 
-    Both numbers are ours (the paper shows pictures alone) and do not change with the features' scale.
+    Both numbers are ours, because the paper shows only pictures. They do not depend on the features' scale.
 
     Attributes:
         magnitude: `(B, H, W)`, root mean square over the channels; float32 at least.
         peak_ratio: `(B,)`, root mean square of the largest 0.1% of the magnitudes (at least one position) over the
-            median: 1 for a flat map; infinite where more than half the map is zero and the rest is not.
-        top_share: `(B,)`, share of the energy (the squares' sum) in the strongest 1% of the positions (at least one):
-            their share of the positions for a flat map, 1 where all energy is there.
+            median: 1 for a flat map; infinite if more than half the map is zero, but not all.
+        top_share: `(B,)`, share of the energy (the sum of squares) in the strongest 1% of the positions (at least
+            one): their share of the positions for a flat map, 1 if they have all the energy.
     """
 
     magnitude: Tensor
@@ -92,7 +92,7 @@ class Imbalance:
 
 
 def feature_imbalance(features: Tensor) -> Imbalance:
-    """The magnitude of feature maps, and how much stronger than the rest its peaks are (LiteVAE, Figure 3).
+    """Measure the magnitude of feature maps, and how far its peaks exceed the rest (LiteVAE, Figure 3).
 
     Args:
         features: `(B, C, H, W)`, such as `litevae.decoder.Decoder.features`.
@@ -118,10 +118,10 @@ def feature_imbalance(features: Tensor) -> Imbalance:
 
 
 def latents_as_rgb(latent: Tensor) -> Tensor:
-    """The first three channels of latents as red, green and blue (LiteVAE, Figures 2 and 4).
+    """Show the first three channels of latents as red, green and blue (LiteVAE, Figures 2 and 4).
 
-    Each channel of each image is stretched so that 0 and 1 lie at its 1st and 99th percentile, and clipped there; a
-    flat one becomes 0.5. Of fewer than three channels the last is repeated.
+    Each channel of each image is stretched so that 0 and 1 lie at its 1st and 99th percentile, and clipped there. A
+    flat channel becomes 0.5. With fewer than three channels, the last is repeated.
 
     Args:
         latent: `(B, Z, h, w)`, finite.

@@ -9,7 +9,7 @@ from torch import Tensor
 from litevae.config import LiteVAEConfig
 from litevae.errors import InvalidInput
 
-# Names in diffusers to ours, applied in turn; the last four are those of attention before diffusers 0.15.
+# From names in diffusers to ours, applied in turn; attention also by its names before diffusers 0.15.
 _RENAMINGS = [
     (r"^quant_conv\.", "after_encoder."),
     (r"^post_quant_conv\.", "before_decoder."),
@@ -31,7 +31,7 @@ _RENAMINGS = [
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> tuple[LiteVAEConfig, dict[str, Tensor]]:
-    """Reads the architecture off an `AutoencoderKL` state dict, and renames its weights to ours.
+    """Infer the architecture from an `AutoencoderKL` state dict, and rename its weights to ours.
 
     Args:
         state: weights of diffusers' `AutoencoderKL` with four levels, a middle attention and GroupNorm of 32 groups.
@@ -40,12 +40,12 @@ def from_diffusers(state: Mapping[str, Tensor]) -> tuple[LiteVAEConfig, dict[str
         The configuration of a `LiteVAE`, and the state dict to load into it strictly.
 
     Raises:
-        ValueError: this is no such state dict.
+        ValueError: it is not such a state dict.
     """
     try:
         config = _infer_config(state)
     except KeyError as error:
-        raise InvalidInput(f"no state dict of diffusers' AutoencoderKL: {error.args[0]} is missing") from error
+        raise InvalidInput(f"not a state dict of diffusers' AutoencoderKL: {error.args[0]} is missing") from error
     samplers = {"encoder.down_blocks": config.num_res_blocks, "decoder.up_blocks": config.num_res_blocks + 1}
     renamed = {}
     for name, value in state.items():
@@ -54,7 +54,7 @@ def from_diffusers(state: Mapping[str, Tensor]) -> tuple[LiteVAEConfig, dict[str
             name = re.sub(rf"^{re.escape(blocks)}\.(\d+)\.\w+samplers\.0\.", rf"{ours}.\1.{place}.", name)
         for pattern, replacement in _RENAMINGS:
             name = re.sub(pattern, replacement, name)
-        # Attention was once written with 1x1 convolutions.
+        # Older files store attention as 1x1 convolutions.
         is_attention = ".attention." in name and name.endswith(".weight") and value.ndim == 4
         renamed[name] = value.flatten(1) if is_attention else value
     return config, renamed

@@ -1,7 +1,7 @@
 """Blocks of the image autoencoders, on images `(B, C, H, W)`.
 
-Where no gradient is recorded, activations are overwritten as soon as nothing else reads them: at 256x256 that and the
-channels-last layout take a third of the time and of the memory off the encoders.
+Without gradients, activations are overwritten as soon as nothing else reads them. At 256x256, that and the
+channels-last layout save a third of the encoders' time and memory.
 """
 
 import math
@@ -22,12 +22,12 @@ _RESIDUAL_GAIN = 0.1  # of a self-modulated residual branch at the start, which 
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with as many of 32 groups as divide the width (LiteVAE-S concatenates to 48 channels)."""
+    """Make a GroupNorm with as many of 32 groups as divide the width (LiteVAE-S concatenates to 48 channels)."""
     return nn.GroupNorm(math.gcd(_MAX_GROUPS, channels), channels, eps=_NORM_EPS)
 
 
 class NormConv(nn.Module):
-    """GroupNorm, SiLU and a 3x3 convolution; with `smc` SiLU and a self-modulated one (LiteVAE, Section 4.2)."""
+    """GroupNorm, SiLU and a 3x3 convolution; with `smc`, SiLU and a self-modulated one (LiteVAE, Section 4.2)."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: Norm, gain_init: float = 1.0) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class NormConv(nn.Module):
 
 
 class ResBlock(Recomputable):
-    """Two `NormConv` and a skip, by a 1x1 convolution where the widths differ (LiteVAE, Appendix G)."""
+    """Two `NormConv` and a skip, which is a 1x1 convolution if the widths differ (LiteVAE, Appendix G)."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: Norm) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class ResBlock(Recomputable):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all positions, with GroupNorm before and a residual round it."""
+    """Single-head self-attention over all positions, with GroupNorm before it and a residual around it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

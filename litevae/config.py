@@ -1,4 +1,4 @@
-"""Configuration: the base of every configuration class, and the image autoencoder's own."""
+"""The base of all configuration classes, and the image autoencoder's configuration."""
 
 from typing import Any, Literal, Self
 
@@ -7,9 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, f
 from litevae.errors import InvalidInput
 
 NUM_LEVELS = 3
-DOWNSAMPLING = 2**NUM_LEVELS  # pixels a latent element, in each direction
+DOWNSAMPLING = 2**NUM_LEVELS  # pixels per latent element, in each direction
 
-# Widths: S, B, M, L by LiteVAE, Tables 23 and 24; the paper gives none for its VAE-Small, only 6.75M parameters.
+# Widths of S, B, M and L: LiteVAE, Tables 23 and 24. For VAE-Small the paper gives only its 6.75M parameters.
 _PRESETS: dict[str, dict[str, Any]] = {
     "S": {"extraction_channels": 16, "extraction_multipliers": (1, 2, 2)}
     | {"aggregation_channels": 16, "aggregation_multipliers": (1, 2, 2)},
@@ -24,13 +24,13 @@ _FIXED_LATENT_CHANNELS = {"dwt": 12, "dwt2": 48}
 
 
 class StrictConfig(BaseModel):
-    """A frozen configuration whose unknown keys and bad values are errors that name the key."""
+    """A frozen configuration; unknown keys and bad values raise errors that name the key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class AutoencoderConfig(StrictConfig):
-    """What the configurations of all autoencoders hold.
+    """The fields that the configurations of all autoencoders share.
 
     Attributes:
         latent_channels: channels Z of the latent.
@@ -57,19 +57,19 @@ class LiteVAEConfig(AutoencoderConfig):
 
     Attributes:
         latent_channels, latent_mean, latent_std: see `AutoencoderConfig`.
-        encoder: `wavelet` (LiteVAE), `sd` (the SD-VAE's convolutional one, the baseline), or one without weights:
-            `dwt`, the bands of the third wavelet level (Z = 12; Table 11), or `dwt2`, with the high bands of the
-            second level besides (Z = 48; Table 12).
-        levels: wavelet levels that features are extracted from (Table 21); level l has bands of 1/2^l the size.
+        encoder: `wavelet` (LiteVAE), `sd` (the SD-VAE's convolutional baseline), or one without weights: `dwt`, the
+            bands of the third wavelet level (Z = 12; Table 11), or `dwt2`, which adds the high bands of the second
+            level (Z = 48; Table 12).
+        levels: wavelet levels to extract features from (Table 21); level l has bands of 1/2^l the size.
         extraction: network on the bands of a level, `unet` or `naf` (NAFNet, Table 18).
-        extraction_channels: base width of it.
-        extraction_multipliers: its widths over the base width, level by level of the UNet; NAFNet has the widest.
-        shared_extraction: one such network for all levels (Table 19).
-        aggregation: network on the concatenated features, `unet` or `vit` (Table 20), which works at one size.
+        extraction_channels: its base width.
+        extraction_multipliers: its widths over the base width, by level of the UNet; NAFNet uses the widest.
+        shared_extraction: whether all levels share one such network (Table 19).
+        aggregation: network on the concatenated features, `unet` or `vit` (Table 20), which has a fixed size.
         aggregation_channels: base width of the UNet.
         aggregation_multipliers: its widths over the base width.
         vit_grid: height and width of the latents that a `vit` aggregation is built for.
-        num_res_blocks: residual blocks of a level on each path of a UNet.
+        num_res_blocks: residual blocks per level on each path of a UNet.
         encoder_norm: `group` (GroupNorm) or `smc` (self-modulated convolutions and no norms) in the UNets.
         encoder_channels: base width of the `sd` encoder.
         encoder_multipliers: its widths over the base width, from full to 1/8 of the size.
@@ -77,8 +77,8 @@ class LiteVAEConfig(AutoencoderConfig):
         decoder_channels: base width of the decoder.
         decoder_multipliers: its widths over the base width, from full to 1/8 of the size.
         decoder_norm: `group` or `smc` (Table 4).
-        decoder_attention: self-attention over all positions in the decoder's middle.
-        output_type: `image`, or `wavelet`: the decoder upsamples one time less and gives the bands of level 1.
+        decoder_attention: whether the decoder's middle has self-attention over all positions.
+        output_type: `image`, or `wavelet`, with which the decoder upsamples once less and returns the bands of level 1.
     """
 
     encoder: Literal["wavelet", "sd", "dwt", "dwt2"] = "wavelet"
@@ -118,15 +118,15 @@ class LiteVAEConfig(AutoencoderConfig):
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> Self:
-        """A configuration of the paper.
+        """Return a configuration of the paper.
 
         Args:
             name: `S`, `B`, `M` or `L` (LiteVAE, Tables 23 and 24), `SD-VAE`, or `VAE-Small` (Table 2b).
-            fields: what to set besides.
+            fields: other fields to set.
 
         Raises:
             ValueError: there is no such preset, or a field is wrong.
         """
         if name not in _PRESETS:
-            raise InvalidInput(f"preset {name!r} does not exist: there are {', '.join(_PRESETS)}")
+            raise InvalidInput(f"preset {name!r} does not exist: expected one of {', '.join(_PRESETS)}")
         return cls(**_PRESETS[name] | fields)

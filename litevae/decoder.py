@@ -11,9 +11,9 @@ from litevae.wavelet import idwt2d
 class Decoder(nn.Module):
     """The SD-VAE's decoder, with GroupNorm or self-modulated convolutions (LiteVAE, Sections 4.1 and 4.2).
 
-    A middle with attention at 1/8 of the size, then levels of one residual block more than the encoder has and nearest
-    upsampling between them. With `output_type="wavelet"` the last upsampling is left out and the output, times 2, is
-    the bands of the first wavelet level, which the inverse transform turns into the image.
+    It has a middle with attention at 1/8 of the size, then levels with one residual block more than the encoder's and
+    nearest upsampling between them. With `output_type="wavelet"` the last upsampling is left out. The output, times 2,
+    is then the bands of the first wavelet level, which the inverse transform turns into the image.
     """
 
     def __init__(self, config: LiteVAEConfig) -> None:
@@ -38,19 +38,19 @@ class Decoder(nn.Module):
         return self.finish(self.conv_out(self.features(latent)))
 
     def features(self, latent: Tensor) -> Tensor:
-        """Feature maps of the last residual block, before the convolution out (LiteVAE, Figure 3)."""
+        """Return the feature maps of the last residual block, before the output convolution (LiteVAE, Figure 3)."""
         x = self.middle(self.conv_in(latent))
         for blocks in self.up:
             x = blocks(x)
         return x
 
     def finish(self, output: Tensor) -> Tensor:
-        """Images of what the convolution out gives: as it is, or the inverse wavelet transform; linear."""
+        """Turn the output convolution's result into images: unchanged, or by the inverse wavelet transform."""
         return idwt2d(2 * output) if self.gives_bands else output
 
 
 class Upsample(nn.Module):
-    """Twice the size by repetition, then a 3x3 convolution."""
+    """Nearest upsampling by 2, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

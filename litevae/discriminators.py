@@ -1,8 +1,7 @@
-"""Discriminators of images; a clip's frames are folded into the batch by the caller.
+"""Discriminators of images; the caller folds a clip's frames into the batch.
 
-All take images in [-1, 1] and return a tuple of logits, positive for real, so that losses treat them alike.
-None uses batch statistics: an image's logits depend on that image alone, so a step is the same on any number
-of ranks.
+All take images in [-1, 1] and return a tuple of logits, positive for real, so that losses treat them alike. None uses
+batch statistics: an image's logits depend only on that image, so a step is the same on any number of ranks.
 """
 
 import math
@@ -27,8 +26,8 @@ class DiscriminatorConfig(StrictConfig):
     Attributes:
         kind: `patch`, `unet` or `stylegan`: `PatchDiscriminator`, `UNetDiscriminator` or `StyleDiscriminator`.
         base_channels: width of the first layer; it doubles with each halving, up to eight times.
-        num_layers: how often the size is halved: layers of stride 2 (`patch`; three give logits that see 70x70
-            pixels each), downsamplings (`unet`) or residual blocks (`stylegan`).
+        num_layers: number of halvings: layers of stride 2 (`patch`; with three, each logit sees 70x70 pixels),
+            downsamplings (`unet`) or residual blocks (`stylegan`).
     """
 
     kind: Literal["patch", "unet", "stylegan"] = "patch"
@@ -37,15 +36,15 @@ class DiscriminatorConfig(StrictConfig):
 
 
 def build_discriminator(config: DiscriminatorConfig, in_channels: int = 3) -> nn.Module:
-    """The discriminator that a configuration describes, with newly drawn weights.
+    """Build the discriminator that a configuration describes, with freshly drawn weights.
 
     Args:
         config: its kind and size.
         in_channels: channels of the images.
 
     Returns:
-        A module that takes `(N, C, H, W)` in [-1, 1] and returns a tuple of logits, each with N first; its
-        `min_size` is the smallest H and W.
+        A module that takes `(N, C, H, W)` in [-1, 1] and returns a tuple of logits with N first. Its `min_size` is the
+        smallest H and W.
     """
     kinds = {"patch": PatchDiscriminator, "unet": UNetDiscriminator, "stylegan": StyleDiscriminator}
     return kinds[config.kind](in_channels, config.base_channels, config.num_layers)
@@ -67,9 +66,9 @@ def _expect_min_size(images: Tensor, min_size: int, rule: str) -> None:
 def _convolution(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, std: float | None = None
 ) -> nn.Conv2d:
-    """A convolution with one pixel of zeros around (none for pointwise ones) and a bias of zero.
+    """Make a convolution with a bias of zero, padded by one pixel of zeros unless it is pointwise.
 
-    The weights are normal: of deviation `std`, or such that a leaky ReLU's variance is kept (He et al., 2015).
+    The weights are normal, with deviation `std` or so that a leaky ReLU keeps the variance (He et al., 2015).
     """
     convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=min(1, kernel_size - 1))
     if std is None:
@@ -86,18 +85,18 @@ def _norm_and_activation(channels: int) -> list[nn.Module]:
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: `(N, C, H, W)` to one logit a patch, `(N, 1, H / 2**num_layers - 2, W / 2**num_layers - 2)`.
+    """PatchGAN: `(N, C, H, W)` to a logit for each patch, `(N, 1, H / 2**num_layers - 2, W / 2**num_layers - 2)`.
 
-    The layout of Isola et al., "Image-to-image translation with conditional adversarial networks" (2017),
-    Section 6.1.2, with normalisation by groups in place of batch normalisation.
+    Source: Isola et al., "Image-to-image translation with conditional adversarial networks" (2017), Section 6.1.2, with
+    group instead of batch normalisation.
     """
 
     def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 3) -> None:
-        """Makes the layers; weights are drawn from a normal distribution of standard deviation 0.02.
+        """Make the layers, with weights from a normal distribution of standard deviation 0.02.
 
         Args:
             in_channels: channels of the image.
-            base_channels: width of the first layer; it doubles a layer, up to eight times.
+            base_channels: width of the first layer; it doubles with each layer, up to eight times.
             num_layers: layers of stride 2.
         """
         super().__init__()
@@ -115,7 +114,7 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        """Logits of how real each patch looks, positive for real.
+        """Return logits of how real each patch looks, positive for real.
 
         Args:
             images: `(N, C, H, W)` in [-1, 1].
@@ -131,12 +130,12 @@ class PatchDiscriminator(nn.Module):
 
 
 def _halve(x: Tensor) -> Tensor:
-    """Averages 2x2 pixels: `(N, C, H, W)` to `(N, C, ceil(H / 2), ceil(W / 2))`; odd edges average what is there."""
+    """Average 2x2 pixels: `(N, C, H, W)` to `(N, C, ceil(H / 2), ceil(W / 2))`; odd edges average what exists."""
     return F.avg_pool2d(x, 2, ceil_mode=True)
 
 
 def _double(x: Tensor, size: torch.Size) -> Tensor:
-    """Repeats each pixel 2x2 times and crops to `size`: the positions of `_halve`, whatever size it had."""
+    """Repeat each pixel 2x2 times and crop to `size`: the positions of `_halve`, for even and odd sizes."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")[..., : size[-2], : size[-1]]
 
 
@@ -175,21 +174,21 @@ class _UpBlock(nn.Module):
 
 
 class UNetDiscriminator(nn.Module):
-    """UNet: `(N, C, H, W)` to one logit an image and one logit a pixel; any H and W from `min_size` on.
+    """UNet: `(N, C, H, W)` to a logit for the image and one for each pixel; any H and W from `min_size` on.
 
     Source: Schoenfeld et al., "A U-Net based discriminator for generative adversarial networks" (2020),
     Section 3.1: an encoder and a decoder of residual blocks with skips by concatenation, one logit from the
-    bottleneck and one from each output pixel. With normalisation by groups in place of spectral and batch
-    normalisation, and a mean in place of the sum over the bottleneck, so that logits do not grow with the image.
+    bottleneck and one from each output pixel. Group normalisation replaces spectral and batch normalisation; a mean
+    replaces the sum over the bottleneck, so that logits do not grow with the image.
     """
 
     def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 3) -> None:
-        """Makes the layers.
+        """Make the layers.
 
         Args:
             in_channels: channels of the image.
             base_channels: width at full size; it doubles with each halving, up to eight times.
-            num_layers: how often the size is halved.
+            num_layers: number of halvings.
         """
         super().__init__()
         self.min_size = 2 * 2**num_layers
@@ -207,7 +206,7 @@ class UNetDiscriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of how real the image and each of its pixels look, positive for real.
+        """Return logits of how real the image and each of its pixels look, positive for real.
 
         Args:
             images: `(N, C, H, W)` in [-1, 1].
@@ -232,8 +231,8 @@ class UNetDiscriminator(nn.Module):
 
 
 def _blur(x: Tensor, padding: int) -> Tensor:
-    """Low-pass filter [1, 3, 3, 1] along both axes, with zeros around: each side grows by `2 * padding - 3`."""
-    # Filled on its device: a tensor from Python numbers would make the host wait for the device in every call.
+    """Apply the low-pass filter [1, 3, 3, 1] along both axes, zero-padded: each side grows by `2 * padding - 3`."""
+    # Filled on the device: a tensor made from Python numbers would make the host wait for the device in every call.
     taps = x.new_ones(4)
     taps[1:3] = 3
     kernel = taps.outer(taps) / 64
@@ -242,7 +241,7 @@ def _blur(x: Tensor, padding: int) -> Tensor:
 
 
 class _EqualisedConvolution(nn.Module):
-    """Convolution whose weight is stored with unit variance and scaled at run time, so that all learn alike.
+    """Convolution whose weight has unit variance and is scaled at run time, so that all weights learn equally fast.
 
     Source: Karras et al., "Progressive growing of GANs" (2018), Section 4.1. With `halve`, the input is blurred
     and the convolution has stride 2: each side is halved, rounding down.
@@ -261,13 +260,13 @@ class _EqualisedConvolution(nn.Module):
         weight = self.weight * self.scale
         around = weight.shape[-1] // 2
         if self.halve:
-            # Output i is centred between the pixels 2i and 2i + 1 for either kernel size.
+            # Output i is centred between pixels 2i and 2i + 1 for either kernel size.
             return F.conv2d(_blur(x, padding=1 + around), weight, self.bias, stride=2)
         return F.conv2d(x, weight, self.bias, padding=around)
 
 
 def _scaled_leaky_relu(x: Tensor) -> Tensor:
-    """Leaky ReLU times sqrt(2), which keeps a unit variance about 1."""
+    """Apply a leaky ReLU times sqrt(2), which keeps a unit variance near 1."""
     return F.leaky_relu(x, _NEGATIVE_SLOPE) * math.sqrt(2)
 
 
@@ -286,20 +285,20 @@ class _StyleBlock(nn.Module):
 
 
 class StyleDiscriminator(nn.Module):
-    """StyleGAN2's discriminator: `(N, C, H, W)` to one logit an image; any H and W from `min_size` on.
+    """StyleGAN2's discriminator: `(N, C, H, W)` to a logit for each image; any H and W from `min_size` on.
 
     Source: Karras et al., "Analyzing and improving the image quality of StyleGAN" (2020), Section 4.1: residual
-    blocks with blurred downsampling and equalised learning rates. Without the minibatch standard deviation,
-    which would mix the images of a batch, and with a mean over positions in place of the last dense layers,
-    which would fix the image's size.
+    blocks with blurred downsampling and equalised learning rates. The minibatch standard deviation is left out, because
+    it mixes the images of a batch. A mean over positions replaces the last dense layers, which would fix the image's
+    size.
     """
 
     def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 3) -> None:
-        """Makes the layers; weights are drawn from the standard normal distribution.
+        """Make the layers, with weights from the standard normal distribution.
 
         Args:
             in_channels: channels of the image.
-            base_channels: width at full size; it doubles a block, up to eight times.
+            base_channels: width at full size; it doubles with each block, up to eight times.
             num_layers: residual blocks, each of which halves the size.
         """
         super().__init__()
@@ -311,7 +310,7 @@ class StyleDiscriminator(nn.Module):
         self.position_logits = _EqualisedConvolution(widths[-1], 1, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        """Logits of how real each image looks, positive for real.
+        """Return logits of how real each image looks, positive for real.
 
         Args:
             images: `(N, C, H, W)` in [-1, 1].

@@ -11,14 +11,14 @@ from litevae.wavelet import multilevel_dwt2d
 
 _BANDS = 4 * 3  # a level's four bands of three colours
 _CERTAIN_LOGVAR = -30.0  # smallest log-variance of a posterior
-# Positions of a level's bands that are worked on at once where no gradient is recorded; results do not depend on it.
-# On CPUs one 256x256 image at a time stays in the caches and needs a sixth of the memory of eight.
+# Positions of a level's bands to compute at once without gradients; results do not depend on it. On CPUs, one 256x256
+# image at a time stays in the caches and needs a sixth of the memory of eight.
 _MAX_POSITIONS_ON_CPU = 2**14
 _MAX_POSITIONS = 2**18
 
 
 class WaveletEncoder(nn.Module):
-    """LiteVAE's encoder (Section 4.1): features of the bands of each level, brought to one size and aggregated."""
+    """LiteVAE's encoder (Section 4.1): features of each level's bands, brought to one size and aggregated."""
 
     def __init__(self, config: LiteVAEConfig) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class WaveletEncoder(nn.Module):
         return self.aggregation(torch.cat(features, dim=1))
 
     def _features(self, bands: Tensor, level: int) -> Tensor:
-        """Features of a level's bands, averaged down to the size of the deepest level."""
+        """Compute the features of a level's bands, averaged down to the size of the deepest level."""
         network = self.extraction["shared" if "shared" in self.extraction else f"level{level}"]
         factor = 2 ** (NUM_LEVELS - level)
         if torch.is_grad_enabled():
@@ -90,7 +90,7 @@ class ConvEncoder(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Convolution of stride 2 that pads on the right and below alone, as the SD-VAE does."""
+    """Convolution of stride 2, padded only on the right and below, as in the SD-VAE."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -101,10 +101,11 @@ class Downsample(nn.Module):
 
 
 class BandEncoder(nn.Module):
-    """No weights: wavelet bands themselves are the latent (LiteVAE, Appendix B).
+    """An encoder without weights: the wavelet bands are the latent (LiteVAE, Appendix B).
 
-    `dwt` keeps the bands of the third level, 12 channels, over 8. `dwt2` adds the nine high bands of the second level,
-    over 4, whose 2x2 positions a latent element become channels. The posterior is certain: its log-variance is -30.
+    `dwt` keeps the bands of the third level, 12 channels, divided by 8. `dwt2` adds the nine high bands of the second
+    level, divided by 4; their 2x2 positions per latent element become channels. The posterior is certain: its
+    log-variance is -30.
     """
 
     def __init__(self, config: LiteVAEConfig) -> None:
@@ -120,6 +121,6 @@ class BandEncoder(nn.Module):
 
 
 def build_encoder(config: LiteVAEConfig) -> nn.Module:
-    """The encoder that `config.encoder` names."""
+    """Build the encoder that `config.encoder` names."""
     encoders = {"wavelet": WaveletEncoder, "sd": ConvEncoder, "dwt": BandEncoder, "dwt2": BandEncoder}
     return encoders[config.encoder](config)

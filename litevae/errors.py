@@ -1,6 +1,6 @@
 """Errors that a user can act on, and the message for a package that is not installed.
 
-The command line shows a `LeanVAEError` as one line. Any other exception is a fault of the code and keeps its traceback.
+The command line shows a `LeanVAEError` in one line. Any other exception is a bug and keeps its traceback.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _OURS = ("leanvae", "litevae")
 
 
 class LeanVAEError(Exception):
-    """Parent of all declared errors; the message says what is wrong, where, and what is expected."""
+    """Parent of all our errors; the message says what is wrong, where, and what is expected."""
 
 
 class InvalidInput(LeanVAEError, ValueError):
@@ -28,20 +28,20 @@ class MissingPackage(LeanVAEError, ImportError):
 
 
 class NotFinite(LeanVAEError, ValueError):
-    """Weights, or what a model computes with them, are infinite or NaN."""
+    """Weights, or a model's results, are infinite or NaN."""
 
 
 class TrainingDiverged(LeanVAEError, RuntimeError):
-    """Training cannot go on: steps stay not finite although the run has gone back as often as it may."""
+    """Training cannot continue: steps are still not finite after the allowed number of rollbacks."""
 
 
 class WorkIncomplete(LeanVAEError):
-    """Some of the work could not be done; the message lists what is missing. All the rest is done."""
+    """Some of the work could not be done; the message lists what is missing. The rest is done."""
 
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Imports packages of an optional dependency group: `with extra("video"): import av`.
+    """Import packages of an optional dependency group: `with extra("video"): import av`.
 
     Args:
         name: a group of `[project.optional-dependencies]` in pyproject.toml.

@@ -1,4 +1,4 @@
-"""Writing of files that matter: complete or not at all."""
+"""Atomic writing of files."""
 
 import csv
 import io
@@ -11,10 +11,10 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there takes its name when the block succeeds.
+    """Yield a temporary path beside `path`; the file gets its final name if the block succeeds.
 
-    The content is on disk before the name appears, and is gone if the block fails. The suffix is kept, since
-    some writers choose a format by it.
+    The content is on disk before the name appears, and is removed if the block fails. The suffix stays the same,
+    because some writers choose a format by it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
@@ -28,7 +28,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -43,7 +43,7 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Iterable[
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until a file's content, or a folder's names, have reached the disk."""
+    """Wait until a file's content, or a folder's names, have reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
 """Losses as pure functions of tensors, computed in float32 at least.
 
-They know of no processes: what is averaged over ranks is averaged by the caller. Losses of a discriminator's
-logits take one tensor; where a discriminator has several outputs, the caller sums over them.
+They know nothing of processes: the caller averages over ranks. Losses of a discriminator's logits take one tensor; if a
+discriminator has several outputs, the caller sums over them.
 """
 
 import math
@@ -24,7 +24,7 @@ def _in_full_precision(x: Tensor) -> Tensor:
 def _expect_same_shape(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape:
         raise ValueError(
-            f"prediction has shape {tuple(prediction.shape)}: it must be the target's, {tuple(target.shape)}"
+            f"prediction has shape {tuple(prediction.shape)}: expected the target's, {tuple(target.shape)}"
         )
 
 
@@ -35,7 +35,7 @@ def _difference(prediction: Tensor, target: Tensor) -> Tensor:
 
 def _expect_images(prediction: Tensor) -> None:
     if prediction.ndim != 4:
-        raise ValueError(f"prediction has shape {tuple(prediction.shape)}: images (N, C, H, W) are needed")
+        raise ValueError(f"prediction has shape {tuple(prediction.shape)}: expected images (N, C, H, W)")
 
 
 def _expect_odd(name: str, value: int) -> None:
@@ -44,7 +44,7 @@ def _expect_odd(name: str, value: int) -> None:
 
 
 def l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference, `mean |prediction - target|`.
+    """Compute the mean absolute difference, `mean |prediction - target|`.
 
     Args:
         prediction: any shape.
@@ -65,7 +65,7 @@ def l2(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def charbonnier(prediction: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
-    """Smooth absolute difference, `mean sqrt((prediction - target)^2 + eps^2)`.
+    """Compute a smooth absolute difference, `mean sqrt((prediction - target)^2 + eps^2)`.
 
     Source: the Charbonnier loss, as in Barron, "A general and adaptive robust loss function" (2019), up to a
     factor and an offset.
@@ -73,7 +73,7 @@ def charbonnier(prediction: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor
     Args:
         prediction: any shape.
         target: the same shape.
-        eps: what a difference must exceed to count as in L1; also the loss of equal tensors. Positive.
+        eps: positive; far larger differences count as in L1. Also the loss of equal tensors.
 
     Returns:
         A scalar.
@@ -91,10 +91,10 @@ def _charbonnier(difference: Tensor, eps: float) -> Tensor:
 
 
 def wavelet_charbonnier(prediction: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
-    """Charbonnier loss between the three high sub-bands of one Haar level, divided by 2.
+    """Compute the Charbonnier loss between the three high sub-bands of one Haar level, divided by 2.
 
-    Source: LiteVAE, Section 4.3, with the scale of its listing, `dwt(level=1) / 2`. The transform is linear, so
-    the difference alone is transformed.
+    Source: LiteVAE, Section 4.3, with the scale of its listing, `dwt(level=1) / 2`. The transform is linear, so it is
+    applied to the difference.
 
     Args:
         prediction: `(N, C, H, W)`, H and W even.
@@ -113,15 +113,14 @@ def wavelet_charbonnier(prediction: Tensor, target: Tensor, eps: float = 1e-3) -
 
 
 def _gaussian_blur(images: Tensor, kernel_size: int, sigma: float) -> Tensor:
-    """Gaussian filter along the last two axes, with edge pixels repeated; the shape stays."""
+    """Filter the last two axes with a Gaussian, repeating edge pixels; the shape stays the same."""
     radius = kernel_size // 2
     weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
     blurred = images
     for axis in (-2, -1):
         length = blurred.shape[axis]
         first, last = blurred.narrow(axis, 0, 1), blurred.narrow(axis, length - 1, 1)
-        # Not by F.pad, whose gradient depends on the order of additions on GPUs, nor by a convolution, which
-        # may be computed in lower precision there.
+        # On GPUs, F.pad's gradient depends on the order of additions, and convolutions may use lower precision.
         padded = torch.cat([first] * radius + [blurred] + [last] * radius, dim=axis)
         taps = [padded.narrow(axis, start, length) * (w / sum(weights)) for start, w in enumerate(weights)]
         blurred = torch.stack(taps).sum(0)
@@ -129,10 +128,10 @@ def _gaussian_blur(images: Tensor, kernel_size: int, sigma: float) -> Tensor:
 
 
 def gaussian_high_frequency_l1(prediction: Tensor, target: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
-    """L1 between what a Gaussian filter h removes: `mean |(x - h(x)) - (y - h(y))|`.
+    """Compute the L1 of what a Gaussian filter h removes: `mean |(x - h(x)) - (y - h(y))|`.
 
     Source: LiteVAE, Section 4.3. The paper does not give the filter; five taps with a standard deviation of one
-    pixel are our choice. The filter is linear, so the difference alone is filtered. Edge pixels are repeated.
+    pixel are our choice. The filter is linear, so it is applied to the difference. Edge pixels are repeated.
 
     Args:
         prediction: `(N, C, H, W)`.
@@ -155,8 +154,8 @@ def gaussian_high_frequency_l1(prediction: Tensor, target: Tensor, kernel_size: 
 
 
 def _local_variance(x: Tensor, kernel_size: int) -> Tensor:
-    """Population variance of the window around each pixel of `(N, 1, H, W)`, reflected at the edges."""
-    # The mean of squares minus the square of the mean loses few digits only for values around zero.
+    """Compute the population variance of the window around each pixel of `(N, 1, H, W)`, reflected at the edges."""
+    # Centred, because the mean of squares minus the square of the mean is accurate only for values around zero.
     centred = x - x.mean(dim=(1, 2, 3), keepdim=True)
     padded = F.pad(centred, [kernel_size // 2] * 4, mode="reflect")
     mean = F.avg_pool2d(padded, kernel_size, stride=1)
@@ -164,7 +163,8 @@ def _local_variance(x: Tensor, kernel_size: int) -> Tensor:
 
 
 def ldl(prediction: Tensor, average_prediction: Tensor, target: Tensor, kernel_size: int = 7) -> Tensor:
-    """L1 where the prediction looks like an artifact: locally discriminative learning, `mean |M * (x - y)|`.
+    """Compute the L1 where the prediction looks like an artifact (locally discriminative learning): `mean |M * (x -
+    y)|`.
 
     Source: Liang et al., "Details or artifacts: a locally discriminative learning approach to realistic image
     super-resolution" (2022), Section 3. With the residuals R1 = |target - prediction| and
@@ -202,7 +202,7 @@ def ldl(prediction: Tensor, average_prediction: Tensor, target: Tensor, kernel_s
 
 
 def kl(posterior: DiagonalGaussian) -> Tensor:
-    """Divergence from the standard normal in nats, summed over the latent and averaged over the batch.
+    """Compute the divergence from the standard normal in nats, summed over the latent and averaged over the batch.
 
     Source: LiteVAE, Section 3; the reduction is that of the published LeanVAE recipe.
 
@@ -213,7 +213,7 @@ def kl(posterior: DiagonalGaussian) -> Tensor:
 
 
 def hinge_d_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss of a discriminator, `(mean relu(1 - real) + mean relu(1 + fake)) / 2`.
+    """Compute a discriminator's hinge loss, `(mean relu(1 - real) + mean relu(1 + fake)) / 2`.
 
     Source: Lim and Ye, "Geometric GAN" (2017); halved as in VQGAN (Esser et al., 2021).
 
@@ -222,7 +222,7 @@ def hinge_d_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         fake_logits: logits of reconstructions without a gradient to the generator, any shape.
 
     Returns:
-        A scalar; 1 for a discriminator that says 0 everywhere.
+        A scalar; 1 for a discriminator that returns 0 everywhere.
     """
     real = F.relu(1 - _in_full_precision(real_logits)).mean()
     fake = F.relu(1 + _in_full_precision(fake_logits)).mean()
@@ -230,7 +230,7 @@ def hinge_d_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def hinge_g_loss(fake_logits: Tensor) -> Tensor:
-    """Generator's part of the hinge loss, `-mean fake` (Lim and Ye, 2017): a scalar.
+    """Compute the generator's part of the hinge loss, `-mean fake` (Lim and Ye, 2017): a scalar.
 
     Args:
         fake_logits: logits of reconstructions, any shape.
@@ -239,7 +239,7 @@ def hinge_g_loss(fake_logits: Tensor) -> Tensor:
 
 
 def logistic_d_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Logistic loss of a discriminator, `(mean softplus(-real) + mean softplus(fake)) / 2`.
+    """Compute a discriminator's logistic loss, `(mean softplus(-real) + mean softplus(fake)) / 2`.
 
     Source: Goodfellow et al., "Generative adversarial nets" (2014), Equation 1; halved like the hinge loss.
 
@@ -248,7 +248,7 @@ def logistic_d_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         fake_logits: logits of reconstructions without a gradient to the generator, any shape.
 
     Returns:
-        A scalar; ln 2 for a discriminator that says 0 everywhere.
+        A scalar; ln 2 for a discriminator that returns 0 everywhere.
     """
     real = F.softplus(-_in_full_precision(real_logits)).mean()
     fake = F.softplus(_in_full_precision(fake_logits)).mean()
@@ -256,7 +256,7 @@ def logistic_d_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def logistic_g_loss(fake_logits: Tensor) -> Tensor:
-    """Non-saturating loss of a generator, `mean softplus(-fake)` (Goodfellow et al., 2014): a scalar.
+    """Compute a generator's non-saturating loss, `mean softplus(-fake)` (Goodfellow et al., 2014): a scalar.
 
     Args:
         fake_logits: logits of reconstructions, any shape.
@@ -265,17 +265,17 @@ def logistic_g_loss(fake_logits: Tensor) -> Tensor:
 
 
 def lecam_penalty(real_logits: Tensor, fake_logits: Tensor, average_real: Tensor, average_fake: Tensor) -> Tensor:
-    """Keeps a discriminator's logits near the running average of the opposite kind.
+    """Penalise logits that move away from the running average of the opposite kind.
 
     `mean relu(real - average_fake)^2 + mean relu(average_real - fake)^2`. Source: Tseng et al., "Regularizing
-    generative adversarial networks under limited data" (2021), with one-sided distances: a real logit below
-    the reconstructions' average, or the reverse, is left alone.
+    generative adversarial networks under limited data" (2021), with one-sided distances: a real logit below the
+    reconstructions' average, or the reverse, costs nothing.
 
     Args:
         real_logits: logits of real images, any shape.
         fake_logits: logits of reconstructions, any shape.
         average_real: running mean of real logits, a scalar without gradient, the same on all ranks.
-        average_fake: running mean of the reconstructions' logits, likewise.
+        average_fake: running mean of the reconstructions' logits, the same kind of scalar.
 
     Returns:
         A scalar.
@@ -287,13 +287,13 @@ def lecam_penalty(real_logits: Tensor, fake_logits: Tensor, average_real: Tensor
 
 @torch.no_grad()
 def gradient_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all tensors together, computed in float32 at least, without a gradient: a scalar.
+    """Compute the Euclidean norm of all tensors together, in float32 at least, without a gradient: a scalar.
 
     Args:
         tensors: at least one, of any shapes, on one device.
 
     Raises:
-        ValueError: there is none.
+        ValueError: `tensors` is empty.
     """
     if not tensors:
         raise ValueError("tensors is empty: a norm needs at least one gradient")
@@ -308,7 +308,7 @@ def adaptive_weight(
     factor: float = 0.5,
     delta: float = 1e-6,
 ) -> Tensor:
-    """Weight that brings the adversarial gradient to a share of the norm of the reconstruction's.
+    """Compute the weight that brings the adversarial gradient to a share of the reconstruction gradient's norm.
 
     `factor * |g_rec| / (|g_adv| + delta)`, at most 10,000. Source: LiteVAE, Equation 2, after Esser et al., "Taming
     transformers for high-resolution image synthesis" (2021); the bound is ours.
@@ -317,7 +317,7 @@ def adaptive_weight(
         reconstruction_gradients: gradients of the reconstruction loss, usually for the last layer's weight.
         adversarial_gradients: gradients of the adversarial loss for the same parameters.
         factor: the share; the equation's 1/2.
-        delta: what keeps the weight finite without an adversarial gradient.
+        delta: keeps the weight finite without an adversarial gradient.
 
     Returns:
         A scalar without a gradient.

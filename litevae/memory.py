@@ -1,4 +1,4 @@
-"""Memory: how much there is, limits as people write them, and what running out of it looks like."""
+"""Memory: how much is free, limits as users write them, and out-of-memory errors."""
 
 import ctypes
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger("leanvae")
 PlanT = TypeVar("PlanT")
 ResultT = TypeVar("ResultT")
 
-SHARE_OF_FREE = 0.9  # of a device's free memory that a plan may take; its libraries take some, too
+SHARE_OF_FREE = 0.9  # of a device's free memory that a plan may take; its libraries need the rest
 
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{infix}B": base**power
@@ -29,10 +29,10 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_bytes(size: str | int) -> int:
-    """Bytes of `"6GiB"`, `"512 MiB"`, `"1.5GB"` or of a plain number.
+    """Return the bytes of `"6GiB"`, `"512 MiB"`, `"1.5GB"` or a plain number.
 
     Raises:
-        ValueError: it is not written so, or not above zero.
+        ValueError: it has another form, or is not above zero.
     """
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     try:
@@ -45,19 +45,19 @@ def parse_bytes(size: str | int) -> int:
         number = 0
     if isinstance(size, bool) or number <= 0:
         raise InvalidInput(
-            f"memory_limit is {size!r}: expected a number of bytes above zero, or one with a unit, such as "
+            f"memory_limit is {size!r}: expected a positive number of bytes, or one with a unit, such as "
             f"'6GiB', '512MiB' or '6GB'"
         )
     return number
 
 
 def format_bytes(number: float) -> str:
-    """Bytes for a message, in GiB or MiB."""
+    """Format bytes for a message, in GiB or MiB."""
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on a CUDA device, its allocator's unused ones included; None elsewhere."""
+    """Return the bytes available on a CUDA device, including its allocator's unused ones; None elsewhere."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -65,14 +65,14 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def return_freed_memory(device: torch.device) -> None:
-    """Has the heap of a CPU give back what was freed: what stays in use between parts keeps it from doing so itself."""
+    """Make a CPU's heap return freed memory, which tensors kept between parts otherwise prevent."""
     if device.type == "cpu" and (trim := _heap_trimmer()) is not None:
         trim(0)
 
 
 @cache
 def _heap_trimmer() -> Callable[[int], int] | None:
-    """glibc's `malloc_trim`, or None where there is another C library."""
+    """Return glibc's `malloc_trim`, or None with another C library."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
@@ -80,7 +80,7 @@ def _heap_trimmer() -> Callable[[int], int] | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells an allocation that failed, on a device or on the CPU, from other errors."""
+    """Tell whether an error is a failed allocation, on a device or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY_WORDS)
@@ -89,13 +89,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def retry_smaller(
     run: Callable[[PlanT], ResultT], plan: PlanT, halved: Callable[[PlanT], PlanT | None], what: str
 ) -> ResultT:
-    """Runs a plan; if memory runs out, logs that and runs the halved one.
+    """Run a plan; if memory runs out, log that and run the halved one.
 
     Args:
-        run: does the work; what it leaves behind when it fails must be of no consequence.
-        plan: how.
-        halved: the next smaller plan, or None where there is none.
-        what: for the log.
+        run: does the work by a plan; it must be safe to repeat after a failure.
+        plan: the first plan.
+        halved: gives the next smaller plan, or None.
+        what: name of the work for the log.
 
     Raises:
         RuntimeError: memory ran out again, or there is no smaller plan.
@@ -106,12 +106,12 @@ def retry_smaller(
         smaller = halved(plan) if is_out_of_memory(error) else None
         if smaller is None:
             raise
-        logger.warning("%s: out of memory (%s); once more with %s", what, str(error).splitlines()[0], smaller)
-    empty_cache()  # outside the handler, where the error and the tensors of its frames are gone
+        logger.warning("%s: out of memory (%s); trying again with %s", what, str(error).splitlines()[0], smaller)
+    empty_cache()  # outside the handler, after which the error's frames and their tensors are gone
     return run(smaller)
 
 
 def empty_cache() -> None:
-    """Has torch give unused memory of a GPU back, so that it can be had in one piece."""
+    """Make torch return a GPU's unused memory, so that it is available in one piece."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from litevae.snapshot import Preparable, make_twin
 
 
 class LiteVAE(Preparable):
-    """Autoencoder of images, eight times smaller in each direction; pixels are in [-1, 1].
+    """Autoencoder of images, with latents 8 times smaller in each direction; pixels are in [-1, 1].
 
     Args:
         config: the architecture; the default is LiteVAE-B with 4 latent channels.
@@ -44,22 +44,22 @@ class LiteVAE(Preparable):
         approximate: bool = False,
         normalize: bool = False,
     ) -> DiagonalGaussian:
-        """The posterior of images.
+        """Encode images.
 
-        Where the encoder only convolves (`encoder_norm="smc"`, or no weights), tiles give what the whole image gives,
-        up to rounding. On CUDA, where no gradient is recorded and nothing is asked for, parts are chosen when the
-        device's free memory would not suffice for all at once.
+        If the encoder only convolves (`encoder_norm="smc"`, or no weights), tiles give the same result as the whole
+        image, up to rounding. On CUDA without gradients, parts are chosen by default if the device's free memory does
+        not suffice for all images at once.
 
         Args:
-            x: `(B, 3, H, W)` in [-1, 1], of any H and W; what 8 does not divide is padded by replication of the last
-                row and column.
-            tile: works on tiles of at most this (height, width) in pixels, at least 8x8, and a halo round each.
-            memory_limit: chooses how many images are worked on at once, and then a tile, so that the peak of memory,
-                the input not counted, stays within so many bytes or `"6GiB"`, as estimated for inference. If memory
-                runs out nevertheless, it is tried once more with half of it, and the log says so.
-            approximate: where tiles are not exact, blends overlapping ones linearly instead of refusing.
-            normalize: brings each channel to mean 0 and standard deviation 1, by the configuration's `latent_mean`
-                and `latent_std`.
+            x: `(B, 3, H, W)` in [-1, 1], of any H and W; sizes that 8 does not divide are padded by replicating the
+                last row and column.
+            tile: most (height, width) of a tile in pixels, at least 8x8, without the halo around it.
+            memory_limit: bytes, or such as `"6GiB"`. Chooses the number of images at once, and then a tile, so that
+                the estimated peak of memory for inference, without the input, stays below it. If memory runs out
+                nevertheless, the log says so, and half the memory is tried once.
+            approximate: if tiles are not exact, blend overlapping ones linearly instead of refusing.
+            normalize: bring each channel to mean 0 and standard deviation 1, by the configuration's `latent_mean` and
+                `latent_std`.
 
         Returns:
             The posterior, `(B, Z, H', W')`; its `size` is the true `(H, W)`, which `decode` crops to.
@@ -83,7 +83,7 @@ class LiteVAE(Preparable):
         return normalize_posterior(posterior, self.config) if normalize else posterior
 
     def _encode(self, images: Tensor) -> Tensor:
-        """Mean and log-variance `(B, 2Z, H/8, W/8)` of images whose sizes 8 divides."""
+        """Compute mean and log-variance `(B, 2Z, H/8, W/8)` of images whose sizes 8 divides."""
         return self.after_encoder(self.encoder(images.contiguous(memory_format=torch.channels_last)))
 
     def decode(
@@ -95,21 +95,21 @@ class LiteVAE(Preparable):
         approximate: bool = False,
         normalize: bool = False,
     ) -> Tensor:
-        """Images of latents.
+        """Decode latents.
 
         Args:
             latent: `(B, Z, H', W')`.
-            size: true `(H, W)` to crop to; without it the padded images.
+            size: true `(H, W)` to crop to; None returns the padded images.
             tile, memory_limit, approximate: as in `encode`; the decoder only convolves with `decoder_norm="smc"` and
-                without `decoder_attention`. The limit includes what is returned.
-            normalize: the latents are normalized ones, as `encode` with `normalize` gives.
+                without `decoder_attention`. The limit includes the output.
+            normalize: the latents are normalized, as from `encode` with `normalize`.
 
         Returns:
             `(B, 3, H, W)`; about [-1, 1], not clamped.
 
         Raises:
-            ValueError: the latent's shape is wrong, `size` is not one that it can come from, an argument is wrong, the
-                memory limit cannot be kept, tiles are needed and not exact, or there are no statistics to normalize by.
+            ValueError: the latent's shape or an argument is wrong, `size` does not fit the latent, the memory limit
+                cannot be kept, tiles are needed and not exact, or there are no statistics to normalize by.
         """
         if latent.ndim != 4 or latent.shape[1] != self.config.latent_channels or 0 in latent.shape:
             raise InvalidInput(
@@ -132,25 +132,25 @@ class LiteVAE(Preparable):
         return self.decoder(self.before_decoder(latent.contiguous(memory_format=torch.channels_last)))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
-        """Reconstruction of `x` from a sample of its posterior, and the posterior.
+        """Reconstruct `x` from a sample of its posterior, and return the posterior, too.
 
         Args:
             x: as in `encode`.
-            noise: standard normal, of the latent's shape (`latent_shape`); without it the posterior's mean.
+            noise: standard normal, of the latent's shape (`latent_shape`); None uses the posterior's mean.
         """
         posterior = self.encode(x)
         latent = posterior.mode() if noise is None else posterior.sample_with(noise)
         return self.decode(latent, tuple(x.shape[2:])), posterior
 
     def compile(self, **options: Any) -> "LiteVAE":  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Prepares the weights for inference, with the same results up to rounding.
+        """Prepare the weights for inference, with the same results up to rounding.
 
-        Self-modulation goes into the weights; on GPUs encoder and decoder are also compiled, once for all sizes. The
-        model computes with the prepared weights until it trains, moves or loads others; see `Preparable`. Saved weights
-        are always the true ones.
+        Self-modulation is folded into the weights. On GPUs encoder and decoder are also compiled, once for all sizes.
+        The model uses the prepared weights until it trains, moves or loads others; see `Preparable`. Saved weights are
+        always the original ones.
 
         Args:
-            options: of `torch.compile`; with any, encoder and decoder are compiled on CPUs too.
+            options: of `torch.compile`; if there are any, encoder and decoder are compiled on CPUs, too.
 
         Returns:
             The model itself, in evaluation mode.
@@ -160,7 +160,7 @@ class LiteVAE(Preparable):
         return self
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes `config.json`, `model.safetensors` and a model card, `README.md`, into a folder, each atomically.
+        """Write `config.json`, `model.safetensors` and a model card, `README.md`, into a folder, each atomically.
 
         A card that is there already is kept, with its figures brought up to date.
 
@@ -206,13 +206,13 @@ class LiteVAE(Preparable):
         return push(partial(self.save_pretrained, dtype=dtype), repo, private, token, **options)
 
     def latent_shape(self, size: Sequence[int]) -> tuple[int, int, int]:
-        """Shape `(Z, H', W')` of the latent of an image `(H, W)`."""
+        """Return the shape `(Z, H', W')` of the latent of an image `(H, W)`."""
         height, width = size
         return (self.config.latent_channels, -(-height // DOWNSAMPLING), -(-width // DOWNSAMPLING))
 
 
 def _prepare(vae: LiteVAE, options: dict[str, Any]) -> nn.Module:
-    """Makes the twin that `LiteVAE.compile` computes with."""
+    """Make the twin that `LiteVAE.compile` computes with."""
     twin: Any = make_twin(vae, lambda module: FoldedConv(module) if isinstance(module, SelfModulatedConv) else None)
     if options or next(vae.parameters()).is_cuda:
         for part in (twin.encoder, twin.decoder):

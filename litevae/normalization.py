@@ -1,4 +1,4 @@
-"""Latents brought to mean 0 and standard deviation 1 in each channel, by the statistics of a data set."""
+"""Latents normalized to mean 0 and standard deviation 1 in each channel, by a data set's statistics."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from litevae.posterior import DiagonalGaussian
 
 
 def normalize_posterior(posterior: DiagonalGaussian, config: AutoencoderConfig) -> DiagonalGaussian:
-    """The distribution of (z - mean) / std, channel by channel, for z of a posterior `(B, Z, ...)`.
+    """Return the distribution of (z - mean) / std, channel by channel, for z from a posterior `(B, Z, ...)`.
 
     Raises:
         ValueError: the configuration holds no statistics.
@@ -22,17 +22,17 @@ def normalize_posterior(posterior: DiagonalGaussian, config: AutoencoderConfig) 
 
 
 def denormalize(latent: Tensor, config: AutoencoderConfig) -> Tensor:
-    """The latent `(B, Z, ...)` that a normalized one stands for.
+    """Return the latent `(B, Z, ...)` that a normalized one stands for.
 
     Raises:
-        ValueError: the configuration holds no statistics, or those of another number of channels than the latent has.
+        ValueError: the configuration holds no statistics, or those of another number of channels.
     """
     mean, std = statistics_of(config)
     return latent * _as_channels(std, latent) + _as_channels(mean, latent)
 
 
 def statistics_of(config: AutoencoderConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel.
+    """Return the mean and standard deviation of each channel.
 
     Raises:
         ValueError: the configuration holds none.

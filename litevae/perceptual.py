@@ -1,7 +1,7 @@
 """Perceptual distances of images: LPIPS (Zhang et al., 2018) on VGG16, and ESRGAN's on VGG19.
 
-The ImageNet weights of a backbone are read from a local file, never downloaded and never left random. The
-`lpips` package brings LPIPS's architecture and learned heads; VGG19 needs no package.
+A backbone's ImageNet weights are read from a local file, never downloaded and never left random. The `lpips` package
+provides LPIPS's architecture and learned heads; VGG19 needs no package.
 """
 
 import warnings
@@ -20,7 +20,7 @@ Backbone = Literal["vgg16", "vgg19"]
 _BACKBONE_FILES: dict[Backbone, str] = {"vgg16": "vgg16-397923af.pth", "vgg19": "vgg19-dcbb9e9d.pth"}
 _BACKBONE_URL = "https://download.pytorch.org/models"
 _DISTANCES: dict[Backbone, str] = {"vgg16": "LPIPS", "vgg19": "VGG19's feature distance"}
-_MIN_SIZE = 16  # four poolings stand before the last features of either backbone
+_MIN_SIZE = 16  # four poolings precede the last features of either backbone
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _VGG19_STAGES = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # width and number of convolutions
@@ -29,10 +29,10 @@ _EPS = 1e-10
 
 
 class _FrozenDistance(nn.Module):
-    """A distance on a frozen network."""
+    """A distance based on a frozen network."""
 
     def __init__(self, network: nn.Module) -> None:
-        """Freezes the network.
+        """Freeze the network.
 
         Args:
             network: the network with all its weights.
@@ -42,19 +42,19 @@ class _FrozenDistance(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "_FrozenDistance":
-        """Stays in evaluation mode: LPIPS's heads hold a dropout that a training parent would switch on."""
+        """Stay in evaluation mode: LPIPS's heads contain dropout, which a training parent would switch on."""
         return super().train(False)
 
 
 class PerceptualDistance(_FrozenDistance):
-    """LPIPS of pairs of images, on an `lpips.LPIPS`; frozen, and always in evaluation mode."""
+    """LPIPS of pairs of images; frozen and always in evaluation mode."""
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Distance of each pair: squared differences of unit feature vectors, weighted, averaged and summed.
+        """Compute the distance of each pair: squared differences of unit feature vectors, weighted, averaged and
+        summed.
 
         Source: Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric" (2018),
-        Equation 1. Equal to the package's own forward, whose gradient however is not a number wherever all
-        features of a position are zero.
+        Equation 1. It equals the package's own forward, whose gradient is NaN if all features of a position are zero.
 
         Args:
             prediction: `(N, 3, H, W)` in [-1, 1], sides of 16 pixels or more; cast to the network's dtype.
@@ -80,24 +80,24 @@ class PerceptualDistance(_FrozenDistance):
 
 
 class FeatureDistance(_FrozenDistance):
-    """L1 between VGG19's last convolution's outputs before the activation; frozen, always in evaluation mode."""
+    """L1 between VGG19's last convolution outputs before the activation; frozen and always in evaluation mode."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, network: nn.Module) -> None:
-        """Freezes the network.
+        """Freeze the network.
 
         Args:
-            network: VGG19 up to its convolution conv5_4, with its weights, for images normalised by ImageNet's
-                mean and standard deviation.
+            network: VGG19 up to conv5_4 with its weights, for images normalised by ImageNet's mean and standard
+                deviation.
         """
         super().__init__(network)
         for name, values in (("mean", _IMAGENET_MEAN), ("std", _IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).reshape(3, 1, 1), persistent=False)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Distance of each pair: mean absolute difference of the features.
+        """Compute the distance of each pair: the mean absolute difference of the features.
 
         Source: Wang et al., "ESRGAN: enhanced super-resolution generative adversarial networks" (2018),
         Section 3.3; LiteVAE, Appendix D.1.
@@ -124,7 +124,7 @@ class FeatureDistance(_FrozenDistance):
 def _check_images(prediction: Tensor, target: Tensor, backbone: Backbone) -> None:
     shape = tuple(prediction.shape)
     if prediction.shape != target.shape:
-        raise InvalidInput(f"prediction has shape {shape}: it must be the target's, {tuple(target.shape)}")
+        raise InvalidInput(f"prediction has shape {shape}: expected the target's, {tuple(target.shape)}")
     if len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < _MIN_SIZE:
         raise InvalidInput(
             f"images have shape {shape}: {_DISTANCES[backbone]} needs (N, 3, H, W) with H and W at least {_MIN_SIZE}"
@@ -132,7 +132,7 @@ def _check_images(prediction: Tensor, target: Tensor, backbone: Backbone) -> Non
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Feature vectors `(N, C, H, W)` of length 1; those of length 0 stay, with a finite gradient."""
+    """Scale feature vectors `(N, C, H, W)` to length 1; those of length 0 stay, with a finite gradient."""
     norm = features.square().sum(1, keepdim=True).clamp_min(_MIN_SQUARED_NORM).sqrt()
     return features / (norm + _EPS)
 
@@ -142,17 +142,17 @@ def _cached_backbone(backbone: Backbone) -> Path:
 
 
 def find_backbone(path: str | None, backbone: Backbone = "vgg16") -> Path | None:
-    """The file of a backbone's weights.
+    """Find the file with a backbone's weights.
 
     Args:
-        path: a file; or None to look in torch's cache, for torchvision's name of the file.
+        path: a file; None looks in torch's cache, by torchvision's name of the file.
         backbone: `vgg16` (`vgg16-397923af.pth`, for LPIPS) or `vgg19` (`vgg19-dcbb9e9d.pth`).
 
     Returns:
-        The file; None when the cache does not hold it.
+        The file; None if the cache does not have it.
 
     Raises:
-        FileNotFoundError: a path is given, but is no file.
+        FileNotFoundError: `path` is not a file.
     """
     if path is not None:
         file = Path(path).expanduser()
@@ -163,7 +163,7 @@ def find_backbone(path: str | None, backbone: Backbone = "vgg16") -> Path | None
 
 
 def missing_backbone_message(backbone: Backbone = "vgg16") -> str:
-    """One sentence that says which file is missing and where to put it."""
+    """Return a sentence that says which file is missing and where to put it."""
     file = _BACKBONE_FILES[backbone]
     return (
         f"{_DISTANCES[backbone]} needs the {backbone.upper()} weights {file}, "
@@ -187,10 +187,10 @@ def _import_lpips() -> ModuleType:
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file that `torch.save` wrote; nothing else is unpickled."""
+    """Read the tensors of a file written by `torch.save`; nothing else is unpickled."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a file that is not what it should be
+    except Exception as error:  # torch raises half a dozen kinds for a wrong file
         raise InvalidInput(f"{path}: cannot be read as tensors saved by torch.save: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InvalidInput(f"{path}: expected a dictionary of tensors")
@@ -198,7 +198,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _load_exactly(module: nn.Module, state: dict[str, Tensor], path: Path, content: str) -> None:
-    """Replaces every tensor of `module`; names and shapes must agree with the file's, which should hold `content`."""
+    """Replace every tensor of `module`; names and shapes must match the file, which should hold `content`."""
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is unknown" for name in state if name not in expected]
@@ -214,7 +214,7 @@ def _load_exactly(module: nn.Module, state: dict[str, Tensor], path: Path, conte
 
 
 def _load_backbone(layers: dict[str, nn.Module], path: Path, backbone: Backbone) -> None:
-    """Fills convolutions, which are named by their number in torchvision's `features`, from torchvision's file."""
+    """Load convolutions, named by their number in torchvision's `features`, from torchvision's file."""
     features = nn.ModuleDict({"features": nn.ModuleDict(layers)})
     weights = {k: v for k, v in _read_state_dict(path).items() if not k.startswith("classifier.")}
     _load_exactly(features, weights, path, backbone.upper())
@@ -228,16 +228,16 @@ def _require_backbone(path: str | None, backbone: Backbone) -> Path:
 
 
 def _empty_network(lpips: ModuleType) -> Any:
-    """The package's network without memory for its weights, so that none can stay as it was drawn."""
+    """Make the package's network without memory for its weights, so that none can keep its random values."""
     with torch.device("meta"), warnings.catch_warnings():
-        # The package passes arguments that torchvision has renamed.
+        # The package uses old names of torchvision's arguments.
         warnings.filterwarnings("ignore", "The parameter 'pretrained' is deprecated", UserWarning)
         warnings.filterwarnings("ignore", "Arguments other than a weight enum", UserWarning)
         return lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
 
 
 def load_lpips(path: str | None = None) -> PerceptualDistance:
-    """LPIPS with VGG16's weights from a local file and the heads that ship with the `lpips` package.
+    """Load LPIPS with VGG16's weights from a local file and the heads from the `lpips` package.
 
     Args:
         path: torchvision's VGG16 weights (the classifier's may be absent); None looks in torch's cache.
@@ -254,7 +254,7 @@ def load_lpips(path: str | None = None) -> PerceptualDistance:
     lpips = _import_lpips()
     network = _empty_network(lpips)
 
-    # The slices of the package's backbone keep the numbers that the layers have in torchvision's.
+    # The slices of the package's backbone number the layers as torchvision does.
     layers = {number: layer for part in network.net.children() for number, layer in part.named_children()}
     _load_backbone(layers, backbone, "vgg16")
 
@@ -267,7 +267,7 @@ def load_lpips(path: str | None = None) -> PerceptualDistance:
 
 
 def _empty_vgg19() -> nn.Sequential:
-    """VGG19 up to conv5_4, numbered as in torchvision, without memory for its weights."""
+    """Make VGG19 up to conv5_4, numbered as in torchvision, without memory for its weights."""
     layers: list[nn.Module] = []
     in_channels = 3
     for width, num_convolutions in _VGG19_STAGES:
@@ -279,7 +279,7 @@ def _empty_vgg19() -> nn.Sequential:
 
 
 def load_vgg_features(path: str | None = None) -> FeatureDistance:
-    """The distance of VGG19's features, with weights from a local file.
+    """Load the distance of VGG19's features, with weights from a local file.
 
     Args:
         path: torchvision's VGG19 weights (the classifier's may be absent); None looks in torch's cache.

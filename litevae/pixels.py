@@ -1,4 +1,4 @@
-"""Pixels at the border of a model: what it takes, and how sizes that it does not divide are padded and cropped."""
+"""Pixels at a model's boundary: what it accepts, and how sizes are padded and cropped."""
 
 from collections.abc import Collection, Sequence
 
@@ -14,7 +14,7 @@ _SHAPES = {4: "(B, 3, H, W)", 5: "(B, 3, T, H, W)"}
 
 
 def check_pixels(x: Tensor, num_axes: Collection[int] = (4, 5)) -> None:
-    """Raises `ValueError` unless `x` holds finite floating-point images or clips of three colours.
+    """Raise `ValueError` unless `x` holds finite floating-point images or clips of three colours.
 
     Args:
         x: `(B, 3, H, W)` or `(B, 3, T, H, W)` in [-1, 1].
@@ -25,14 +25,14 @@ def check_pixels(x: Tensor, num_axes: Collection[int] = (4, 5)) -> None:
         raise InvalidInput(f"input has shape {tuple(x.shape)}: expected {expected}")
     if not x.is_floating_point():
         raise InvalidInput(f"input has dtype {x.dtype}: expected floating point in [-1, 1]")
-    # Looking at values would break a compiled graph; on the meta device there are none.
-    # The smallest and the largest are enough, since NaN is both; a mask would be as large as the input.
+    # Reading values would break a compiled graph; on the meta device there are none.
+    # The smallest and the largest are enough, because NaN is both; a mask would be as large as the input.
     if not (torch.compiler.is_compiling() or x.is_meta or all(bound.isfinite() for bound in x.aminmax())):
         raise InvalidInput("input holds values that are not finite: expected pixels in [-1, 1]")
 
 
 def check_dtype(x: Tensor, weight: Tensor, name: str = "input") -> None:
-    """Raises `InvalidInput` unless a tensor has the dtype of the weights, or autocast brings them together."""
+    """Raise `InvalidInput` unless a tensor has the dtype of the weights, or autocast converts it."""
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise InvalidInput(
             f"{name} has dtype {x.dtype} and the model {weight.dtype}: convert one of them, as in x.to({weight.dtype})"
@@ -40,21 +40,21 @@ def check_dtype(x: Tensor, weight: Tensor, name: str = "input") -> None:
 
 
 def pad_to_multiple(x: Tensor, step: int) -> Tensor:
-    """Replicates the last row and column of `(B, C, H, W)` until `step` divides H and W."""
+    """Replicate the last row and column of `(B, C, H, W)` until `step` divides H and W."""
     right, bottom = -x.shape[3] % step, -x.shape[2] % step
     return F.pad(x, (0, right, 0, bottom), mode="replicate") if right or bottom else x
 
 
 def crop(x: Tensor, size: Sequence[int], step: Sequence[int]) -> Tensor:
-    """Cuts the padding at the end of the last axes away.
+    """Cut off the padding at the end of the last axes.
 
     Args:
         x: `(B, C, H, W)` or `(B, C, T, H, W)`, padded.
         size: true size of these axes, `(H, W)` or `(T, H, W)`.
-        step: bound of the padding of each: more is never cut.
+        step: bound of each axis's padding; less than this is cut.
 
     Raises:
-        ValueError: nothing of this size is padded to the shape of `x`.
+        ValueError: this size is not padded to the shape of `x`.
     """
     padded = tuple(x.shape[2:])
     if len(size) != len(padded) or any(
@@ -68,10 +68,10 @@ def crop(x: Tensor, size: Sequence[int], step: Sequence[int]) -> Tensor:
 
 
 def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
-    """Rounds frames `(N, 3, H, W)` in [0, 1] to bytes `(N, H, W, 3)`."""
+    """Round frames `(N, 3, H, W)` in [0, 1] to bytes `(N, H, W, 3)`."""
     return (255 * frames).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
 
 
 def from_bytes(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Tensor:
-    """Brings bytes `(N, H, W, 3)` to float32 frames `(N, 3, H, W)` in [0, 1] on a device."""
+    """Convert bytes `(N, H, W, 3)` to float32 frames `(N, 3, H, W)` in [0, 1] on a device."""
     return torch.from_numpy(images).to(device).movedim(-1, 1).float() / 255

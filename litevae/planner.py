@@ -1,4 +1,4 @@
-"""Images in parts: how many at once and in tiles of what size, so that memory suffices."""
+"""Plans for images in parts: how many at once, and in tiles of what size, so that memory suffices."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from litevae.tiling import Window, blended_windows, check_tile, run_in_windows, 
 _STEP = (DOWNSAMPLING, DOWNSAMPLING)
 _PIXELS = 3 * DOWNSAMPLING**2  # elements of the image, for each of the latent
 _OVERHEAD = 1.08  # of the convolutions' library
-_POSITIONS_AT_ONCE = 2**14  # that the wavelet encoder takes of a level on CPUs: as many images as have no more
+_POSITIONS_AT_ONCE = 2**14  # of a level's bands that the wavelet encoder takes on CPUs, in whole images
 _SMALLEST_TILE = 8  # latent elements of a planned tile in each direction, without its halo
 
 
@@ -25,11 +25,11 @@ class ImageLoad:
     """Images to encode or decode.
 
     Attributes:
-        name: which of the two.
-        config: the model.
+        name: `encode` or `decode`.
+        config: the model's configuration.
         batch: number of images.
-        height, width: of the latent.
-        item_size: bytes of an element.
+        height, width: size of the latent.
+        item_size: bytes per element.
     """
 
     name: Literal["encode", "decode"]
@@ -41,16 +41,16 @@ class ImageLoad:
 
     @property
     def halo(self) -> int:
-        """Latent elements that an output looks beyond its own."""
+        """Latent elements beyond its own that an output depends on."""
         return (encoder_halo if self.name == "encode" else decoder_halo)(self.config)
 
     @property
     def why_inexact(self) -> str | None:
-        """Why tiles are not exact, or `None`."""
+        """Why tiles are not exact; None if they are."""
         return (why_encoder_inexact if self.name == "encode" else why_decoder_inexact)(self.config)
 
     def windows(self, tile: tuple[int, int]) -> tuple[list[Window], list[Window]]:
-        """Rows and columns of the windows for a tile: with a halo where that is exact, blended elsewhere."""
+        """Return the rows and columns of a tile's windows: with a halo if that is exact, else blended."""
         sizes = zip((self.height, self.width), tile, strict=True)
         if self.why_inexact is not None:
             rows, columns = (blended_windows(length, size) for length, size in sizes)
@@ -61,7 +61,7 @@ class ImageLoad:
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """How work is cut.
+    """A way to cut work.
 
     Attributes:
         load: what is to be done.
@@ -75,11 +75,11 @@ class ImagePlan:
 
     @property
     def memory(self) -> int:
-        """Bytes that it takes at its peak, the input not counted."""
+        """Peak memory in bytes, without the input."""
         return peak_memory(self)
 
     def halved(self) -> "ImagePlan | None":
-        """The largest plan of half the memory, or else the smallest one; `None` if this is it."""
+        """Return the largest plan with half the memory, or else the smallest one; None if this is it."""
         smaller = [plan for plan in _plans(self.load, self.load.why_inexact is None) if plan.memory < self.memory]
         fitting = (plan for plan in smaller if plan.memory <= self.memory / 2)
         return next(fitting, min(smaller, key=lambda plan: plan.memory, default=None))
@@ -90,7 +90,7 @@ class ImagePlan:
 
 
 def peak_memory(plan: ImagePlan) -> int:
-    """Bytes that a plan takes at its peak, the input not counted: what was measured for inference on CPUs."""
+    """Estimate the peak bytes of a plan, without the input, as measured for inference on CPUs."""
     load, height, width = plan.load, plan.load.height, plan.load.width
     if plan.tile is not None:
         rows, columns = load.windows(plan.tile)
@@ -99,7 +99,7 @@ def peak_memory(plan: ImagePlan) -> int:
         elements = _encoder_elements(load.config, plan.images, height * width)
     else:
         elements = plan.images * height * width * _decoder_elements(load.config)
-    # The output, of which a batch's parts and the whole are held at once.
+    # The output; for a batch in parts, the parts and the whole are held at once.
     out = (
         load.batch * load.height * load.width * (_PIXELS if load.name == "decode" else 2 * load.config.latent_channels)
     )
@@ -107,7 +107,7 @@ def peak_memory(plan: ImagePlan) -> int:
 
 
 def _encoder_elements(config: LiteVAEConfig, images: int, positions: int) -> float:
-    """Elements held at once for so many images of so many latent elements each."""
+    """Estimate the elements held at once for so many images with so many latent elements each."""
     if config.encoder == "sd":
         return images * positions * DOWNSAMPLING**2 * 5 * config.encoder_channels
     bands = 8 * _PIXELS
@@ -121,7 +121,7 @@ def _encoder_elements(config: LiteVAEConfig, images: int, positions: int) -> flo
 
 
 def _decoder_elements(config: LiteVAEConfig) -> float:
-    """Elements held at once, for each of the latent: of the largest level, twice what it reads and what it writes."""
+    """Estimate the elements held at once for each latent element: at the largest level, twice the input and output."""
     widths = [config.decoder_channels * multiplier for multiplier in reversed(config.decoder_multipliers)]
     num_upsamplings = NUM_LEVELS - int(config.output_type == "wavelet")
     sizes = [4 ** min(level, num_upsamplings) for level in range(len(widths))]
@@ -131,7 +131,7 @@ def _decoder_elements(config: LiteVAEConfig) -> float:
 
 
 def are_parts_wanted(x: Tensor, tile: Any, memory_limit: Any) -> bool:
-    """Whether `x` is perhaps not to be worked on whole: if asked for, or on CUDA, where memory may not suffice."""
+    """Tell whether `x` may need parts: if requested, or on CUDA, where memory may not suffice."""
     if tile is not None or memory_limit is not None:
         return True
     return x.is_cuda and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
@@ -140,12 +140,12 @@ def are_parts_wanted(x: Tensor, tile: Any, memory_limit: Any) -> bool:
 def make_plan(
     load: ImageLoad, tile: Any, memory_limit: str | int | None, approximate: bool, device: torch.device
 ) -> ImagePlan:
-    """Cuts work; `LiteVAE.encode` describes what may be asked for.
+    """Cut work; `LiteVAE.encode` describes the arguments.
 
-    Where nothing is asked for, the device's free memory is the limit, and the smallest plan the last resort.
+    By default the device's free memory is the limit, and the smallest plan the last resort.
 
     Raises:
-        ValueError: an argument is wrong, tiles are asked for or needed and not exact, or nothing fits the limit.
+        ValueError: an argument is wrong, tiles are requested or needed and not exact, or no plan fits the limit.
     """
     size = None if tile is None else check_tile(tile, _STEP)
     limit = None if memory_limit is None else parse_bytes(memory_limit)
@@ -164,16 +164,16 @@ def make_plan(
     smallest = min(candidates, key=lambda plan: plan.memory)
     plan = next((plan for plan in candidates if plan.memory <= limit), smallest)
     if plan.memory > limit and not is_automatic:
-        hint = "" if may_tile else f"; tiles, which would take less, are not exact, because {load.why_inexact}"
+        hint = "" if may_tile else f"; tiles, which would need less, are not exact, because {load.why_inexact}"
         raise InvalidInput(
             f"memory_limit is {memory_limit!r}: to {load.name} images of {load.height}x{load.width} latent elements "
-            f"takes at least {format_bytes(smallest.memory)}{hint}"
+            f"needs at least {format_bytes(smallest.memory)}{hint}"
         )
     return plan
 
 
 def _plans(load: ImageLoad, may_tile: bool, tile: tuple[int, int] | None = None) -> Iterator[ImagePlan]:
-    """Plans of ever fewer images at once, then of ever smaller tiles; a tile that is given stays as it is."""
+    """Yield plans with ever fewer images at once, then with ever smaller tiles; a given tile stays the same."""
     images = load.batch
     while images > 1:
         images = -(-images // 2)
@@ -190,13 +190,13 @@ def _plans(load: ImageLoad, may_tile: bool, tile: tuple[int, int] | None = None)
 def run_in_parts(
     function: Callable[[Tensor], Tensor], x: Tensor, plan: ImagePlan, in_step: int = 1, out_step: int = 1
 ) -> Tensor:
-    """Runs a function of images by a plan, which is halved once if memory runs out.
+    """Run a function of images by a plan; halve the plan once if memory runs out.
 
     Args:
         function: maps `(B, C, H, W)` to `(B, C', H', W')`.
         x: all images.
-        plan: how.
-        in_step: elements of `x` that an element of the latent has in each direction.
+        plan: how to cut them.
+        in_step: elements of `x` per latent element in each direction.
         out_step: the same for the output.
     """
 

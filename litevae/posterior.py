@@ -12,11 +12,11 @@ class DiagonalGaussian:
     Attributes:
         mean: `(B, Z, ...)`.
         logvar: natural logarithm of the variance, clamped to [-30, 20]; shape, dtype and device of `mean`.
-        size: true size of the encoded pixels, `(H, W)` or `(T, H, W)`, which a decoder crops to; may be `None`.
+        size: true size of the encoded pixels, `(H, W)` or `(T, H, W)`, which a decoder crops to; None if unknown.
     """
 
     def __init__(self, mean: Tensor, logvar: Tensor, size: tuple[int, ...] | None = None) -> None:
-        """Clamps the log-variance; outside the range it gets no gradient.
+        """Clamp the log-variance, which gets no gradient outside the range.
 
         Args:
             mean: `(B, Z, ...)`.
@@ -27,7 +27,7 @@ class DiagonalGaussian:
             ValueError: the two shapes differ.
         """
         if mean.shape != logvar.shape:
-            raise ValueError(f"logvar has shape {tuple(logvar.shape)}: it must be that of mean, {tuple(mean.shape)}")
+            raise ValueError(f"logvar has shape {tuple(logvar.shape)}: expected that of mean, {tuple(mean.shape)}")
         self.mean = mean
         self.size = size
         self.logvar = logvar.clamp(*_LOGVAR_RANGE)
@@ -38,11 +38,11 @@ class DiagonalGaussian:
         return torch.exp(0.5 * self.logvar)
 
     def mode(self) -> Tensor:
-        """The most likely latent, which is the mean: `(B, Z, ...)`."""
+        """Return the most likely latent, which is the mean: `(B, Z, ...)`."""
         return self.mean
 
     def sample_with(self, noise: Tensor) -> Tensor:
-        """Reparametrised sample `mean + std * noise`, differentiable in both parameters.
+        """Return a reparametrised sample `mean + std * noise`, differentiable in both parameters.
 
         Args:
             noise: standard normal, in the shape of `mean`; cast to its dtype and device.
@@ -51,14 +51,14 @@ class DiagonalGaussian:
             ValueError: the shape is not that of `mean`.
         """
         if noise.shape != self.mean.shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}: it must be that of mean, {tuple(self.mean.shape)}")
+            raise ValueError(f"noise has shape {tuple(noise.shape)}: expected that of mean, {tuple(self.mean.shape)}")
         return self.mean + self.std * noise.to(self.mean)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Reparametrised sample with noise from `generator`, or from the global one of the latent's device.
+        """Draw a reparametrised sample with noise from `generator`, or from the global one of the latent's device.
 
-        The noise is drawn on the generator's own device and in float32 at least, so that a CPU generator
-        gives the same noise wherever and in whatever precision the latent lives.
+        The noise is drawn on the generator's device and in float32 at least, so that a CPU generator gives the same
+        noise for latents on any device and in any precision.
         """
         noise = torch.randn(
             self.mean.shape,
@@ -69,7 +69,7 @@ class DiagonalGaussian:
         return self.sample_with(noise)
 
     def kl(self) -> Tensor:
-        """Divergence from the standard normal, KL(N(mean, var) || N(0, 1)), of each sample.
+        """Compute the divergence from the standard normal, KL(N(mean, var) || N(0, 1)), of each sample.
 
         Returns:
             `(B,)` in nats: half the sum over all but the batch of `mean^2 + var - 1 - logvar`

@@ -22,10 +22,10 @@ STATISTICS_FIELDS = {"latent_mean", "latent_std"}  # fields of the configuration
 def save_pretrained(
     name: str, config: BaseModel, state: dict[str, Tensor], folder: str | Path, dtype: torch.dtype | None = None
 ) -> None:
-    """Writes a model's configuration and weights, each atomically.
+    """Write a model's configuration and weights, each atomically.
 
     Args:
-        name: of the model's class.
+        name: name of the model's class.
         config: its configuration.
         state: its weights by name.
         folder: made if missing.
@@ -53,11 +53,11 @@ def _convert(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def config_text(tree: Mapping[str, Any]) -> str:
-    """Return what stands in a `config.json`."""
+    """Return the content of a `config.json`."""
     return json.dumps(tree, indent=2) + "\n"
 
 
 def update_config(folder: str | Path, fields: Mapping[str, Any]) -> None:
-    """Replace fields of a folder's `config.json`, atomically; all else in it stays as it is to the last byte."""
+    """Replace fields of a folder's `config.json`, atomically; all others stay the same."""
     file = Path(folder) / CONFIG_FILE
     write_text(file, config_text(json.loads(file.read_text(encoding="utf-8")) | fields))

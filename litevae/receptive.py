@@ -1,13 +1,13 @@
-"""How far the outputs of the image autoencoder look: the halo that tiles need, and why some tiles cannot be exact."""
+"""Receptive fields of the image autoencoder: the halo that tiles need, and why some tiles cannot be exact."""
 
 from litevae.config import NUM_LEVELS, LiteVAEConfig
 
 
 def encoder_halo(config: LiteVAEConfig) -> int:
-    """Elements of the latent that one of them looks beyond its own to each side, 60 with the default depth.
+    """Count the latent elements that one depends on beyond its own to each side, 60 with the default depth.
 
-    The convolutions of the aggregation count one element each. Those on the bands of level l, which are larger,
-    count less: an element averages `2^(3 - l)` of their outputs in each direction. The transform and the averages stay
+    The aggregation's convolutions count one element each. Those on the bands of level l count less: the bands are
+    larger, and an element averages `2^(3 - l)` of their outputs in each direction. The transform and the averages stay
     within an element.
     """
     if config.encoder != "wavelet":
@@ -18,15 +18,17 @@ def encoder_halo(config: LiteVAEConfig) -> int:
 
 
 def _unet_depth(multipliers: tuple[int, ...], config: LiteVAEConfig) -> int:
-    """3x3 convolutions on the longest path: in, out, and two a residual block, of which two are in the middle."""
+    """Count the 3x3 convolutions on the longest path: in, out, and two for each residual block, two blocks in the
+    middle.
+    """
     return 2 + 2 * (2 * len(multipliers) * config.num_res_blocks + 2)
 
 
 def decoder_halo(config: LiteVAEConfig) -> int:
-    """Elements of the latent that an output patch looks beyond its own to each side, 18 with the default depth.
+    """Count the latent elements that an output patch depends on beyond its own to each side, 18 with the default depth.
 
-    From the output back to the latent: each convolution looks one element of its own size further, and below an
-    upsampling that is half as far, rounded up.
+    From the output back to the latent, each convolution adds an element of its own size, and each upsampling halves the
+    distance, rounded up.
     """
     blocks = 2 * (config.num_res_blocks + 1)
     num_levels = len(config.decoder_multipliers)
@@ -40,7 +42,7 @@ def decoder_halo(config: LiteVAEConfig) -> int:
 
 
 def why_encoder_inexact(config: LiteVAEConfig) -> str | None:
-    """Why tiles do not encode to what the whole image does; `None` if they do."""
+    """Say why tiles encode to something else than the whole image does; return None if they do not."""
     if config.encoder in ("dwt", "dwt2"):
         return None
     if config.encoder == "sd":
@@ -55,7 +57,7 @@ def why_encoder_inexact(config: LiteVAEConfig) -> str | None:
 
 
 def why_decoder_inexact(config: LiteVAEConfig) -> str | None:
-    """Why tiles do not decode to what the whole latent does; `None` if they do."""
+    """Say why tiles decode to something else than the whole latent does; return None if they do not."""
     if config.decoder_norm == "group":
         return "GroupNorm (decoder_norm 'group') reads the whole image"
     if config.decoder_attention:

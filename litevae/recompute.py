@@ -1,4 +1,4 @@
-"""Activation checkpointing: a block keeps what it read, and its backward pass computes the rest again."""
+"""Activation checkpointing: a block saves only its input, and its backward pass computes the rest again."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +9,16 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Recomputable(nn.Module):
-    """A module that can do without its activations until the backward pass; `recompute_activations` turns it on."""
+    """A module that can drop its activations until the backward pass; `recompute_activations` turns this on."""
 
     recomputes = False
 
     def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """`function(*inputs)`, of which the backward pass knows the inputs alone if the module recomputes.
+        """Return `function(*inputs)`; if the module recomputes, only the inputs are saved for the backward pass.
 
         Args:
-            function: draws no random numbers.
-            inputs: tensors, and what else it takes.
+            function: must not draw random numbers.
+            inputs: its arguments.
         """
         if self.recomputes and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -26,10 +26,10 @@ class Recomputable(nn.Module):
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Makes the blocks of a model compute their activations again in the backward pass.
+    """Make a model's blocks recompute their activations in the backward pass.
 
-    The gradients are the same; the memory of a block's activations is needed for one block at a time, for the time of
-    another forward pass.
+    The gradients are the same. Memory holds the activations of one block at a time, at the cost of another forward
+    pass.
     """
     for module in model.modules():
         if isinstance(module, Recomputable):

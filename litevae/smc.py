@@ -1,4 +1,4 @@
-"""Self-modulated convolution (LiteVAE, Section 4.2), for pointwise maps and for 1D, 2D and 3D kernels."""
+"""Self-modulated convolution (LiteVAE, Section 4.2), for pointwise maps and 1D, 2D and 3D kernels."""
 
 import math
 from functools import partial
@@ -11,20 +11,20 @@ _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def modulated_weight(weight: Tensor, scale: Tensor, gain: Tensor, eps: float = 1e-8) -> Tensor:
-    """Scales a weight by input channel, brings each output channel to unit norm, then applies the gain.
+    """Scale a weight by input channel, bring each output channel to unit norm, and apply the gain.
 
     With s the scale, w the weight and g the gain (LiteVAE, Equation 3 and the listing of the SMC block):
 
         w'[o, i, k] = g * s[i] * w[o, i, k] / sqrt(sum over i, k of (s[i] * w[o, i, k])^2 + eps)
 
-    Equation 3 has no gain; the paper's listing has one, a single number a layer. It acts after the
-    normalisation, which would cancel it otherwise.
+    Equation 3 has no gain; the paper's listing has one, a single number per layer. It acts after the normalisation,
+    which would otherwise cancel it.
 
     Args:
         weight: `(O, I, *kernel)`.
         scale: `(I,)`.
         gain: `(1,)`, or anything that broadcasts against `(O, I, *kernel)`.
-        eps: what keeps a weight of zeros finite.
+        eps: keeps a weight of zeros finite.
 
     Returns:
         The weight to convolve with, in the shape and dtype of `weight`; computed in float32 at least.
@@ -51,7 +51,7 @@ class _SelfModulated(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws PyTorch's default weights; scales become one, the gain `gain_init`, the bias zero."""
+        """Draw PyTorch's default weights; set scales to one, the gain to `gain_init`, the bias to zero."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         nn.init.ones_(self.scale)
         nn.init.constant_(self.gain, self.gain_init)
@@ -63,7 +63,7 @@ class _SelfModulated(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> Tensor:
-        """The weight of the plain map that computes the same (with the same bias), for inference.
+        """Return the weight of the plain map that computes the same (with the same bias), for inference.
 
         Returns:
             `(O, I, *kernel)`, without a gradient.
@@ -78,7 +78,7 @@ class SelfModulatedLinear(_SelfModulated):
     """A self-modulated linear map of channels-last tokens: `(..., I)` to `(..., O)`."""
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True, gain_init: float = 1.0) -> None:
-        """Makes the map with PyTorch's default weights, scales of one and no bias.
+        """Make the map with PyTorch's default weights, scales of one and a bias of zero.
 
         Args:
             in_channels: width I of the input.
@@ -106,14 +106,14 @@ class SelfModulatedConv(_SelfModulated):
         bias: bool = True,
         gain_init: float = 1.0,
     ) -> None:
-        """Makes the convolution with PyTorch's default weights, scales of one and no bias.
+        """Make the convolution with PyTorch's default weights, scales of one and a bias of zero.
 
         Args:
             in_channels: channels I of the input.
             out_channels: channels O of the output.
-            kernel_size: one number an axis; one axis gives a 1D convolution, two 2D, three 3D.
-            stride: step along all axes, or one an axis.
-            padding: zeros on both sides of all axes, or one number an axis.
+            kernel_size: a number for each axis; one axis gives a 1D convolution, two 2D, three 3D.
+            stride: step along all axes, or for each axis.
+            padding: zeros on both sides of all axes, or for each axis.
             bias: whether a learned bias is added; it is not modulated.
             gain_init: initial gain; the last map of a residual branch starts small, at 0.1.
 
@@ -121,7 +121,7 @@ class SelfModulatedConv(_SelfModulated):
             ValueError: the kernel has no axis or more than three.
         """
         if len(kernel_size) not in _CONVOLUTIONS:
-            raise ValueError(f"kernel_size {kernel_size} has {len(kernel_size)} axes: 1, 2 or 3 are possible")
+            raise ValueError(f"kernel_size {kernel_size} has {len(kernel_size)} axes: expected 1, 2 or 3")
         super().__init__(in_channels, out_channels, kernel_size, bias, gain_init)
         self.stride = stride
         self.padding = padding
@@ -135,7 +135,7 @@ class SelfModulatedConv(_SelfModulated):
 
 
 class FoldedConv(nn.Module):
-    """The plain convolution that a self-modulated one is while its parameters stay as they are."""
+    """The plain convolution that equals a self-modulated one while its parameters do not change."""
 
     def __init__(self, conv: SelfModulatedConv) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A model's twin that is prepared for inference: it shares the model's tensors but where prepared ones replace them."""
+"""A model's twin for inference, which shares the model's tensors except those replaced by prepared ones."""
 
 import copy
 from collections.abc import Callable, Hashable
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 def make_twin(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """Copies modules, not their tensors.
+    """Copy modules, not their tensors.
 
     Args:
-        module: what to copy.
-        replace: gives what stands in for a module and all inside it, or None to copy it.
+        module: the module to copy.
+        replace: gives a substitute for a module and everything inside it, or None to copy it.
     """
     if (replacement := replace(module)) is not None:
         return replacement
@@ -27,12 +27,12 @@ def make_twin(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A twin, and what the weights were when it was made.
+    """A twin, and the state of the weights when it was made.
 
     Attributes:
-        twin: computes with the weights as they were.
-        make: makes another one.
-        state: changes when a weight does.
+        twin: computes with the weights of that time.
+        make: makes another twin.
+        state: changes if a weight does.
     """
 
     twin: Any
@@ -43,23 +43,22 @@ class Snapshot:
 class Preparable(nn.Module):
     """A model that may hold a snapshot of itself for inference.
 
-    The snapshot is in no state dict and no copy. It goes away when the model trains, moves or loads weights. Weights
-    that change otherwise, in place, are noticed, and the next call prepares them again; only writes through `.data` are
-    not.
+    The snapshot is not part of state dicts and copies. It is dropped if the model trains, moves or loads weights. If
+    weights change in place, the next call prepares them again. Only writes through `.data` go unnoticed.
     """
 
     _snapshot: Snapshot | None = None
 
     def keep_snapshot(self, make: Callable[[], Any]) -> None:
-        """Computes from now on with what `make` makes of the weights."""
+        """Compute with what `make` returns from now on."""
         with torch.no_grad():
             self._snapshot = Snapshot(make(), make, _state(self))
 
     @property
     def layers(self) -> Any:
-        """What computes: the snapshot's twin if there is one, else the model itself.
+        """The module that computes: the snapshot's twin if there is one, else the model itself.
 
-        Under autocast it is the model: which weights are cast, torch decides operation by operation.
+        Under autocast it is the model, because torch decides for each operation which weights to cast.
         """
         snapshot = self._snapshot
         if snapshot is None or torch.is_autocast_enabled(next(self.parameters()).device.type):
@@ -70,7 +69,7 @@ class Preparable(nn.Module):
         return snapshot.twin
 
     def train(self, mode: bool = True) -> Any:
-        """Works as `nn.Module.train`; a model that trains computes with its weights themselves."""
+        """Switch modes as `nn.Module.train` does; a model in training drops its snapshot."""
         if mode:
             self._snapshot = None
         return super().train(mode)
@@ -92,4 +91,4 @@ def _state(model: nn.Module) -> Hashable:
 
 
 def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version  # the former cannot change in place unseen, and has none
+    return 0 if weight.is_inference() else weight._version  # inference tensors do not count their versions

@@ -1,8 +1,8 @@
-"""Windows on an image: how a model that sees only so far runs on parts of it, without loss or blended.
+"""Windows on an image: a model with a limited receptive field runs on parts, without loss or blended.
 
-Lengths are in tokens, the elements of the latent. A window reads more tokens than it is meant for. Without loss, it
-reads as far round its own as an output depends on its input, and what it computes for the others is thrown away. Where
-that cannot be, windows overlap and their outputs fade into each other linearly.
+Lengths are in tokens, the elements of the latent. A window reads more tokens than its own. Without loss, it reads as
+far around them as an output depends on its input, and drops its results for the others. If the receptive field is
+unlimited, windows overlap and their outputs fade into each other linearly.
 """
 
 import itertools
@@ -23,7 +23,7 @@ class Window(NamedTuple):
 
     Attributes:
         start, stop: the tokens read.
-        weights: what each counts for in the output, `(stop - start,)`; over all windows they add up to one.
+        weights: weight of each in the output, `(stop - start,)`; over all windows they add up to one.
     """
 
     start: int
@@ -32,33 +32,33 @@ class Window(NamedTuple):
 
 
 def check_tile(tile: Any, patch: Sequence[int]) -> tuple[int, int]:
-    """A tile in whole tokens `(h, w)`, not larger than asked for.
+    """Return a tile in whole tokens `(h, w)`, not larger than requested.
 
     Args:
         tile: height and width in pixels.
         patch: height and width of a token in pixels.
 
     Raises:
-        ValueError: these are not two whole numbers, or less than a token.
+        ValueError: `tile` is not two whole numbers, or less than a token.
     """
     try:
         height, width = (operator.index(size) for size in tile)
     except (TypeError, ValueError) as error:
         raise InvalidInput(f"tile is {tile!r}: expected two whole numbers, (height, width) in pixels") from error
     if height < patch[0] or width < patch[1]:
-        raise InvalidInput(f"tile is {(height, width)}: at least one patch of {patch[0]}x{patch[1]} pixels is needed")
+        raise InvalidInput(f"tile is {(height, width)}: expected at least one patch of {patch[0]}x{patch[1]} pixels")
     return height // patch[0], width // patch[1]
 
 
 def split_evenly(length: int, size: int) -> list[tuple[int, int]]:
-    """Cuts `length` tokens into as few parts of at most `size` as there can be, all about as long."""
+    """Cut `length` tokens into as few parts of at most `size` as possible, of nearly equal length."""
     number = -(-length // size)
     bounds = [index * length // number for index in range(number + 1)]
     return list(itertools.pairwise(bounds))
 
 
 def windows_with_halo(length: int, size: int, halo: int) -> list[Window]:
-    """Windows whose own parts tile the axis, each reading `halo` tokens further on either side, up to the ends.
+    """Return windows whose own parts tile the axis, each reading `halo` tokens further on either side, up to the ends.
 
     Args:
         length: tokens of the axis.
@@ -75,7 +75,7 @@ def windows_with_halo(length: int, size: int, halo: int) -> list[Window]:
 
 
 def blended_windows(length: int, size: int) -> list[Window]:
-    """Windows of `size` tokens (or all, if fewer) at even distances that overlap and fade linearly into each other."""
+    """Return evenly spaced windows of `size` tokens (or all, if fewer) that overlap and fade linearly."""
     size = min(size, length)
     overlap = size // _OVERLAP
     number = -(-(length - overlap) // (size - overlap))
@@ -89,7 +89,7 @@ def blended_windows(length: int, size: int) -> list[Window]:
         if index < number - 1:
             fade = fade.minimum((size - position) / (start + size - starts[index + 1]))
         weights[index, start : start + size] = fade
-    weights /= weights.sum(0)  # more than two may meet
+    weights /= weights.sum(0)  # more than two may overlap
     return [
         Window(start, start + size, part[start : start + size]) for start, part in zip(starts, weights, strict=True)
     ]
@@ -103,14 +103,14 @@ def run_in_windows(
     in_step: Sequence[int] = (1, 1),
     out_step: Sequence[int] = (1, 1),
 ) -> Tensor:
-    """Runs a function on windows of an image and puts its outputs together by their weights.
+    """Run a function on windows of an image and add its outputs by their weights.
 
     Args:
         function: maps a part of `x` and its number, in reading order, to a part of the output.
         x: `(..., H, W)`.
         rows, columns: the windows of each axis.
-        in_step: elements of `x` that a token has, in height and width.
-        out_step: elements of the output that a token has, in height and width.
+        in_step: elements of `x` per token, in height and width.
+        out_step: elements of the output per token, in height and width.
 
     Returns:
         The output, `(..., H', W')`.
@@ -131,5 +131,5 @@ def run_in_windows(
 
 
 def _elements(window: tuple[Window, Window], step: Sequence[int]) -> tuple[Any, ...]:
-    """The index of a window's elements; those that padding would add at the end are left out."""
+    """Return the index of a window's elements, without those that padding would add at the end."""
     return (..., *(slice(part.start * size, part.stop * size) for part, size in zip(window, step, strict=True)))

@@ -1,8 +1,7 @@
-"""The one work-around for a torchvision that was built for CUDA beside a torch that was not.
+"""Work-around for a torchvision built for CUDA beside a torch that was not.
 
-Such a torchvision cannot load its operators, then fails to import because `torchvision::nms` has no schema,
-and takes `lpips` and `torchmetrics` down with it. Neither uses these operators: with the schemas alone, all
-three import.
+Such a torchvision cannot load its operators. Its import then fails because `torchvision::nms` has no schema, and so do
+those of `lpips` and `torchmetrics`. They do not use these operators, so the schemas suffice to import all three.
 """
 
 import importlib
@@ -15,7 +14,7 @@ _MISSING_SCHEMAS = ("nms", "qnms")
 
 @cache
 def _define_missing_schemas() -> torch.library.Library:
-    """Declares the operators without kernels; the returned library must stay alive, so it is cached."""
+    """Declare the operators without kernels; the returned library must stay alive, so it is cached."""
     library = torch.library.Library("torchvision", "DEF")
     for name in _MISSING_SCHEMAS:
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -23,13 +22,13 @@ def _define_missing_schemas() -> torch.library.Library:
 
 
 def prepare_torchvision() -> bool:
-    """Makes `import torchvision`, and all that imports it, work where only its operators are missing.
+    """Make `import torchvision`, and everything that imports it, work if only its operators are missing.
 
-    Call it before importing `lpips`, `torchmetrics` or `torchvision` itself. A torchvision that imports by
-    itself is left alone; one that fails for another reason raises its own error.
+    Call it before importing `lpips`, `torchmetrics` or `torchvision`. A torchvision that imports without help is left
+    alone; one that fails for another reason raises its own error.
 
     Returns:
-        True when torchvision can be imported, False when it is not installed.
+        True if torchvision can be imported, False if it is not installed.
     """
     try:
         importlib.import_module("torchvision")

@@ -1,4 +1,4 @@
-"""What LiteVAE extracts features from wavelet bands with, and aggregates them with; all at one resolution."""
+"""Networks that extract and aggregate features of wavelet bands, all at one resolution."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from litevae.recompute import Recomputable
 class UNet(nn.Module):
     """UNet without down- or upsampling, `(B, I, H, W)` to `(B, O, H, W)` (LiteVAE, Figure 1 and Appendix G).
 
-    A 3x3 convolution in; residual blocks that widen, a middle of two, a mirrored path that reads the widening one's
-    outputs by concatenation; a 3x3 convolution out, without a norm before it. The listing's last skip, of the
-    convolution in, is never read.
+    It has an input convolution (3x3), residual blocks that widen, a middle of two, a mirrored path with skips by
+    concatenation, and an output convolution (3x3) without a norm before it. The last skip in the paper's listing, from
+    the input convolution, is never read.
     """
 
     def __init__(
@@ -28,14 +28,14 @@ class UNet(nn.Module):
         num_res_blocks: int = 2,
         norm: Norm = "group",
     ) -> None:
-        """Makes the layers.
+        """Make the layers.
 
         Args:
             in_channels: channels I.
             out_channels: channels O.
             channels: base width.
             multipliers: width of each level over the base width.
-            num_res_blocks: residual blocks of a level on each path.
+            num_res_blocks: residual blocks per level on each path.
             norm: `group`, or `smc` for self-modulated convolutions without norms.
         """
         super().__init__()
@@ -68,7 +68,7 @@ class UNet(nn.Module):
 class NAFNetBlock(Recomputable):
     """Block of NAFNet: gated depthwise convolution with channel attention, then a gated feedforward.
 
-    Source: Chen et al., "Simple baselines for image restoration" (2022), Figure 3d; a gate is the product of the two
+    Source: Chen et al., "Simple baselines for image restoration" (2022), Figure 3d. A gate is the product of the two
     halves of the channels. The channel attention reads the mean over the whole image.
     """
 
@@ -96,7 +96,7 @@ class NAFNetBlock(Recomputable):
 
 
 def _at_positions(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Normalises the channels of each position of `(B, C, H, W)`."""
+    """Normalise the channels of each position of `(B, C, H, W)`."""
     return norm(x.movedim(1, -1)).movedim(-1, 1)
 
 
@@ -142,9 +142,10 @@ class TransformerBlock(Recomputable):
 
 
 class VisionTransformer(nn.Module):
-    """Transformer over the positions of a grid of one size, `(B, I, h, w)` to `(B, O, h, w)` (LiteVAE, Table 20).
+    """Transformer over the positions of a fixed grid, `(B, I, h, w)` to `(B, O, h, w)` (LiteVAE, Table 20).
 
-    The paper gives no sizes; width 128, 4 blocks and 4 heads come to 0.83M parameters on a 16x16 grid (its 0.84M).
+    The paper gives no sizes. Width 128, 4 blocks and 4 heads have 0.83M parameters on a 16x16 grid; the paper has
+    0.84M.
     """
 
     def __init__(
@@ -156,12 +157,12 @@ class VisionTransformer(nn.Module):
         num_blocks: int = 4,
         num_heads: int = 4,
     ) -> None:
-        """Makes the layers.
+        """Make the layers.
 
         Args:
             in_channels: channels I.
             out_channels: channels O.
-            grid: height and width of every input; each position has an embedding of its own.
+            grid: height and width of every input; each position has its own embedding.
             dim: width of the tokens.
             num_blocks: transformer blocks.
             num_heads: heads of the attention.

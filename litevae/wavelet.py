@@ -1,7 +1,7 @@
 """Wavelet transforms on tensors: Haar as a butterfly, other wavelets by boundary-wavelet matrices.
 
-Bands are stacked as the outer part of the channel axis, colour as the inner one. All transforms halve each
-transformed axis exactly and are exactly invertible; Haar is orthonormal.
+In the channel axis, the band is the outer part and the colour the inner one. All transforms halve each transformed axis
+exactly and are exactly invertible; Haar is orthonormal.
 """
 
 import warnings
@@ -17,15 +17,15 @@ _SQRT_HALF = 0.5**0.5
 
 @cache
 def _float64_matrices(wavelet: str, length: int) -> tuple[Tensor, Tensor]:
-    """Analysis matrix of ptwt's boundary wavelets and its inverse, both `(length, length)` float64."""
+    """Return the analysis matrix of ptwt's boundary wavelets and its inverse, both `(length, length)` float64."""
     from ptwt.matmul_transform import construct_boundary_a
 
-    # Kept for later calls, whose gradients may flow through them, also if this one is in inference mode.
+    # Made outside inference mode, because gradients of later calls may flow through the cached matrices.
     with torch.inference_mode(False), warnings.catch_warnings():
-        # ptwt builds the matrix from sparse tensors, about which torch warns.
+        # torch warns about the sparse tensors that ptwt uses.
         warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
         analysis = construct_boundary_a(wavelet, length, dtype=torch.float64).to_dense()
-        # The inverse, not ptwt's synthesis matrix: for biorthogonal wavelets only the former undoes the analysis.
+        # Not ptwt's synthesis matrix, which does not invert biorthogonal wavelets.
         return analysis, torch.linalg.inv(analysis)
 
 
@@ -37,7 +37,7 @@ def _matrices(wavelet: str, length: int, dtype: torch.dtype, device: torch.devic
 
 
 def _apply_along(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
-    """Multiplies `matrix` onto one axis of `x` in the matrix's precision; returns `x`'s dtype."""
+    """Multiply `matrix` onto one axis of `x` in the matrix's precision; return `x`'s dtype."""
     return (x.movedim(axis, -1).to(matrix.dtype) @ matrix.T).to(x.dtype).movedim(-1, axis)
 
 
@@ -46,13 +46,13 @@ def _matrix_dtype(x: Tensor) -> torch.dtype:
 
 
 def check_wavelet(wavelet: str) -> None:
-    """Raises `ValueError` unless pywt knows a discrete wavelet of this name."""
+    """Raise `ValueError` unless pywt knows a discrete wavelet of this name."""
     if wavelet != HAAR and wavelet not in pywt.wavelist(kind="discrete"):  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(f"wavelet {wavelet!r} is not one of pywt's discrete wavelets (haar, db2, sym4, ...)")
 
 
 def _analyse(x: Tensor, axis: int, wavelet: str) -> tuple[Tensor, Tensor]:
-    """Splits one axis into its low and high half-band, each half as long."""
+    """Split one axis into its low and high half-band, each half as long."""
     length = x.shape[axis]
     if length % 2:
         raise ValueError(f"axis {axis} of shape {tuple(x.shape)} has odd length {length}: pad it to an even one")
@@ -70,7 +70,7 @@ def _analyse(x: Tensor, axis: int, wavelet: str) -> tuple[Tensor, Tensor]:
 
 
 def _synthesise(low: Tensor, high: Tensor, axis: int, wavelet: str) -> Tensor:
-    """Exact inverse of `_analyse`."""
+    """Invert `_analyse` exactly."""
     if wavelet == HAAR:
         pair = torch.stack(((low + high) * _SQRT_HALF, (low - high) * _SQRT_HALF), dim=axis if axis < 0 else axis + 1)
         return pair.flatten(axis - 1, axis) if axis < 0 else pair.flatten(axis, axis + 1)
@@ -80,7 +80,7 @@ def _synthesise(low: Tensor, high: Tensor, axis: int, wavelet: str) -> Tensor:
 
 
 def _split(x: Tensor, axes: tuple[tuple[int, str], ...]) -> Tensor:
-    """Splits axes in turn; bands in binary order, the first axis most significant, low before high."""
+    """Split axes in turn into bands in binary order, the first axis most significant, low before high."""
     bands = [x]
     for axis, wavelet in axes:
         bands = [half for band in bands for half in _analyse(band, axis, wavelet)]
@@ -88,7 +88,7 @@ def _split(x: Tensor, axes: tuple[tuple[int, str], ...]) -> Tensor:
 
 
 def _merge(x: Tensor, axes: tuple[tuple[int, str], ...]) -> Tensor:
-    """Exact inverse of `_split`."""
+    """Invert `_split` exactly."""
     num_bands = 2 ** len(axes)
     if x.shape[1] % num_bands:
         raise ValueError(f"{x.shape[1]} channels are not divisible by {num_bands} bands")
@@ -108,7 +108,7 @@ def _axes3d(wavelet: str) -> tuple[tuple[int, str], ...]:
 
 
 def dwt2d(x: Tensor, wavelet: str = HAAR) -> Tensor:
-    """One level of the 2D wavelet transform over the last two axes.
+    """Apply one level of the 2D wavelet transform to the last two axes.
 
     Args:
         x: `(B, C, ..., H, W)`, H and W even; float32, bfloat16 or float64.
@@ -124,12 +124,12 @@ def dwt2d(x: Tensor, wavelet: str = HAAR) -> Tensor:
 
 
 def idwt2d(bands: Tensor, wavelet: str = HAAR) -> Tensor:
-    """Exact inverse of `dwt2d`: `(B, 4C, ..., H, W)` to `(B, C, ..., 2H, 2W)`."""
+    """Invert `dwt2d` exactly: `(B, 4C, ..., H, W)` to `(B, C, ..., 2H, 2W)`."""
     return _merge(bands, _axes2d(wavelet))
 
 
 def dwt3d(x: Tensor, wavelet: str = HAAR) -> Tensor:
-    """One level of the 3D wavelet transform, Haar in time and `wavelet` in space.
+    """Apply one level of the 3D wavelet transform, Haar in time and `wavelet` in space.
 
     Args:
         x: `(B, C, T, H, W)`, T, H and W even.
@@ -145,12 +145,12 @@ def dwt3d(x: Tensor, wavelet: str = HAAR) -> Tensor:
 
 
 def idwt3d(bands: Tensor, wavelet: str = HAAR) -> Tensor:
-    """Exact inverse of `dwt3d`: `(B, 8C, T, H, W)` to `(B, C, 2T, 2H, 2W)`."""
+    """Invert `dwt3d` exactly: `(B, 8C, T, H, W)` to `(B, C, 2T, 2H, 2W)`."""
     return _merge(bands, _axes3d(wavelet))
 
 
 def multilevel_dwt2d(x: Tensor, levels: int, wavelet: str = HAAR) -> list[Tensor]:
-    """The 2D bands of every level; each level transforms the low band of the one before.
+    """Return the 2D bands of every level; each level transforms the low band of the previous one.
 
     Args:
         x: `(B, C, ..., H, W)`, H and W divisible by `2**levels`.
@@ -167,12 +167,12 @@ def multilevel_dwt2d(x: Tensor, levels: int, wavelet: str = HAAR) -> list[Tensor
 
 
 def multilevel_idwt2d(pyramid: list[Tensor], wavelet: str = HAAR) -> Tensor:
-    """Exact inverse of `multilevel_dwt2d`; of the shallower levels only the high bands are read."""
+    """Invert `multilevel_dwt2d` exactly; of all but the deepest level only the high bands are read."""
     return _multilevel_inverse(pyramid, _axes2d(wavelet))
 
 
 def multilevel_dwt3d(x: Tensor, levels: int, wavelet: str = HAAR) -> list[Tensor]:
-    """The 3D bands of every level, as `multilevel_dwt2d`: the l-th `(B, 8C, T/2**l, H/2**l, W/2**l)`.
+    """Return the 3D bands of every level, as `multilevel_dwt2d`: the l-th `(B, 8C, T/2**l, H/2**l, W/2**l)`.
 
     Args:
         x: `(B, C, T, H, W)`, T, H and W divisible by `2**levels`.
@@ -186,13 +186,13 @@ def multilevel_dwt3d(x: Tensor, levels: int, wavelet: str = HAAR) -> list[Tensor
 
 
 def multilevel_idwt3d(pyramid: list[Tensor], wavelet: str = HAAR) -> Tensor:
-    """Exact inverse of `multilevel_dwt3d`; of the shallower levels only the high bands are read."""
+    """Invert `multilevel_dwt3d` exactly; of all but the deepest level only the high bands are read."""
     return _multilevel_inverse(pyramid, _axes3d(wavelet))
 
 
 def _multilevel(x: Tensor, levels: int, axes: tuple[tuple[int, str], ...]) -> list[Tensor]:
     if levels < 1:
-        raise ValueError(f"levels is {levels}: at least 1 is needed")
+        raise ValueError(f"levels is {levels}: expected at least 1")
     pyramid = []
     low = x
     for _ in range(levels):

@@ -1,4 +1,4 @@
-"""Analyses image autoencoders side by side: latents, feature maps, and quality against resolution; see --help."""
+"""Analyse image autoencoders side by side: latents, feature maps, and quality against resolution; see --help."""
 
 from leanvae.cli.main import run_program
 

@@ -1,4 +1,4 @@
-"""Measures what VAEs cost at a resolution, ours and others; see --help."""
+"""Measure the cost of VAEs at a resolution, ours and others; see --help."""
 
 from leanvae.cli.main import run_program
 

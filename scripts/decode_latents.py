@@ -1,4 +1,4 @@
-"""Decodes a store of latents, or single entries of one, to clips; see --help."""
+"""Decode a latent store, or single entries, to clips; see --help."""
 
 from leanvae.cli.main import run_program
 

@@ -1,4 +1,4 @@
-"""Encodes clips into a store of latents; see --help."""
+"""Encode clips into a latent store; see --help."""
 
 from leanvae.cli.main import run_program
 

@@ -1,4 +1,4 @@
-"""Evaluates autoencoders on clips and images, with a table and a page to look at; see --help."""
+"""Evaluate autoencoders on clips and images, with a table and a page to look at; see --help."""
 
 from leanvae.cli.main import run_program
 

@@ -1,4 +1,4 @@
-"""Encodes and decodes a clip, an image, or a folder of both, and measures PSNR and SSIM; see --help."""
+"""Encode and decode a clip, an image, or a folder of both, and measure PSNR and SSIM; see --help."""
 
 from leanvae.cli.main import run_program
 

@@ -1,4 +1,4 @@
-"""Trains an image autoencoder; started by deepspeed, torchrun or plain python; see --help."""
+"""Train an image autoencoder; start it with deepspeed, torchrun or plain python; see --help."""
 
 from leanvae.cli.main import run_program
 

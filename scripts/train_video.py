@@ -1,4 +1,4 @@
-"""Trains a video autoencoder; started by deepspeed, torchrun or plain python; see --help."""
+"""Train a video autoencoder; start it with deepspeed, torchrun or plain python; see --help."""
 
 from leanvae.cli.main import run_program
 

@@ -290,14 +290,14 @@ def test_esrgan_ablation_trains_on_features_of_vgg19(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.steps=3"], r"training\.steps: unknown key; there are max_steps, batch_size"),
-        (["gan.discriminator.width=3"], r"gan\.discriminator\.width: unknown key; there are kind, base_channels"),
+        (["training.steps=3"], r"training\.steps: unknown key; expected one of max_steps, batch_size"),
+        (["gan.discriminator.width=3"], r"gan\.discriminator\.width: unknown key; expected one of kind, base_channels"),
         (["optimizer.betas=[0.5,1.5]"], r"optimizer\.betas\.1: got 1\.5: .*less than 1"),
         (["training.batch_size=0"], r"training\.batch_size: got 0"),
         (["model.bottleneck=vq"], r"model\.bottleneck: got 'vq'.*'ista' or 'linear'"),
         (["training.batch_size"], "expected key.path=value"),
         (["training.seed.low=1"], r"training\.seed is 0, not a mapping"),
-        (["training.seed=[1"], "no valid YAML"),
+        (["training.seed=[1"], "not valid YAML"),
         (["deepspeed.zero_optimisation.stage=3"], r"deepspeed\.zero_optimisation: unknown key"),
         (["deepspeed.fp16.enabled=true"], r"deepspeed\.fp16: training in float16 is not supported"),
         (["data.num_frames=16"], r"data\.num_frames is 16: model\.patch_size needs 4n \+ 1"),
@@ -319,7 +319,8 @@ def test_overrides_reach_lists_and_new_blocks():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "no valid YAML"), ("- 1", "expected a mapping"), ("!!python/object:os.x {}", "YAML")]
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- 1", "expected a mapping"), ("!!python/object:os.x {}", "YAML")],
 )
 def test_bad_files_are_refused(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)
@@ -339,13 +340,13 @@ IMAGE_CONFIG = CONFIGS / "lite_b_f8c4.yaml"
         (["losses.gaussian=-1"], r"losses\.gaussian\.weight: got -1"),
         (
             ["losses.gaussian={weight: 1, start: 3}"],
-            r"losses\.gaussian\.start: unknown key; there are weight, start_step",
+            r"losses\.gaussian\.start: unknown key; expected one of weight, start_step",
         ),
         (["phases=[{resolution: 128}]"], r"phases\.0\.steps: missing"),
         (["phases=[{resolution: 100, steps: 1}]"], r"resolution \(100, 100\) is not divisible by .* \(8, 8\)"),
         (["model.aggregation=vit"], r"model\.vit_grid is \(16, 16\): images of \(256, 256\) need \(32, 32\)"),
         (["model.encoder=dwt"], "set latent_channels to 12"),
-        (["data.num_frames=5"], r"data\.num_frames: unknown key; there are sources"),
+        (["data.num_frames=5"], r"data\.num_frames: unknown key; expected one of sources"),
     ],
 )
 def test_bad_image_overrides_are_refused_by_name(overrides, message):

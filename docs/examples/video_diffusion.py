@@ -1,9 +1,9 @@
-"""Trains a tiny video diffusion transformer of diffusers on a latent store, and decodes a sample of it.
+"""Train a tiny video diffusion transformer from diffusers on a latent store, and decode a sample.
 
     python docs/examples/video_diffusion.py --store STORE --checkpoint CHECKPOINT --output sample.mp4
 
-It shows how the parts fit together; a model of this size learns little. The flow runs from latents to noise in a
-straight line (Lipman et al., 2023), and the transformer predicts its velocity. Needs leanvae[latents,diffusers].
+It shows how the parts fit together; a model of this size learns little. The flow is a straight line from latents to
+noise (Lipman et al., 2023), and the transformer predicts its velocity. Needs leanvae[latents,diffusers].
 """
 
 import argparse
@@ -23,11 +23,11 @@ from litevae.pixels import to_bytes
 
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel  # isort: skip - after leanvae.diffusers
 
-TEXT_CHANNELS = 32  # captions would come in here; this example does without
+TEXT_CHANNELS = 32  # for captions, which this example leaves out
 
 
 def make_transformer(channels: int) -> WanTransformer3DModel:
-    """A Wan transformer of about 200k parameters."""
+    """Make a Wan transformer with about 200k parameters."""
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=4,
@@ -43,13 +43,13 @@ def make_transformer(channels: int) -> WanTransformer3DModel:
 
 
 def predict(transformer: WanTransformer3DModel, z: Tensor, timestep: Tensor) -> Tensor:
-    """Velocity of the flow at noisy latents `(B, Z, T', H', W')` and times (B,) in [0, 1000]."""
+    """Predict the flow's velocity at noisy latents `(B, Z, T', H', W')` and times (B,) in [0, 1000]."""
     text = z.new_zeros(len(z), 1, TEXT_CHANNELS)
     return transformer(z, timestep, text, return_dict=False)[0]
 
 
 def train(transformer: WanTransformer3DModel, loader: DataLoader, num_steps: int) -> list[float]:
-    """Takes training steps; returns their losses."""
+    """Train for `num_steps` steps; return the losses."""
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-3)
     losses = []
     for _, batch in zip(range(num_steps), cycle(loader), strict=False):
@@ -66,7 +66,7 @@ def train(transformer: WanTransformer3DModel, loader: DataLoader, num_steps: int
 
 @torch.no_grad()
 def sample(transformer: WanTransformer3DModel, shape: tuple[int, ...], num_steps: int) -> Tensor:
-    """Draws normalized latents of a shape `(Z, T', H', W')`."""
+    """Draw normalized latents of a shape `(Z, T', H', W')`."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(num_steps)
     z = torch.randn(1, *shape)
@@ -76,11 +76,11 @@ def sample(transformer: WanTransformer3DModel, shape: tuple[int, ...], num_steps
 
 
 def main() -> None:
-    """Trains, samples and decodes."""
+    """Train, sample and decode."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", required=True, help="what leanvae encode_clips wrote")
+    parser.add_argument("--store", required=True, help="a store written by leanvae encode_clips")
     parser.add_argument("--checkpoint", required=True, help="the checkpoint that it was encoded with")
-    parser.add_argument("--output", required=True, help="the sample, an mp4 file")
+    parser.add_argument("--output", required=True, help="mp4 file for the sample")
     parser.add_argument("--steps", type=int, default=200, help="training steps; default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=4, help="default: %(default)s")
     args = parser.parse_args()
@@ -92,7 +92,7 @@ def main() -> None:
     transformer = make_transformer(shape[0])
     losses = train(transformer, loader, args.steps)
     tenth = max(1, len(losses) // 10)
-    print(f"loss {sum(losses[:tenth]) / tenth:.3f} at first, {sum(losses[-tenth:]) / tenth:.3f} at last")
+    print(f"loss {sum(losses[:tenth]) / tenth:.3f} at the start, {sum(losses[-tenth:]) / tenth:.3f} at the end")
 
     vae = AutoencoderKLLeanVAE.from_leanvae(load_vae(args.checkpoint))
     mean, std = (torch.tensor(clips.statistics[name]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))

@@ -1,1 +1,1 @@
-"""The benchmark: what a VAE costs at a resolution, ours beside those that a user would pick instead."""
+"""The benchmark: the cost of a VAE at a resolution, ours beside their alternatives."""

@@ -1,4 +1,4 @@
-"""Two reports side by side, as ratios."""
+"""Two reports compared as ratios."""
 
 from dataclasses import fields
 from typing import Any
@@ -11,11 +11,12 @@ from leanvae.bench.report import Report
 
 
 def compare_reports(before: Report, after: Report) -> list[dict[str, Any]]:
-    """Ratios, after over before, of the measurements that both reports hold.
+    """Return the ratios, after over before, of the measurements in both reports.
 
     Returns:
-        One entry a measurement: `job`, and for `encode` and `decode` the ratios of `median` and `peak_bytes`; None
-        where the earlier figure is 0.
+        An entry for each measurement: `job`, and for `encode` and `decode` the ratios of `median` and `peak_bytes`;
+            None
+        if the earlier figure is 0.
     """
     entries = []
     earlier = {_job(row): row for row in before["rows"] if row["status"] == "ok"}
@@ -32,7 +33,7 @@ def compare_reports(before: Report, after: Report) -> list[dict[str, Any]]:
 
 
 def print_comparison(entries: list[dict[str, Any]], names: tuple[str, str], console: Console | None = None) -> None:
-    """Prints the ratios of `compare_reports` as a table."""
+    """Print the ratios of `compare_reports` as a table."""
     table = Table(title=f"{names[1]} over {names[0]}", title_justify="left")
     for column in ("measurement", "encode time", "decode time", "encode memory", "decode memory"):
         table.add_column(column, justify="left" if column == "measurement" else "right")

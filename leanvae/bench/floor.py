@@ -1,20 +1,20 @@
-"""What the machine can do at best: rate of matrix products, and memory bandwidth."""
+"""The machine's limits: rate of matrix products, and memory bandwidth."""
 
 import time
 from collections.abc import Callable
 
 import torch
 
-_LONG_ENOUGH = 0.05  # seconds of a product from which its rate is believed
+_LONG_ENOUGH = 0.05  # seconds that a product must take for a reliable rate
 _LARGEST_SIDE = 8192
 _REPEATS = 5
 _COPY_BYTES = 2**28
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second of a square matrix product, the best of several.
+    """Measure the floating-point operations per second of a square matrix product, the best of several.
 
-    The matrices grow until one product takes long enough, so that types which a processor only emulates do not take
+    The matrices grow until one product takes long enough, so that types that the processor only emulates do not take
     minutes.
     """
     side = 128
@@ -32,7 +32,7 @@ def _product_seconds(side: int, dtype: torch.dtype, device: torch.device) -> flo
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes, the best of several."""
+    """Measure the bytes per second that a copy reads and writes, the best of several."""
     source = torch.ones(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     best = min(_seconds(lambda: target.copy_(source), device) for _ in range(_REPEATS))
@@ -48,6 +48,6 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a device has done all its work."""
+    """Wait until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

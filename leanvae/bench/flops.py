@@ -1,7 +1,7 @@
-"""Floating-point operations, counted on the meta device: nothing is computed, so any size can be counted.
+"""Floating-point operations, counted on the meta device, where nothing is computed, so any size is possible.
 
-A multiply-add counts as two. Convolutions, linear maps, matrix products and attention count; elementwise operations,
-norms and wavelet butterflies do not, as is usual.
+A multiply-add counts as two. Convolutions, linear maps, matrix products and attention count. As usual, elementwise
+operations, norms and wavelet butterflies do not.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from leanvae.peers.models import Model, Size, decode, encode
 
 @dataclass(frozen=True)
 class Count:
-    """What a model needs at a size, for a batch of one.
+    """The cost of a model at a size, for a batch of one.
 
     Attributes:
         encode, decode: floating-point operations.
-        parameters: numbers in the weights.
+        parameters: number of parameters.
     """
 
     encode: int
@@ -30,10 +30,10 @@ class Count:
 
 
 def count_flops(function: Callable[[], Tensor]) -> tuple[int, Tensor]:
-    """Floating-point operations of a function of meta tensors, and its result.
+    """Return the floating-point operations of a function of meta tensors, and its result.
 
-    Attention is counted as the two matrix products that it is: fused kernels would hide them. Gradients are on, so that
-    the count is that of the model as it was published, and not of what it folds for inference.
+    Attention is counted as its two matrix products, which fused kernels would hide. Gradients are on, so that the count
+    is that of the published model, and not of one folded for inference.
     """
     counter = FlopCounterMode(display=False)
     with torch.enable_grad(), torch.device("meta"), sdpa_kernel(SDPBackend.MATH), counter:
@@ -42,12 +42,12 @@ def count_flops(function: Callable[[], Tensor]) -> tuple[int, Tensor]:
 
 
 def count(model: Model, vae: nn.Module, size: Size) -> Count:
-    """Counts a model at a size.
+    """Count a model's cost at a size.
 
     Args:
         model: its entry.
         vae: the module on the meta device.
-        size: any size; it is padded to what the model takes.
+        size: any size; it is padded to one that the model takes.
     """
     size = model.fit(size)
     num_tiles = model.num_tiles(size)

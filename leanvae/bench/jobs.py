@@ -1,4 +1,4 @@
-"""A measurement to make, and what came of it, as they stand in the output folder."""
+"""Measurements to make, and their results in the output folder."""
 
 import json
 import os
@@ -17,11 +17,11 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One row: a model at a size, in a mode and a dtype, in a process of its own.
+    """A row of the benchmark: a model at a size, in a mode and a dtype, in a separate process.
 
     Attributes:
         model: a name that `find_model` knows.
-        frames, height, width: the size that is asked for; the model may pad it.
+        frames, height, width: the requested size, which the model may pad.
         mode: one of `MODES`.
         dtype: one of `DTYPES`.
         device: `cpu`, `cuda`, ...
@@ -53,11 +53,11 @@ class Results:
     """Results in a file of one JSON line each, which survives a kill at any moment.
 
     Attributes:
-        by_job: the results so far, in the order in which they were made.
+        by_job: the results so far, in the order of measurement.
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads what is there; a last line that a kill cut short is dropped."""
+        """Read the existing results, without a last line that a kill cut short."""
         self._path = path
         self.by_job: dict[BenchRow, Result] = {}
         if not path.exists():
@@ -72,7 +72,7 @@ class Results:
             self.by_job[BenchRow(**entry["job"])] = entry["result"]
 
     def add(self, job: BenchRow, result: Result) -> None:
-        """Keeps a result, on disk before it returns."""
+        """Store a result; it is on disk before this returns."""
         line = json.dumps({"job": asdict(job), "result": result}, allow_nan=False) + "\n"
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line)
@@ -82,5 +82,5 @@ class Results:
         self.by_job[job] = result
 
     def seconds_spent(self, jobs: Iterable[BenchRow]) -> float:
-        """Wall-clock time that the results of some jobs took."""
+        """Return the wall-clock time that the results of some jobs took."""
         return sum(self.by_job[job]["wall_seconds"] for job in jobs if job in self.by_job)

@@ -1,4 +1,4 @@
-"""The machine and its software, as they stand beside every result."""
+"""The machine and its software, recorded with every result."""
 
 import importlib.metadata
 import os
@@ -13,7 +13,7 @@ _PACKAGES = ("leanvae", "torch", "diffusers", "numpy")
 
 
 def machine_facts(device: str) -> dict[str, Any]:
-    """Hardware and software that decide the figures; no names of hosts or users."""
+    """Return the hardware and software that affect the figures, without names of hosts or users."""
     hardware: dict[str, Any] = {
         "device": device,
         "processor": _processor(),

@@ -1,6 +1,6 @@
-"""One measurement, in a process of its own: `python -m leanvae.bench.measure JOB` prints its result as JSON.
+"""One measurement in a separate process: `python -m leanvae.bench.measure JOB` prints its result as JSON.
 
-The process that starts it holds its standard input open; when that closes, this one ends too.
+The parent process holds this one's standard input open. If that closes, this process ends.
 """
 
 import json
@@ -29,13 +29,13 @@ _MIN_REPEATS, _MAX_REPEATS = 3, 50
 
 
 def repeat(function: Callable[[], Tensor], device: torch.device, seconds: float) -> tuple[Result, Tensor]:
-    """Times a function after a first call, until the spread is small or the time is spent.
+    """Time a function after a first call, until the spread is small or the time is spent.
 
-    A first call that alone takes more than half of the time stands as the one measurement, without warm-up.
+    If the first call takes more than half of the time, it is the only measurement, without a warm-up.
 
     Returns:
-        `median`, `quartiles` and `repeats` of the seconds a call takes, `warm_up`, and the `peak_bytes` of the first
-        call; and the function's result.
+        `median`, `quartiles` and `repeats` of a call's seconds, `warm_up`, and the `peak_bytes` of the first call; and
+        the function's result.
     """
     with PeakMemory(device) as memory:
         first, result = _timed(function, device)
@@ -83,14 +83,14 @@ def _spread(times: list[float]) -> float:
 
 
 def measure(job: BenchRow, seconds: float) -> Result:
-    """Builds a model and measures its encoder and decoder.
+    """Build a model and measure its encoder and decoder.
 
     Args:
         job: what to measure.
-        seconds: time for each of the two.
+        seconds: time for the encoder, and again for the decoder.
 
     Returns:
-        `encode` and `decode`, each as `repeat` gives them, `parameters`, and `latent_elements` of the batch.
+        `encode` and `decode`, each as from `repeat`, `parameters`, and `latent_elements` of the batch.
     """
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
     model = find_model(job.model)
@@ -113,7 +113,7 @@ def measure(job: BenchRow, seconds: float) -> Result:
 
 
 def failure_result(error: BaseException) -> Result:
-    """A failure as a result: its status and its first line."""
+    """Return a failure as a result: its status and first line."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if is_out_of_memory(error):
         return {"status": OUT_OF_MEMORY, "reason": reason}
@@ -126,7 +126,7 @@ def _end_with_parent() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Measures the job in the first argument, with the seconds and the memory limit (0: none) in the next two."""
+    """Measure the job in the first argument, with the seconds and the memory limit (0 for none) in the next two."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job_fields: dict[str, Any] = json.loads(arguments[0])
     seconds, limit_bytes = float(arguments[1]), int(arguments[2])

@@ -1,14 +1,14 @@
-"""Measures what parts cost: time for each token of the latent, and peak memory beside what the planner expected.
+"""The cost of parts: time for each token of the latent, and peak memory beside the planner's estimate.
 
     python -m leanvae.bench.measure_parts 5x256x256 17x512x512:chunk=4 9x1080x1920:tile=272x1920 --dtype bfloat16
     python -m leanvae.bench.measure_parts 1025x256x256:stream=4 --dtype bfloat16
 
-A case is a size TxHxW, then how it is cut: `chunk=FRAMES`, `tile=HxW` in pixels, `memory_limit=SIZE`, and
-`stream=FRAMES`, which passes so many frames at a time through the streams. Each runs in a process of its own, with
-the published architecture and random weights, after a small warm-up; what takes less than a second runs again, and the
-fastest counts. Time is over the latent's tokens, padding included: where cost is linear, it is the same for every size.
-On CPUs it is the process's own time over its threads, which other processes disturb little. Memory is the peak over
-what was resident before, on CUDA that of the allocator.
+A case is a size TxHxW and the way to cut it: `chunk=FRAMES`, `tile=HxW` in pixels, `memory_limit=SIZE`, and
+`stream=FRAMES`, which passes that many frames at a time through the streams. Each case runs in a separate process, with
+the published architecture and random weights, after a small warm-up. Work under a second is repeated, and the fastest
+counts. Time is divided by the latent's tokens, including padding: if the cost is linear, it is the same for every size.
+On CPUs it is the process's own time divided by its threads, which other processes hardly affect. Memory is the peak
+beyond what was resident before; on CUDA, that of the allocator.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from leanvae.model import LeanVAE
 from litevae.errors import InvalidInput
 
 _SECONDS_TO_REPEAT = 1.0
-_NUMBERS = {"chunk": 1, "tile": 2, "stream": 1}  # of an option's value
+_NUMBERS = {"chunk": 1, "tile": 2, "stream": 1}  # in an option's value
 
 
 def parse_case(text: str) -> dict[str, Any]:
-    """`TxHxW[:name=value...]` as the arguments of `measure`.
+    """Parse `TxHxW[:name=value...]` into the arguments of `measure`.
 
     Raises:
-        ValueError: it is not written so.
+        ValueError: it has another form.
     """
     size, *options = text.split(":")
     case: dict[str, Any] = {"size": _numbers(size, 3, text)}
@@ -46,7 +46,7 @@ def parse_case(text: str) -> dict[str, Any]:
             numbers = _numbers(value, _NUMBERS[name], text)
             case[name] = numbers if name == "tile" else numbers[0]
         else:
-            raise InvalidInput(f"case {text!r}: {name!r} is none of {', '.join(_NUMBERS)}, memory_limit")
+            raise InvalidInput(f"case {text!r}: {name!r} is not one of {', '.join(_NUMBERS)}, memory_limit")
     return case
 
 
@@ -58,12 +58,12 @@ def _numbers(text: str, count: int, case: str) -> tuple[int, ...]:
 
 
 def measure(vae: LeanVAE, size: Sequence[int], stream: int | None = None, **parts: Any) -> dict[str, dict[str, float]]:
-    """Encodes and decodes one clip.
+    """Encode and decode a clip.
 
     Args:
         vae: the model, ready for inference.
         size: (T, H, W).
-        stream: frames that the streams get at a time; the clip is whole if `None`.
+        stream: frames that the streams get at a time; `None` passes the clip whole.
         parts: tile, chunk and memory_limit, as `LeanVAE.encode` takes them.
 
     Returns:
@@ -118,7 +118,7 @@ def measure(vae: LeanVAE, size: Sequence[int], stream: int | None = None, **part
 
 
 def _seconds(device: torch.device) -> float:
-    """A clock of the work on a device."""
+    """Read a clock of the work on a device."""
     if device.type == "cpu":
         return time.process_time() / torch.get_num_threads()
     torch.cuda.synchronize(device)
@@ -126,7 +126,7 @@ def _seconds(device: torch.device) -> float:
 
 
 def _measure_here(args: argparse.Namespace) -> None:
-    """Measures one case in this process and prints a line of the table."""
+    """Measure a case in this process and print a line of the table."""
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     vae = LeanVAE().to(args.device, getattr(torch, args.dtype)).eval()
@@ -145,9 +145,9 @@ def _measure_here(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures the cases of a command line, each in a process of its own; returns the exit status."""
+    """Measure the cases of a command line, each in a separate process; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m leanvae.bench.measure_parts", description="Measures what parts cost."
+        prog="python -m leanvae.bench.measure_parts", description="Measures the cost of parts."
     )
     parser.add_argument("cases", nargs="+", metavar="TxHxW[:OPTION=VALUE...]", help="chunk, tile, memory_limit, stream")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))

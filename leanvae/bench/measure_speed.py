@@ -1,14 +1,13 @@
-"""Measures what inference spends beyond its matrix products, and what each operation costs.
+"""The cost of inference beyond its matrix products, and of each operation.
 
     python -m leanvae.bench.measure_speed whole --size 17x256x256 --rounds 15
     python -m leanvae.bench.measure_speed operations --rounds 30
 
-`whole` times encoding and decoding with the published architecture and random weights: the arrangement of
-`leanvae.bench.reference` in float32, the model as it is and prepared by `compile()`, and the bare matrix products of
-the same shapes through oneDNN with packed weights. All take turns in one process, and the best of the rounds counts,
-because other work on a machine only ever adds time. On a busy machine, `--threads 1` counts the processor's time in
-place of the clock's. Memory is the peak over what was resident before, each in a process of its own. `operations` times
-the single steps at the width of the fused tokens.
+`whole` times encoding and decoding with the published architecture and random weights: `leanvae.bench.reference` in
+float32, the model as it is and prepared by `compile()`, and only the matrix products of the same shapes, through oneDNN
+with packed weights. All take turns in one process, and the best round counts, because other work on a machine only adds
+time. On a busy machine, `--threads 1` counts processor time instead of wall-clock time. Memory is the peak beyond what
+was resident before, each in a separate process. `operations` times the single steps at the width of the fused tokens.
 """
 
 import argparse
@@ -41,7 +40,7 @@ H200_RATE, H200_BANDWIDTH = 989e12, 4.8e12  # dense bf16 FLOP/s and bytes/s of i
 
 
 def fastest(works: Mapping[Key, Work], rounds: int) -> dict[Key, float]:
-    """Seconds of the fastest run of each; they take turns, after one run that does not count."""
+    """Return the seconds of each work's fastest run; they take turns, after a run that does not count."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     best = {key: float("inf") for key in works}
     for index in range(rounds + 1):
@@ -54,7 +53,7 @@ def fastest(works: Mapping[Key, Work], rounds: int) -> dict[Key, float]:
 
 
 def product_shapes(config: LeanVAEConfig, size: Sequence[int]) -> dict[str, list[tuple[int, int, int]]]:
-    """(tokens, inputs, outputs) of all matrix products, to encode and to decode a clip of one size."""
+    """Return (tokens, inputs, outputs) of all matrix products, to encode and to decode a clip of a size."""
     group, patch_height, patch_width = config.patch_size
     area = (size[1] // patch_height) * (size[2] // patch_width)
     tokens = area * (1 + (size[0] - 1) // group)
@@ -89,7 +88,7 @@ def product_shapes(config: LeanVAEConfig, size: Sequence[int]) -> dict[str, list
 
 
 def bare_products(shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Work:
-    """The matrix products alone, in blocks of tokens, through oneDNN with packed weights."""
+    """Return only the matrix products, in blocks of tokens, through oneDNN with packed weights."""
     weights = [pack(torch.randn(outputs, inputs).mul_(0.02).to(dtype)) for _, inputs, outputs in shapes]
     tokens = {(num, inputs): torch.randn(num, inputs).to(dtype) for num, inputs, _ in shapes}
 
@@ -102,15 +101,15 @@ def bare_products(shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) ->
 
 
 def with_packed_products(what: str) -> list[str]:
-    """Types in which oneDNN multiplies packed weights on this processor; says what is left out in the others."""
+    """Return the types in which oneDNN multiplies packed weights on this processor; print those left out."""
     found = [name for name, dtype in DTYPES.items() if can_pack(torch.empty(0, dtype=dtype))]
     for name in DTYPES.keys() - set(found):
-        print(f"{what} in {name}: left out, since oneDNN has no packed products in it on this processor\n")
+        print(f"{what} in {name}: left out, because oneDNN has no packed products for it on this processor\n")
     return found
 
 
 def make_works(arrangement: str, dtype: torch.dtype, size: Sequence[int]) -> dict[str, Work]:
-    """Encoding and decoding of random pixels in one arrangement."""
+    """Return the encoding and decoding of random pixels in one arrangement."""
     torch.manual_seed(0)
     vae = LeanVAE().eval().to(dtype)
     clip = (torch.rand(1, 3, *size) * 2 - 1).to(dtype)
@@ -123,7 +122,7 @@ def make_works(arrangement: str, dtype: torch.dtype, size: Sequence[int]) -> dic
 
 
 def measure_whole(size: Sequence[int], rounds: int) -> None:
-    """Prints times, memory, and both over their yardsticks."""
+    """Print times and memory, and both relative to their references."""
     cases = [("reference", "float32"), *((how, dtype) for dtype in DTYPES for how in ARRANGEMENTS[1:])]
     made = {case: make_works(case[0], DTYPES[case[1]], size) for case in cases}
     shapes = product_shapes(LeanVAEConfig(), size)
@@ -132,7 +131,7 @@ def measure_whole(size: Sequence[int], rounds: int) -> None:
         works |= {("products", dtype, name): bare_products(shapes[name], DTYPES[dtype]) for name in shapes}
     seconds = fastest(works, rounds)
     memory = {(*case, name): peak_memory(*case, name, size) for case in cases for name in shapes}
-    print("| | | ms | reference over it | it over its products | memory, MiB | of the reference's |")
+    print("| | | ms | speed over the reference | time over the products | memory, MiB | over the reference |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for how, dtype, name in works:
         mine, base = seconds[how, dtype, name], seconds["reference", "float32", name]
@@ -151,14 +150,14 @@ def measure_whole(size: Sequence[int], rounds: int) -> None:
 
 
 def peak_memory(arrangement: str, dtype: str, name: str, size: Sequence[int]) -> int:
-    """Bytes at the peak over what was resident, of a process of its own."""
+    """Return the bytes at the peak beyond what was resident, in a separate process."""
     command = [sys.executable, "-m", "leanvae.bench.measure_speed", "memory", "--case", arrangement, dtype, name]
     command += ["--size", "x".join(map(str, size))]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def measure_memory(arrangement: str, dtype: str, name: str, size: Sequence[int]) -> int:
-    """What `peak_memory` starts: a small run first, then the one that counts."""
+    """Measure for `peak_memory`, in its process: first a small run, then the one that counts."""
     make_works(arrangement, DTYPES[dtype], (5, 32, 32))[name]()
     work = make_works(arrangement, DTYPES[dtype], size)[name]
     with PeakMemory(torch.device("cpu")) as peak:
@@ -167,7 +166,7 @@ def measure_memory(arrangement: str, dtype: str, name: str, size: Sequence[int])
 
 
 def make_operations(dtype: torch.dtype, size: Sequence[int]) -> dict[str, tuple[Work, float, float]]:
-    """The steps of inference, prepared: name to (work, floating-point operations, bytes read and written)."""
+    """Return the steps of prepared inference: name to (work, floating-point operations, bytes read and written)."""
     torch.manual_seed(0)
     vae: Any = LeanVAE().eval().to(dtype)
     layers = vae.compile().layers
@@ -183,7 +182,7 @@ def make_operations(dtype: torch.dtype, size: Sequence[int]) -> dict[str, tuple[
     num, dim = x.numel() // x.shape[-1], x.shape[-1]
     inner, channels, pixels = int(4 * 2 / 3 * dim), z.shape[-1], clip.numel()
     item = x.element_size()
-    patch_weights = 2 * dim * 3 * (64 + 256)  # image and video; the folded product is dense, the bands' is not
+    patch_weights = 2 * dim * 3 * (64 + 256)  # image and video; unlike the bands' product, the folded one is dense
     tokens, phi, step = item * num * dim, vae.bottleneck.phi, vae.bottleneck.steps[0]
 
     def expand(block: Tensor) -> Tensor:
@@ -237,7 +236,7 @@ def make_operations(dtype: torch.dtype, size: Sequence[int]) -> dict[str, tuple[
 
 
 def measure_operations(size: Sequence[int], rounds: int) -> None:
-    """Prints what each step costs, its floor on this machine, and the floor on an H200 by its data sheet."""
+    """Print each step's cost, its floor on this machine, and its floor on an H200 by the data sheet."""
     with_packed_products(EXPAND)
     print("| | | GFLOP | MB | floor, ms | measured, ms | over the floor | H200 floor, ms |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -267,14 +266,14 @@ def _copy(source: Tensor) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m leanvae.bench.measure_speed", description="Times inference on a CPU."
     )
     parser.add_argument("what", choices=["whole", "operations", "memory"])
     parser.add_argument("--size", default="17x256x256", help="frames x height x width that the patches divide")
     parser.add_argument("--rounds", type=int, default=15, help="runs of each work; the fastest counts")
-    parser.add_argument("--case", nargs=3, metavar=("ARRANGEMENT", "DTYPE", "WORK"), help="of which memory is measured")
+    parser.add_argument("--case", nargs=3, metavar=("ARRANGEMENT", "DTYPE", "WORK"), help="whose memory is measured")
     parser.add_argument("--threads", type=int, help="threads of torch")
     options = parser.parse_args(arguments)
     if options.threads:

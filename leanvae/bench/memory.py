@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work: from the allocator on GPUs, from the resident set on CPUs."""
+"""Peak memory during some work: from the allocator on GPUs, from the resident set on CPUs."""
 
 import gc
 import threading
@@ -14,9 +14,9 @@ _SECONDS_BETWEEN_LOOKS = 0.005
 
 
 class PeakMemory:
-    """Context manager; afterwards `peak_bytes` is the peak inside it minus what was in use before.
+    """A context manager that sets `peak_bytes` to the peak inside it minus the memory in use before.
 
-    On Linux the kernel keeps the peak of the resident set; elsewhere a thread looks at it now and then.
+    On Linux the kernel records the peak of the resident set; elsewhere a thread samples it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class PeakMemory:
         return_freed_memory(self._device)  # or the work that follows would reuse it unseen
         self._sampler = None
         try:
-            _CLEAR_REFS.write_text("5", encoding="ascii")  # resets the peak to the present
+            _CLEAR_REFS.write_text("5", encoding="ascii")  # resets the peak
             self._before = _peak_resident_bytes()
         except OSError:
             self._sampler = _Sampler()
@@ -54,7 +54,7 @@ class PeakMemory:
 
 
 class _Sampler(threading.Thread):
-    """Looks at the resident set until it is stopped."""
+    """A thread that samples the resident set until it is stopped."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -69,7 +69,7 @@ class _Sampler(threading.Thread):
             self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)
 
     def stop(self) -> int:
-        """Ends it and returns the largest size seen."""
+        """Stop sampling and return the largest size."""
         self._stopped.set()
         self.join()
         return max(self.peak_bytes, self._process.memory_info().rss)
@@ -83,7 +83,7 @@ def _peak_resident_bytes() -> int:
 
 
 def limit_memory(limit_bytes: int) -> None:
-    """Makes an allocation beyond a limit fail, so that a CPU runs out of memory in words and not by a kill."""
+    """Make allocations beyond a limit fail, so that a CPU's lack of memory raises an error instead of a kill."""
     try:
         import resource
 

@@ -12,18 +12,18 @@ from leanvae.peers.models import Model, Size, decode, encode
 MODES = ("whole", "compiled", "chunked", "tiled")
 CHUNK_FRAMES = 8
 TILE_PIXELS = 256
-_SMALL_TILE_PIXELS = 128  # for clips that one tile would hold
+_SMALL_TILE_PIXELS = 128  # for clips that would fit into one tile
 
 Run = Callable[[Tensor], Tensor]
 
 
 def lacks_mode(vae: nn.Module, mode: str) -> str | None:
-    """Why a model cannot be run in a mode, or None if it can."""
+    """Say why a model cannot run in a mode; return None if it can."""
     if mode == "compiled" and type(vae).compile is nn.Module.compile:
-        return "it has no compile() of its own"
+        return "it has no compile()"
     if mode == "chunked" and not (_takes(vae, "chunk") or hasattr(vae, "encode_stream")):
         return "it takes no chunks of frames"
-    # Of diffusers' models all have the method, and those that can tile the attribute.
+    # All models of diffusers have the method, but only those that can tile have the attribute.
     if (
         mode == "tiled"
         and not _takes(vae, "tile")
@@ -34,13 +34,13 @@ def lacks_mode(vae: nn.Module, mode: str) -> str | None:
 
 
 def runners(model: Model, vae: nn.Module, mode: str, size: Size) -> tuple[Run, Run]:
-    """Functions that encode and decode in a mode; `vae` is prepared for it in place.
+    """Return functions that encode and decode in a mode; `vae` is prepared for it in place.
 
     Args:
         model: its entry.
         vae: the module, on its device and in its dtype.
         mode: one of `MODES` that the model has.
-        size: what will be encoded, for the size of tiles.
+        size: the size to encode, which decides on the size of tiles.
     """
     options = {}
     if mode == "compiled":

@@ -9,18 +9,18 @@ from leanvae.bench.jobs import BenchRow, Result
 
 START_SECONDS = 8.0  # until a process has imported torch and built a model
 COMPILE_SECONDS = 60.0
-_USUAL_EFFICIENCY = 0.5  # of the rate of matrix products, until something was measured
+_USUAL_EFFICIENCY = 0.5  # of the rate of matrix products, before anything is measured
 _MIN_PASSES = 4  # a warm-up and three repeats
-_LARGEST_SHARE = 0.25  # of the budget, that one job may take
+_LARGEST_SHARE = 0.25  # of the budget that one job may take
 
 
 @dataclass
 class Estimator:
-    """Predicts the time of jobs from their FLOPs, and learns from those that were done.
+    """A prediction of jobs' times from their FLOPs, which learns from finished jobs.
 
     Attributes:
-        flops: encoder's and decoder's operations of a job; infinite where they are not known.
-        rates: operations a second of matrix products, by dtype.
+        flops: the encoder's and decoder's operations of a job; infinite if unknown.
+        rates: operations per second of matrix products, by dtype.
         seconds: time that a job spends on repeats of each of the two.
     """
 
@@ -30,7 +30,7 @@ class Estimator:
     _seconds_per_flop: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def learn(self, job: BenchRow, result: Result) -> None:
-        """Takes note of how fast a model ran."""
+        """Record how fast a model ran."""
         if result["status"] == "ok":
             passes = [result[part]["median"] for part in ("encode", "decode") if part in result]
             flops = sum(self.flops(job)[: len(passes)])
@@ -38,13 +38,13 @@ class Estimator:
                 self._seconds_per_flop[job.model, job.dtype] = sum(passes) / flops
 
     def estimate(self, job: BenchRow) -> float:
-        """Seconds that a job will take, its process and its repeats together."""
+        """Return the seconds that a job will take, including its process and its repeats."""
         passes = [flops * self._pace(job) for flops in self.flops(job)[: 1 if job.encode_only else 2]]
         overhead = START_SECONDS + (COMPILE_SECONDS if job.mode == "compiled" else 0)
         return overhead + sum(_with_repeats(seconds, self.seconds(job)) for seconds in passes)
 
     def _pace(self, job: BenchRow) -> float:
-        """Seconds an operation: of the model itself, or of all models, or a guess."""
+        """Return the seconds per operation of the model or, if unknown, of all models or a guess."""
         known = self._seconds_per_flop
         if (job.model, job.dtype) in known:
             return known[job.model, job.dtype]
@@ -53,7 +53,7 @@ class Estimator:
 
 
 def _with_repeats(seconds: float, limit: float) -> float:
-    """Seconds of all passes if one takes some seconds, and repeating stops at a limit."""
+    """Return the seconds of all passes if one takes `seconds`, and repeating stops at a limit."""
     if seconds > limit / 2:
         return seconds
     return max(_MIN_PASSES * seconds, min(limit, 10 * seconds))
@@ -62,13 +62,13 @@ def _with_repeats(seconds: float, limit: float) -> float:
 def plan(
     ranks: Mapping[BenchRow, int], estimate: Callable[[BenchRow], float], time_left: float | None, budget: float | None
 ) -> list[BenchRow]:
-    """The jobs that fit into the time, in the order in which to do them: by rank, then the shortest first.
+    """Return the jobs that fit into the time, in order: by rank, then the shortest first.
 
     Args:
-        ranks: the jobs that are still to do.
+        ranks: the remaining jobs.
         estimate: seconds of a job.
-        time_left: seconds; None for any.
-        budget: seconds of the whole run, of which no job may take too large a share; None for any.
+        time_left: seconds; None for no limit.
+        budget: seconds of the whole run, of which a job may take only a limited share; None for no limit.
     """
     in_order = sorted(ranks, key=lambda job: (ranks[job], estimate(job)))
     if time_left is None or budget is None:
@@ -88,7 +88,7 @@ def common_side(
     estimate: Callable[[BenchRow], float],
     seconds: float | None,
 ) -> int:
-    """The largest side, of `sides` from the largest, whose jobs take at most `seconds` together; the last if none."""
+    """Return the largest of `sides` (descending) whose jobs take at most `seconds` together, or else the last."""
     side = 0
     for side in sides:
         jobs = list(jobs_of_side(side))

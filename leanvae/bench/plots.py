@@ -1,4 +1,4 @@
-"""The report as pictures: cost against resolution and frames, and time against FLOPs."""
+"""Plots of a report: cost against resolution and frames, and time against FLOPs."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,14 +19,14 @@ from litevae.files import atomic_path
 
 _MARKERS = "osD^vP*Xh<>p"
 _TWENTY = mpl.colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
-_COLORS = [*_TWENTY[::2], *_TWENTY[1::2]]  # the strong ones first
+_COLORS = [*_TWENTY[::2], *_TWENTY[1::2]]  # the saturated ones first
 _BAR_ALPHA = 0.45
 _DPI = 110
-_SAME_COST = 0.02  # variants of ours whose FLOPs differ by less are drawn once
+_SAME_COST = 0.02  # our variants whose FLOPs differ by less are drawn once
 
 
 def write_plots(report: Report, folder: Path) -> list[Path]:
-    """Writes the pictures that a report has figures for, as PNG; returns their paths."""
+    """Write the plots for which a report has figures, as PNG; return their paths."""
     rows = [row for row in report["rows"] if row["status"] == "ok" and not row["encode_only"]]
     drawings = {
         "flops_and_time": lambda figure: _draw_flops_and_time(figure, report, rows),
@@ -54,7 +54,7 @@ def _peak_gib(row: dict[str, Any]) -> float:
 
 
 def _draw_flops_and_time(figure: Figure, report: Report, rows: list[dict[str, Any]]) -> bool:
-    """Bars of FLOPs with lines of measured time over them, a panel for clips and one for images."""
+    """Draw bars of FLOPs with lines of measured time over them, a panel for clips and one for images."""
     panels = []
     for kind in ("video", "image"):
         entries = [entry for entry in report["flops"] if report["models"][entry["model"]]["kind"] == kind]
@@ -67,12 +67,12 @@ def _draw_flops_and_time(figure: Figure, report: Report, rows: list[dict[str, An
         _draw_panel(axes, entries, rows)
         frames = sorted({entry["frames"] for entry in entries})
         what = "images" if kind == "image" else f"clips of {', '.join(map(str, frames))} frames"
-        axes.set_title(f"Encode + decode of {what}: FLOPs (bars, left), time where measured (lines, right)")
+        axes.set_title(f"Encode + decode of {what}: FLOPs (bars, left), measured time (lines, right)")
     return bool(panels)
 
 
 def _without_twins(entries: Sequence[dict[str, Any]], report: Report) -> list[dict[str, Any]]:
-    """The entries less those of our models that cost what an earlier one of ours does."""
+    """Drop our models' entries that cost the same as an earlier one of ours."""
     kept: list[dict[str, Any]] = []
     for entry in entries:
         ours = report["models"][entry["model"]]["is_ours"]
@@ -125,7 +125,7 @@ def _draw_panel(axes: Axes, entries: list[dict[str, Any]], rows: list[dict[str, 
 
 
 def _label_plainly(axis: Axis, steps: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
-    """Labels a logarithmic axis with plain numbers, at some steps of each decade."""
+    """Label a logarithmic axis with plain numbers, at some steps of each decade."""
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -137,7 +137,7 @@ def _label(size: Size, sizes: Sequence[Size]) -> str:
 
 
 def _draw_memory(figure: Figure, rows: list[dict[str, Any]]) -> bool:
-    """Peak memory against the side of square frames: clips on the left, images on the right."""
+    """Draw peak memory against the side of square frames: clips on the left, images on the right."""
     if not rows:
         return False
     figure.set_size_inches(13, 5.5)
@@ -159,7 +159,7 @@ def _draw_memory(figure: Figure, rows: list[dict[str, Any]]) -> bool:
 
 
 def _draw_frames(figure: Figure, rows: list[dict[str, Any]]) -> bool:
-    """Time against the number of frames, at the resolution that has the most of them."""
+    """Draw time against the number of frames, at the resolution with the most frame counts."""
     areas: dict[tuple[int, int], set[int]] = {}
     for row in rows:
         areas.setdefault((row["height"], row["width"]), set()).add(row["frames"])
@@ -168,7 +168,7 @@ def _draw_frames(figure: Figure, rows: list[dict[str, Any]]) -> bool:
         return False
     figure.set_size_inches(9, 5.5)
     axes = figure.subplots()
-    # Models of images have one point, which is no line.
+    # Image models have one point, which makes no line.
     at_area = [row for row in rows if (row["height"], row["width"]) == area]
     lines = {row["model"] for row in at_area if row["frames"] > 1}
     at_area = [row for row in at_area if row["model"] in lines]
@@ -181,7 +181,7 @@ def _draw_frames(figure: Figure, rows: list[dict[str, Any]]) -> bool:
 
 
 def _draw_lines(axes: Axes, rows: list[dict[str, Any]], x: Callable[..., float], y: Callable[..., float]) -> None:
-    """A line for each model, mode and dtype."""
+    """Draw a line for each model, mode and dtype."""
     names = list(dict.fromkeys(_line_name(row) for row in rows))
     for index, name in enumerate(names):
         points = sorted((x(row), y(row)) for row in rows if _line_name(row) == name)
@@ -198,7 +198,7 @@ def _line_name(row: dict[str, Any]) -> str:
 
 
 def _draw_scatter(figure: Figure, rows: list[dict[str, Any]]) -> bool:
-    """Time against FLOPs of every measurement, with the machine's own limit as the best that could be."""
+    """Draw time against FLOPs for every measurement, with the machine's limit."""
     rows = [row for row in rows if row["encode"]["flops"]]
     if not rows:
         return False

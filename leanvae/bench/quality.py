@@ -1,4 +1,4 @@
-"""PSNR and SSIM of what models with weights make of the clips and images of a folder."""
+"""PSNR and SSIM of a folder's clips and images, reconstructed by models with weights."""
 
 import logging
 from dataclasses import replace
@@ -19,24 +19,24 @@ from litevae.errors import NotFinite
 
 logger = logging.getLogger("leanvae")
 
-_LARGEST_SIDE = 512  # pixels; of larger frames the centre is taken
+_LARGEST_SIDE = 512  # pixels; larger frames are cropped to their centre
 
 
 def judge(model: Model, folder: Path, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Reconstructs the first frames of each file, at most the centre of each.
+    """Reconstruct the first frames of each file, large ones only in the centre.
 
     Args:
-        model: one with weights.
-        folder: clips and images.
-        device: where it runs.
-        dtype: its type.
+        model: a model with weights.
+        folder: folder of clips and images.
+        device: device of the model.
+        dtype: type of the model.
 
     Returns:
-        `model`, `files`, `skipped`, `frames`, and `psnr` and `ssim` as means over frames; None where an output is not
+        `model`, `files`, `skipped`, `frames`, and `psnr` and `ssim` as means over frames; None if an output is not
         finite.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
         ValueError: it holds no clip or image.
     """
     coder = make_reconstructor(model, model.build().to(device, dtype).eval())
@@ -67,7 +67,7 @@ def judge(model: Model, folder: Path, device: str, dtype: torch.dtype) -> dict[s
 
 
 def _centre(frame: Frame) -> Frame:
-    """The frame, or the centre of a large one."""
+    """Return the frame, or the centre of a large one."""
     height, width = (min(length, _LARGEST_SIDE) for length in frame.image.shape[:2])
     top, left = (frame.image.shape[0] - height) // 2, (frame.image.shape[1] - width) // 2
     return replace(frame, image=frame.image[top : top + height, left : left + width])

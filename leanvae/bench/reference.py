@@ -1,7 +1,7 @@
-"""An obvious arrangement of LeanVAE's maths, as a yardstick of speed: it computes what `LeanVAE` does.
+"""A straightforward implementation of LeanVAE's maths, as a reference for speed; it computes the same as `LeanVAE`.
 
-It is ours, written from the paper's description: the wavelet transform by itself, then patches and their linear maps;
-channel-first copies round each depthwise convolution; each feedforward on all tokens at once. It reads the weights of
+It is ours, written from the paper's description: a separate wavelet transform, then patches and their linear maps;
+channel-first copies around each depthwise convolution; each feedforward on all tokens at once. It reads the weights of
 a model of the published architecture that is not prepared for inference.
 """
 
@@ -16,7 +16,7 @@ from leanvae.naf import PAST_FRAMES
 
 
 def encode(vae: Any, clip: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance `(B, Z, T', H', W')` of a clip whose size the patches divide."""
+    """Return mean and log-variance `(B, Z, T', H', W')` of a clip whose size the patches divide."""
     tokens = vae.encoder.embedding(clip)
     features = torch.cat([_layers(*pair) for pair in zip(vae.encoder.streams.values(), tokens, strict=True)], dim=-1)
     features = _layers(vae.encoder.fusion, features)
@@ -24,7 +24,7 @@ def encode(vae: Any, clip: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(vae: Any, latent: Tensor) -> Tensor:
-    """The clip of a latent."""
+    """Decode a latent."""
     bottleneck, z = vae.bottleneck, latent.movedim(1, -1)
     x = z @ bottleneck.initial.T
     for step, threshold, forward, backward in zip(

@@ -1,4 +1,4 @@
-"""What a run found, as one dictionary that is written as JSON, with a CSV file of its rows."""
+"""A run's results as one dictionary, written as JSON, with a CSV file of its rows."""
 
 import json
 import math
@@ -25,10 +25,10 @@ Report = dict[str, Any]
 
 
 def make_report(bench: Benchmark) -> Report:
-    """Everything that a run found.
+    """Collect the results of a run.
 
     Returns:
-        `machine`, `models`, `rows` (one a measurement), `flops` (one a model and size), `table3`, `memory_limits`,
+        `machine`, `models`, `rows` (one per measurement), `flops` (one per model and size), `table3`, `memory_limits`,
         and `left_out` (`what` and `reason` each).
     """
     rows = [_row(bench, job, result) for job, result in bench.results.by_job.items() if job.model in bench.models]
@@ -60,7 +60,7 @@ def make_report(bench: Benchmark) -> Report:
 
 
 def _row(bench: Benchmark, job: BenchRow, result: Result) -> dict[str, Any]:
-    """A measurement with its FLOPs, its throughput, and its ratio to what the machine can do at best."""
+    """Return a measurement with its FLOPs, its throughput, and its ratio to the machine's limit."""
     model = bench.models[job.model]
     counted = bench.count(model, job.size)
     row: dict[str, Any] = {**asdict(job), "measured_size": str(model.fit(job.size)), **result}
@@ -83,7 +83,7 @@ def _row(bench: Benchmark, job: BenchRow, result: Result) -> dict[str, Any]:
 
 
 def _flops(bench: Benchmark) -> list[dict[str, Any]]:
-    """FLOPs of all models at all counted sizes, with the ratio to our first model's."""
+    """Return the FLOPs of all models at all counted sizes, with the ratio to our first model's."""
     entries = []
     for model in bench.models.values():
         for size in bench.settings.counted_sizes(model):
@@ -104,7 +104,7 @@ def _total(entry: dict[str, Any]) -> int:
 
 
 def table3_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Encoders on batches against the SD-VAE's in its default layout: Table 3 of the LiteVAE paper."""
+    """Compare encoders on batches with the SD-VAE's in its default layout: Table 3 of the LiteVAE paper."""
     side = TABLE3_SIDE
     measured = {
         row["model"]: row["encode"]
@@ -127,9 +127,9 @@ def table3_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def memory_limits(rows: Sequence[dict[str, Any]], memory_bytes: int) -> list[dict[str, Any]]:
-    """Where each model run whole in float32 fills the memory: extrapolated from its largest size, or as it happened.
+    """Find where each model run whole in float32 fills the memory, by extrapolation or as observed.
 
-    Activations are taken to grow with the number of pixels.
+    Activations are assumed to grow with the number of pixels.
     """
     limits = []
     single = [row for row in rows if (row["mode"], row["dtype"], row["batch"]) == ("whole", "float32", 1)]
@@ -155,7 +155,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes `results.json` and `results.csv`."""
+    """Write `results.json` and `results.csv`."""
     write_text(folder / JSON_FILE, json.dumps(report, indent=1, allow_nan=False) + "\n")
     flat = [_flatten(row) for row in report["rows"]]
     columns = list(dict.fromkeys(name for row in flat for name in row))
@@ -177,16 +177,16 @@ def _flatten(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_report(path: Path) -> Report:
-    """A report that `write_report` wrote.
+    """Read a report written by `write_report`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no report.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a report.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InvalidInput(f"{path}: no valid JSON: {error}") from error
+        raise InvalidInput(f"{path}: not valid JSON: {error}") from error
     if not isinstance(report, dict) or "rows" not in report:
-        raise InvalidInput(f"{path}: no report of this benchmark; its output folder holds one as {JSON_FILE}")
+        raise InvalidInput(f"{path}: not a report of this benchmark, which its output folder holds as {JSON_FILE}")
     return report

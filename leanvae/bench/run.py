@@ -1,4 +1,4 @@
-"""The run: what is measured in which order, kept in a folder, and gone on with after any interruption."""
+"""A benchmark run: what is measured in which order, stored in a folder, and resumable after any interruption."""
 
 import json
 import logging
@@ -32,27 +32,27 @@ logger = logging.getLogger("leanvae")
 _SECONDS_WITH_BUDGET, _SECONDS_IN_FULL = 6.0, 30.0  # on repeats of an encoder or a decoder
 _SECONDS_OF_TABLE3 = 90.0  # long enough for a warm-up of the slowest
 _LONGEST_JOB = 3600.0
-_PATIENCE = 6  # times its estimate that a job may take
+_PATIENCE = 6  # multiple of its estimate that a job may take
 _GRACE = 20.0  # seconds beyond the budget for the job that is running
 
 
 class Benchmark:
-    """A run in its folder.
+    """A run and its folder.
 
     Attributes:
         settings: what to measure.
-        models: those that can be built here, by name.
-        left_out: models and modes that cannot, with the reason.
-        machine: hardware, software, and the floor figures.
-        results: what was measured.
+        models: the models that can be built here, by name.
+        left_out: models and modes that cannot be run, with the reason.
+        machine: hardware, software, and the floors.
+        results: the measurements.
         ranks: all jobs of the run, with their ranks.
     """
 
     def __init__(self, settings: BenchSettings) -> None:
-        """Looks at the models, the machine and what the folder already holds.
+        """Read the models, the machine and the folder's existing results.
 
         Raises:
-            ValueError: a model is not known, or the folder holds results of another machine or other software.
+            ValueError: a model is unknown, or the folder holds results of another machine or other software.
         """
         self._began = time.monotonic()
         self.settings = settings
@@ -69,13 +69,13 @@ class Benchmark:
         self.ranks = self._rank_jobs()
 
     def seconds_of(self, job: BenchRow) -> float:
-        """Time that a job spends on repeats of the encoder, and as much on those of the decoder."""
+        """Return the time that a job spends on repeats of the encoder, and again on those of the decoder."""
         if job.encode_only:
             return _SECONDS_OF_TABLE3
         return _SECONDS_IN_FULL if self.settings.budget is None else _SECONDS_WITH_BUDGET
 
     def count_all(self) -> None:
-        """Counts FLOPs at the run's resolutions, those that are too large to be measured too."""
+        """Count FLOPs at the run's resolutions, including those too large to measure."""
         if self.settings.table3:
             return
         wanted = [(model, size) for model in self.models.values() for size in self.settings.counted_sizes(model)]
@@ -84,11 +84,11 @@ class Benchmark:
         self._counts.save()
 
     def count(self, model: Model, size: Size) -> Count | None:
-        """FLOPs of a model at a size, counted once; None where the model fails at it."""
+        """Return the FLOPs of a model at a size, counted once; None if the model fails at it."""
         return self._counts.get(model, self._modules[model.name], size)
 
     def run(self) -> None:
-        """Makes all measurements that fit into the time and are not there yet."""
+        """Make all measurements that fit into the time and do not exist yet."""
         self.count_all()
         for job, result in self.results.by_job.items():
             if job.model in self.models:
@@ -96,7 +96,7 @@ class Benchmark:
         ahead = self._plan()
         left = len(self.waiting()) - len(ahead)
         logger.info(
-            "%d measurements are there, %d to make%s",
+            "%d measurements exist, %d to make%s",
             len(self.results.by_job),
             len(ahead),
             f", {left} left out as too long (--full makes them too)" if left else "",
@@ -118,14 +118,14 @@ class Benchmark:
             self._measure_floors_again()
 
     def waiting(self) -> dict[BenchRow, int]:
-        """The jobs without a result, with their ranks."""
+        """Return the jobs without a result, with their ranks."""
         return {job: rank for job, rank in self.ranks.items() if job not in self.results.by_job}
 
     def _plan(self) -> list[BenchRow]:
         return plan(self.waiting(), self.estimator.estimate, self._time_left(), self.settings.budget)
 
     def _time_left(self) -> float | None:
-        """Seconds of the budget that neither this process nor an interrupted one before it has spent."""
+        """Return the seconds of the budget not yet spent by this process or an interrupted one before it."""
         if self.settings.budget is None:
             return None
         return self.settings.budget - self._spent_before - (time.monotonic() - self._began)
@@ -137,7 +137,7 @@ class Benchmark:
         return min(time_left + _GRACE, max(120.0, _PATIENCE * self.estimator.estimate(job)))
 
     def _load_machine(self) -> dict[str, Any]:
-        """The record of the folder, checked against this machine, or a new one with its floor figures measured."""
+        """Return the folder's record, checked against this machine, or a new one with freshly measured floors."""
         path, device = self.settings.output / "machine.json", torch.device(self.settings.device)
         here = machine_facts(self.settings.device)
         machine = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -155,7 +155,7 @@ class Benchmark:
         return machine
 
     def _measure_floors_again(self) -> None:
-        """Keeps the better of the figures before and after: other processes may have had the machine."""
+        """Keep the better of the floors before and after, because other processes may have used the machine."""
         device, rates = torch.device(self.settings.device), self.machine["matrix_rate"]
         for dtype in rates:
             rates[dtype] = max(rates[dtype], matrix_rate(getattr(torch, dtype), device))
@@ -166,7 +166,7 @@ class Benchmark:
         write_text(self.settings.output / "machine.json", json.dumps(self.machine, indent=2) + "\n")
 
     def _build(self, model: Model) -> bool:
-        """Builds a model on the meta device; one whose class is not installed is left out."""
+        """Build a model on the meta device; leave it out if its class is not installed."""
         try:
             self._modules[model.name] = model.build_on_meta()
         except ImportError as error:
@@ -175,7 +175,7 @@ class Benchmark:
         return True
 
     def _rank_jobs(self) -> dict[BenchRow, int]:
-        """All jobs, less those in modes that a model lacks."""
+        """Return all jobs except those in modes that a model lacks."""
         lacking = {
             (name, mode): reason
             for name, module in self._modules.items()
@@ -194,7 +194,7 @@ class Benchmark:
         }
 
     def _common_side(self) -> int | None:
-        """Side of the clips that all video models are measured on, chosen once for a folder."""
+        """Return the side of the clips that all video models are measured on, chosen once for a folder."""
         if self.settings.is_selection or self.settings.table3:
             return None
         if "common_side" not in self.machine:
@@ -211,7 +211,7 @@ class Benchmark:
                 yield BenchRow(model.name, DEFAULT_FRAMES, side, side, "whole", self.settings.dtypes[0])
 
     def _flops_of(self, job: BenchRow) -> tuple[float, float]:
-        """FLOPs of a job, where they were not counted in proportion to its pixels: good enough for a plan."""
+        """Return a job's FLOPs; if they were not counted, in proportion to its pixels, which suffices for a plan."""
         model, size = self.models[job.model], job.size
         if not self._counts.has(model, size):
             size = self.settings.counted_sizes(model)[0]
@@ -223,7 +223,7 @@ class Benchmark:
 
 
 class _Counts:
-    """Counts of FLOPs, kept in a file; None for what cannot be counted."""
+    """Counts of FLOPs, stored in a file; None for models that cannot be counted."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -231,22 +231,22 @@ class _Counts:
         self._counts: dict[str, Count | None] = {key: Count(**value) for key, value in stored.items()}
 
     def has(self, model: Model, size: Size) -> bool:
-        """Whether a size was counted."""
+        """Tell whether a size was counted."""
         return f"{model.name} {model.fit(size)}" in self._counts
 
     def get(self, model: Model, module: nn.Module, size: Size) -> Count | None:
-        """The count of a model at a size; the same for sizes that it pads to one."""
+        """Return a model's count at a size; sizes padded to the same one share it."""
         key = f"{model.name} {model.fit(size)}"
         if key not in self._counts:
             try:
                 self._counts[key] = count(model, module, size)
-            except Exception as error:  # whatever a model makes of a size that it was not made for
+            except Exception as error:  # models raise anything for sizes that they do not support
                 self._counts[key] = None
                 logger.warning("%s cannot be counted: %s", key, str(error).splitlines()[0])
         return self._counts[key]
 
     def save(self) -> None:
-        """Writes the file."""
+        """Write the file."""
         counts = {key: asdict(value) for key, value in self._counts.items() if value is not None}
         write_text(self._path, json.dumps(counts, indent=1) + "\n")
 
@@ -261,7 +261,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _summary_line(result: Result) -> str:
-    """One line on a result."""
+    """Describe a result in one line."""
     if result["status"] != "ok":
         return f"{result['status']}: {result['reason']}"
     parts = [

@@ -1,4 +1,4 @@
-"""What a run measures, and the jobs that it is made of, the most wanted first."""
+"""The settings of a run, and its jobs, the most important first."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ DEFAULT_FRAMES = 17
 FRAMES_SWEEP = (1, 5, 9, 33)  # at one resolution, for time against frames
 SWEEP_RESOLUTION = (128, 128)
 MODES_RESOLUTION = (256, 256)
-COMMON_SIDES = (256, 192, 160, 128, 96, 64)  # the largest that all video models have time for is measured for all
+COMMON_SIDES = (256, 192, 160, 128, 96, 64)  # all video models are measured at the largest that all have time for
 COMMON_SHARE = 0.35  # of the budget
 TABLE3_MODELS = ("sd-vae-nchw", "litevae-s", "litevae-b")
 TABLE3_BATCH = 8
@@ -23,23 +23,23 @@ _MODES_OF_OURS = ("whole", "compiled")
 
 
 def table3_models(full: bool) -> tuple[str, ...]:
-    """The encoders of Table 3 of the LiteVAE paper; M and L, which take long, in full runs alone."""
+    """Return the encoders of Table 3 of the LiteVAE paper; M and L, which are slow, only in full runs."""
     return (*TABLE3_MODELS, "sd-vae", *(("litevae-m", "litevae-l") if full else ()))
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What to measure; None takes the default selection.
+    """A selection of measurements; None takes the default.
 
     Attributes:
         models: names.
         resolutions: heights and widths.
-        frames: frame numbers, for models of clips.
+        frames: numbers of frames, for video models.
         modes, dtypes: ways to run, and types to run in.
-        device: where to run.
+        device: device to run on.
         output: folder of the results.
         budget: seconds for the whole run; None measures everything.
-        table3: whether Table 3 of the LiteVAE paper alone is measured.
+        table3: whether only Table 3 of the LiteVAE paper is measured.
     """
 
     models: tuple[str, ...]
@@ -54,7 +54,7 @@ class BenchSettings:
 
     @property
     def is_selection(self) -> bool:
-        """Whether the user chose sizes or modes, which are then measured as they stand."""
+        """Whether the user chose sizes or modes, which are then measured without additions."""
         return any(choice is not None for choice in (self.resolutions, self.frames, self.modes))
 
     @property
@@ -63,7 +63,7 @@ class BenchSettings:
         return self.resolutions or DEFAULT_RESOLUTIONS
 
     def counted_sizes(self, model: Model) -> list[Size]:
-        """Sizes whose FLOPs are counted for a model, whether or not they are measured."""
+        """Return the sizes whose FLOPs are counted for a model, measured or not."""
         frames = (1,) if model.kind == "image" else self.frames or (DEFAULT_FRAMES,)
         return [Size(count, *area) for count in frames for area in self.counted_resolutions]
 
@@ -83,11 +83,11 @@ class BenchSettings:
         return _MODES_OF_OURS if model.is_ours else ("whole",)
 
     def jobs(self, models: Iterable[Model], common_side: int | None) -> dict[BenchRow, int]:
-        """The jobs of a run, each with its rank: those of a lower rank come first.
+        """Return the jobs of a run, each with its rank: lower ranks come first.
 
         Args:
             models: the models of the run.
-            common_side: side in pixels of the clips that every video model is measured on, if there is one.
+            common_side: side in pixels of the clips that every video model is measured on; None for no such clips.
         """
         ranked: dict[BenchRow, int] = {}
 
@@ -119,7 +119,7 @@ class BenchSettings:
         return ranked
 
     def table3_jobs(self) -> list[BenchRow]:
-        """Encoders on batches of images: Table 3 of the LiteVAE paper."""
+        """Return encoders on batches of images: Table 3 of the LiteVAE paper."""
         names = table3_models(self.budget is None) if self.table3 or self.budget is None else TABLE3_MODELS
         side, device = TABLE3_SIDE, self.device
         return [BenchRow(name, 1, side, side, device=device, batch=TABLE3_BATCH, encode_only=True) for name in names]

@@ -1,4 +1,4 @@
-"""Sizes of images and clips, as they are written on the command line."""
+"""Sizes of images and clips, as written on the command line."""
 
 import re
 
@@ -14,22 +14,22 @@ _RULE = "a side in pixels such as 256, HEIGHTxWIDTH such as 480x640, or one of "
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
-    """Height and width of `256`, `480x640` or `1080p`.
+    """Parse `256`, `480x640` or `1080p` into height and width.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it has another form.
     """
     name = text.strip().lower()
     if name in NAMED_RESOLUTIONS:
         return NAMED_RESOLUTIONS[name]
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", name)
     if not match or "0" in (match[1].strip("0") or "0", (match[2] or "1").strip("0") or "0"):
-        raise InvalidInput(f"resolution {text!r} is not known: write {_RULE}")
+        raise InvalidInput(f"resolution is {text!r}: expected {_RULE}")
     return int(match[1]), int(match[2] or match[1])
 
 
 def resolution_name(height: int, width: int) -> str:
-    """The shortest way to write a resolution: `256`, `480x640` or `1080p`."""
+    """Return the shortest notation of a resolution: `256`, `480x640` or `1080p`."""
     for name, area in NAMED_RESOLUTIONS.items():
         if area == (height, width):
             return name
@@ -37,11 +37,11 @@ def resolution_name(height: int, width: int) -> str:
 
 
 def parse_frames(text: str) -> int:
-    """Number of frames.
+    """Parse a number of frames.
 
     Raises:
-        ValueError: it is no positive whole number.
+        ValueError: it is not a positive whole number.
     """
     if not text.strip().isdecimal() or int(text) == 0:
-        raise InvalidInput(f"number of frames {text!r} is not known: write a whole number from 1, such as 17")
+        raise InvalidInput(f"number of frames is {text!r}: expected a whole number from 1, such as 17")
     return int(text)

@@ -1,4 +1,4 @@
-"""The report as tables on the terminal."""
+"""A report as tables on the terminal."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,11 +18,11 @@ _TABLE3_PAPER = {
     "litevae-m": "0.62x, 1.37",
     "litevae-l": "0.61x, 1.37",
 }
-_WIDTH_OF_FILES = 150  # columns where the output is no terminal
+_WIDTH_OF_FILES = 150  # columns if the output is not a terminal
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Prints the measurements, the counts, Table 3, the memory limits and what was left out."""
+    """Print the measurements, the counts, Table 3, the memory limits and what was left out."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=_WIDTH_OF_FILES)
@@ -54,7 +54,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _table(title: str, *columns: str, caption: str | None = None) -> Table:
-    """A table whose columns after the first are aligned to the right."""
+    """Make a table whose columns after the first are right-aligned."""
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
@@ -93,7 +93,7 @@ def _pair(parts: list[dict[str, Any]], show: Any) -> str:
 
 
 def _flops(report: Report, kind: str) -> Table:
-    """Models of a kind down, sizes across."""
+    """Make a table with the models of a kind as rows and sizes as columns."""
     entries = [entry for entry in report["flops"] if report["models"][entry["model"]]["kind"] == kind]
     sizes = sorted({Size.of(entry) for entry in entries})
     counts = sorted({size.frames for size in sizes})
@@ -102,7 +102,7 @@ def _flops(report: Report, kind: str) -> Table:
         for size in sizes
     ]
     what = "an image" if kind == "image" else f"clips of {', '.join(map(str, counts))} frames"
-    brackets = f"; in brackets, times {HEADLINE}" if any(entry["times_ours"] for entry in entries) else ""
+    brackets = f"; in brackets, relative to {HEADLINE}" if any(entry["times_ours"] for entry in entries) else ""
     title = f"Counted: TFLOP to encode and decode {what}{brackets}"
     table = _table(title, "model", *columns, caption="A multiply-add counts as two.")
     for name in dict.fromkeys(entry["model"] for entry in entries):
@@ -119,7 +119,7 @@ def _flops_cell(entry: dict[str, Any] | None) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits, without an exponent."""
+    """Format with three digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -127,8 +127,8 @@ def _table3(report: Report) -> Table:
     table = _table(
         f"Table 3 of the LiteVAE paper: encoders, {TABLE3_BATCH} images of {TABLE3_SIDE}x{TABLE3_SIDE}, float32",
         *("encoder", "images/s", "x SD-VAE", "peak GiB", "of SD-VAE", "GFLOP/image", "of SD-VAE", "paper, on a GPU"),
-        caption="Against sd-vae-nchw, the SD-VAE in its default layout. LiteVAE-M and L cost more FLOPs than it: "
-        "448 and 466 against 271 GFLOP an image.",
+        caption="Relative to sd-vae-nchw, the SD-VAE in its default layout. LiteVAE-M and L need more FLOPs: "
+        "448 and 466 against 271 GFLOP per image.",
     )
     for entry in report["table3"]:
         ratios = [entry["speed_ratio"], entry["memory_ratio"], entry["flops_ratio"]]
@@ -148,7 +148,7 @@ def _table3(report: Report) -> Table:
 
 def _memory(report: Report) -> Table:
     table = _table(
-        "Where memory ends: square frames that fill this machine's, run whole in float32",
+        "Memory limits: square frames that fill this machine's memory, run whole in float32",
         *("model", "frames", "side", "extrapolated from"),
     )
     for limit in report["memory_limits"]:
@@ -168,7 +168,7 @@ def _quality(report: Report) -> Table:
 
 
 def _print_left_out(left_out: Sequence[dict[str, str]], console: Console) -> None:
-    """What was left out, by its reason; of what had no time, the shortest."""
+    """Print what was left out, by reason; of jobs without time, only the shortest."""
     by_reason: dict[str, list[str]] = {}
     no_time = [f"{entry['what']} ({entry['reason']})" for entry in left_out if entry["reason"].startswith(NO_TIME)]
     for entry in left_out:

@@ -1,1 +1,1 @@
-"""The command line: a file a command, and `main`, which finds it."""
+"""The command line: a file for each command, and `main`, which finds it."""

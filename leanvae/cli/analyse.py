@@ -1,4 +1,4 @@
-"""The subcommand `analyse`: its flags, and what it prints."""
+"""The subcommand `analyse`: its flags and its output."""
 
 import argparse
 from typing import Any
@@ -9,7 +9,7 @@ SUMMARY = "Compare image autoencoders: latent space, feature maps, and quality a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -29,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="images to show; default: %(default)s")
     add_device(parser)
     add_dtype(parser)
-    add_strict(parser, "an image that has to be skipped")
+    add_strict(parser, "a skipped image")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Analyses, and prints the tables; returns the exit status."""
+    """Analyse and print the tables; return the exit status."""
     from leanvae.evaluation.analysis import ANALYSIS_FILE, analyse
     from leanvae.evaluation.analysis_record import RESOLUTIONS, Study
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measures_table(report: dict[str, Any]) -> str:
-    """A report's tables as text: a line for each model and measure."""
+    """Return a report's tables as text: a line for each model and measure."""
     lines = []
     for model in report["models"]:
         lines.append(model["name"])

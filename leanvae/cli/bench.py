@@ -1,4 +1,4 @@
-"""The flags of `bench_res`, and what it does with them; nothing heavy is imported before it runs."""
+"""The subcommand `bench_res`: its flags and its output. Nothing heavy is imported before it runs."""
 
 import argparse
 import importlib
@@ -12,14 +12,14 @@ from litevae.errors import InvalidInput, MissingFile, extra
 if TYPE_CHECKING:
     from leanvae.bench.settings import BenchSettings
 
-SUMMARY = "Measure what VAEs cost at a resolution: FLOPs, time and memory, of ours and of others."
+SUMMARY = "Measure the cost of VAEs at a resolution: FLOPs, time and memory, ours and others."
 DEFAULT_OUTPUT = "runs/bench"
 _DEFAULT_MINUTES = 10.0
 _LIST = "; separated by spaces or commas"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     parser.add_argument(
         "--models",
         nargs="+",
@@ -39,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         default=DEFAULT_OUTPUT,
         metavar="DIR",
-        help="folder of the results; a run that was interrupted goes on there; default: %(default)s",
+        help="folder of the results, where an interrupted run resumes; default: %(default)s",
     )
     parser.add_argument(
         "--budget", type=float, metavar="MINUTES", help=f"time for the whole run; default: {_DEFAULT_MINUTES:.0f}"
     )
-    parser.add_argument("--full", action="store_true", help="measure everything, however long it takes")
+    parser.add_argument("--full", action="store_true", help="measure everything, without a time limit")
     parser.add_argument(
         "--table3", action="store_true", help="only Table 3 of the LiteVAE paper; with --full also M and L"
     )
@@ -54,14 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures or compares as the flags say, and prints, writes and draws what was found.
+    """Measure or compare according to the flags; print, write and draw the results.
 
     Returns:
         0, or 3 with `--strict` if a measurement failed.
 
     Raises:
         MissingPackage: the extra `bench` is not installed.
-        ValueError: a flag is wrong; the message lists what there is.
+        ValueError: a flag is wrong; the message lists the valid values.
     """
     for package in ("rich", "matplotlib", "psutil", "tqdm"):
         with extra("bench"):
@@ -76,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
     from leanvae.bench.tables import print_report
 
     if args.reconstruction and not Path(args.reconstruction).exists():
-        raise MissingFile(f"no file or folder at {args.reconstruction}")
+        raise MissingFile(f"--reconstruction {args.reconstruction}: no such file or folder")
     bench = Benchmark(settings)
     report: dict[str, Any] = {}
     try:
         bench.run()
-    finally:  # also when it is interrupted
+    finally:  # even if interrupted
         report = make_report(bench)
         write_report(report, settings.output)
     if args.reconstruction:
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> "BenchSettings":
-    """The flags, checked."""
+    """Check the flags and return the settings."""
     from leanvae.bench.jobs import DTYPES
     from leanvae.bench.modes import MODES
     from leanvae.bench.settings import BenchSettings, table3_models
@@ -123,7 +123,7 @@ def _settings(args: argparse.Namespace) -> "BenchSettings":
 
 
 def _split(values: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Values that spaces or commas separate, each once; None if there are none."""
+    """Return values separated by spaces or commas, each once; None if there are none."""
     parts = [part for value in values or () for part in value.split(",") if part]
     return tuple(dict.fromkeys(parts)) or None
 

@@ -4,11 +4,11 @@ import argparse
 
 from leanvae.cli.flags import add_checkpoint, add_device, add_dtype, find_device, find_dtype
 
-SUMMARY = "Decode a store of latents, or single entries of one, to clips of their sources' size and rate."
+SUMMARY = "Decode a latent store, or single entries, to clips of their sources' size and rate."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     add_checkpoint(parser, "what the latents were encoded with: ")
     parser.add_argument(
         "--input", required=True, metavar="STORE", help="store, or a file KEY.safetensors with KEY.json beside it"
@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decodes; returns 0."""
+    """Decode; return 0."""
     from leanvae.latents.decode import decode_latents
 
     counts = decode_latents(
         args.checkpoint, args.input, args.output, find_device(args.device), find_dtype(args.dtype), args.keys
     )
-    print(f"{counts['decoded']} decoded, {counts['present']} were there: {args.output}")
+    print(f"{counts['decoded']} decoded, {counts['present']} already existed: {args.output}")
     return 0

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from leanvae.latents.clips import ClipRule
     from leanvae.latents.encoder import EncodeJob
 
-SUMMARY = "Encode clips into a store of latents; also started by torchrun or deepspeed, or on a Ray cluster."
+SUMMARY = "Encode clips into a latent store, also with torchrun, deepspeed or a Ray cluster."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     add_checkpoint(parser)
     parser.add_argument(
         "--input",
         required=True,
         nargs="+",
         metavar="SOURCE",
-        help="folders, globs, videos, lists (.txt), tables (.csv, .parquet) or WebDataset tars; fsspec addresses too",
+        help="folders, globs, videos, lists (.txt), tables (.csv, .parquet) or WebDataset tars; also fsspec addresses",
     )
     parser.add_argument("--output", required=True, metavar="STORE", help="folder or fsspec address of the store")
     rule = parser.add_argument_group("clips")
@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="HEIGHTxWIDTH",
-        help="resize to cover this and crop; of several, each file gets what fits it best; default: as they are",
+        help="resize to cover this size and crop; of several, each file uses the best fit; default: unchanged",
     )
     stored = parser.add_argument_group("latents")
     stored.add_argument(
         "--dtype", choices=("float16", "bfloat16"), default="float16", help="type of the latents; default: %(default)s"
     )
     add_dtype(stored, "--compute-dtype")
-    stored.add_argument("--flips", action="store_true", help="also encode each clip mirrored left to right")
+    stored.add_argument("--flips", action="store_true", help="also encode each clip mirrored horizontally")
     stored.add_argument("--thumbnails", action="store_true", help="also keep the first frame of each clip as JPEG")
     stored.add_argument(
         "--update-checkpoint",
@@ -64,16 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--engine", choices=("local", "ray"), default="local", help="default: %(default)s")
     work.add_argument("--batch-size", type=int, default=4, metavar="N", help="clips at once; default: %(default)s")
     work.add_argument("--workers", type=int, default=2, metavar="N", help="decoder processes; default: %(default)s")
-    work.add_argument("--nvdec", action="store_true", help="decode by the GPU that the model is on (torchcodec)")
+    work.add_argument("--nvdec", action="store_true", help="decode on the model's GPU (torchcodec)")
     work.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds that a decoder may be silent")
-    work.add_argument("--memory-limit", metavar="SIZE", help="memory of the model's work, such as 6GiB")
+    work.add_argument("--memory-limit", metavar="SIZE", help="memory for the model's work, such as 6GiB")
     work.add_argument("--shard-size", default="256MiB", metavar="SIZE", help="default: %(default)s")
     add_strict(work)
     add_local_rank(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encodes, and prints the summary as JSON; returns 0.
+    """Encode and print the summary as JSON; return 0.
 
     Raises:
         WorkIncomplete: sources were lost, or skipped with `--strict`.

@@ -1,4 +1,4 @@
-"""The flags of `evaluate`, and what it prints; nothing heavy is imported before it runs."""
+"""The subcommand `evaluate`: its flags and its output. Nothing heavy is imported before it runs."""
 
 import argparse
 from typing import Any
@@ -14,11 +14,11 @@ from leanvae.cli.flags import (
 )
 from litevae.errors import InvalidInput
 
-SUMMARY = "Evaluate autoencoders and baselines on clips and images: measures, a table a clip, and a page to look at."
+SUMMARY = "Evaluate autoencoders and baselines on clips and images, with tables and a page to look at."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -30,16 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " identity, jpeg:QUALITY, h264:CRF, bicubic:FACTOR; several are compared side by side",
     )
     parser.add_argument(
-        "--input", required=True, metavar="DIR_OR_LIST", help="folder, clip, image, or .txt with a path a line"
+        "--input", required=True, metavar="DIR_OR_LIST", help="folder, clip, image, or .txt with a path on each line"
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder of the results; what was interrupted goes on there"
+        "--output", required=True, metavar="DIR", help="folder of the results, where an interrupted run resumes"
     )
     parser.add_argument("--frames", type=int, metavar="N", help="most frames of a clip, from its start; default: all")
     parser.add_argument(
         "--resolution",
         metavar="RESOLUTION",
-        help="256, 480x640 (height first) or 1080p, which frames are resized to cover and cut to; default: their own",
+        help="256, 480x640 (height first) or 1080p; frames are resized to cover it and cropped; default: unchanged",
     )
     parser.add_argument(
         "--chunk", type=int, metavar="N", help="most frames that a model gets at a time; default: as memory allows"
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=100,
         metavar="N",
-        help="most files with pictures: of more, the worst and the best; default: %(default)s",
+        help="most files with pictures; if there are more, the worst and the best; default: %(default)s",
     )
     add_device(parser)
     add_dtype(parser, what="the models")
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates, and prints the totals; returns the exit status."""
+    """Evaluate and print the totals; return the exit status."""
     keep_threads_from_spinning()
 
     from leanvae.bench.sizes import parse_resolution
@@ -114,7 +114,7 @@ _COLUMNS = (
 
 
 def totals_table(report: dict[str, Any]) -> str:
-    """The totals as a table of text; columns without a value are left out."""
+    """Return the totals as a table of text, without empty columns."""
     models = report["models"]
     columns = [column for column in _COLUMNS if any(model[column[0]]["value"] is not None for model in models)]
     lines = [["model", *(label for _, label, _ in columns)]]

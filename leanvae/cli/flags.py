@@ -1,4 +1,4 @@
-"""Flags that several commands share, and what their values mean."""
+"""Flags shared by several commands, and their values."""
 
 import argparse
 import os
@@ -25,12 +25,12 @@ def add_checkpoint(parser: "argparse._ActionsContainer", what: str = "") -> None
 
 
 def add_device(parser: "argparse._ActionsContainer") -> None:
-    """Adds `--device`; `find_device` reads it."""
+    """Add `--device`; `find_device` reads it."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
 
 
 def find_device(name: str) -> str:
-    """Finds the device that a command line names.
+    """Find the device that a command line names.
 
     Args:
         name: `cpu`, `cuda`, `cuda:1`, ...; `auto` for a GPU if there is one.
@@ -50,36 +50,36 @@ def find_device(name: str) -> str:
 
 
 def device_of_rank(name: str) -> str:
-    """Finds the device of this rank: `cuda` is the GPU with the rank's number on its node."""
+    """Find the device of this rank: `cuda` is the GPU with the rank's number on its node."""
     device = find_device(name)
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
 
 
 def add_dtype(parser: "argparse._ActionsContainer", flag: str = "--dtype", what: str = "the weights") -> None:
-    """Adds a flag for a type, that of the checkpoint by default; `find_dtype` reads it."""
+    """Add a flag for a type, that of the checkpoint by default; `find_dtype` reads it."""
     parser.add_argument(flag, choices=DTYPES, help=f"type of {what}; default: as stored, or float32 for float16")
 
 
 def find_dtype(name: str | None) -> "torch.dtype | None":
-    """Gives the type of a name; None stays None."""
+    """Return the type with this name; None stays None."""
     import torch
 
     return None if name is None else getattr(torch, name)
 
 
-def add_strict(parser: "argparse._ActionsContainer", what: str = "a file that has to be skipped") -> None:
-    """Adds `--strict`."""
+def add_strict(parser: "argparse._ActionsContainer", what: str = "a skipped file") -> None:
+    """Add `--strict`."""
     parser.add_argument("--strict", action="store_true", help=f"{what} is an error")
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
-    """Accepts the flag that the launchers of DeepSpeed and torch pass; the environment says the same."""
+    """Accept the flag that the launchers of DeepSpeed and torch pass; the environment has the same value."""
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def keep_threads_from_spinning() -> None:
-    """Keeps torch's threads from spinning while they wait for each other; to be called before torch is imported.
+    """Make torch's threads sleep while they wait for each other; call this before importing torch.
 
-    Decoder processes share the cores with them.
+    Decoder processes share the cores with these threads.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -34,11 +34,10 @@ class Command:
 
 
 def run_program(command: str | None = None) -> NoReturn:
-    """Runs `main` as this process, and ends it with the status of that.
+    """Run `main` as this process, and end it with its status.
 
-    A rank of a training run ends before the interpreter shuts down: threads of its process group may outlive the group,
-    and abort the process ("terminate called without an active exception") if they let go of a tensor while Python is
-    shutting down.
+    A training rank ends before the interpreter shuts down. Threads of its process group may outlive the group, and
+    abort the process ("terminate called without an active exception") if they release a tensor during the shutdown.
     """
     status = 1
     name = command or "".join(sys.argv[1:2])
@@ -50,25 +49,25 @@ def run_program(command: str | None = None) -> NoReturn:
             sys.stderr.flush()
             os._exit(status)
 
-    atexit.register(end_rank)  # called after those of all that a command imports
+    atexit.register(end_rank)  # registered first, so that it runs after those of a command's imports
     try:
         status = main(command=command)
-    except SystemExit as exit_:  # of argparse
+    except SystemExit as exit_:  # from argparse
         status = int(exit_.code or 0)
     sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
-    """Parses the command line and runs a subcommand.
+    """Parse the command line and run a subcommand.
 
     Args:
-        argv: the arguments; those of the process if None.
-        command: the subcommand whose arguments they are; if None, the first argument names it.
+        argv: the arguments; None means those of the process.
+        command: the subcommand that gets them; None means that the first argument names it.
 
     Returns:
-        Exit status: 0 when all the work was done, 2 for a wrong command line, configuration, file or checkpoint
-        (one line on stderr says which), 3 when some of the work could not be done, 130 when interrupted. A fault of
-        the code raises, which ends the process with its traceback and 1.
+        Exit status: 0 if all the work was done, 2 for a wrong command line, configuration, file or checkpoint (a line
+        on stderr says which), 3 if some of the work could not be done, 130 if interrupted. A bug raises an exception,
+        which ends the process with a traceback and 1.
     """
     if command is None:
         parser = argparse.ArgumentParser(prog="leanvae", description="Image and video autoencoders.")
@@ -115,7 +114,7 @@ def _print_error(error: Exception) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Shows the package's own log lines, and leaves the logs of other packages as they are."""
+    """Show the package's own log lines, without changing those of other packages."""
     logger = logging.getLogger("leanvae")
     if not logger.handlers:
         handler = _BarHandler()
@@ -126,10 +125,10 @@ def _log_to_stderr() -> None:
 
 
 class _BarHandler(logging.Handler):
-    """Prints log lines above a progress bar instead of through it."""
+    """A handler that prints log lines above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints a record to stderr."""
+        """Print a record to stderr."""
         line = self.format(record)
         if (tqdm := sys.modules.get("tqdm")) is not None:
             tqdm.tqdm.write(line, file=sys.stderr)

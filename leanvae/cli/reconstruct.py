@@ -8,7 +8,7 @@ SUMMARY = "Encode and decode a clip, an image, or a folder of both, and measure 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("file", nargs="?", metavar="FILE_OR_DIR", help="clip, image, or folder of both")
     inputs.add_argument("--input", metavar="FILE_OR_DIR", help="the same")
@@ -19,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-limit",
         metavar="SIZE",
-        help="such as 6GiB, for the model's work besides its weights; default: what a device has free",
+        help="such as 6GiB, for the model's work without its weights; default: the device's free memory",
     )
     add_strict(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reconstructs, and prints the totals; returns the exit status."""
+    """Reconstruct and print the totals; return the exit status."""
     from leanvae.reconstruct import METRICS_FILE, reconstruct
 
     report = reconstruct(

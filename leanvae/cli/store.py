@@ -6,23 +6,23 @@ import json
 from leanvae.cli.flags import add_device, find_device
 from litevae.errors import WorkIncomplete
 
-SUMMARY = "Check a store of latents, or say what it holds."
+SUMMARY = "Check or describe a latent store."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `store verify` and `store info`."""
+    """Add the flags of `store verify` and `store info`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    verify = actions.add_parser("verify", help="read all of it again, and compare a sample with the sources")
+    verify = actions.add_parser("verify", help="read everything again, and compare a sample with the sources")
     verify.add_argument("store", metavar="STORE", help="folder or fsspec address")
-    verify.add_argument("--checkpoint", help="what it was encoded with; without it, no clip is decoded")
+    verify.add_argument("--checkpoint", help="the checkpoint that it was encoded with; without it, no clip is decoded")
     verify.add_argument("--samples", type=int, default=8, metavar="N", help="clips to decode; default: %(default)s")
     add_device(verify)
-    info = actions.add_parser("info", help="say what it holds, as JSON")
+    info = actions.add_parser("info", help="describe it as JSON")
     info.add_argument("store", metavar="STORE", help="folder or fsspec address")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks or describes a store, and prints JSON.
+    """Check or describe a store, and print JSON.
 
     Returns:
         0.

@@ -13,7 +13,7 @@ IMAGE_SUMMARY = "Train an image autoencoder; start it with deepspeed, torchrun o
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of both."""
+    """Add the flags of both subcommands."""
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
     parser.add_argument(
         "--set",
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="DIR", help="folder of the run; default: training.output of the config")
     parser.add_argument(
-        "--resume", default="auto", metavar="auto|none|DIR", help="where to go on from; default: %(default)s"
+        "--resume", default="auto", metavar="auto|none|DIR", help="checkpoint to resume from; default: %(default)s"
     )
     parser.add_argument(
         "--dry-run",
@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the whole configuration, the first steps, and an estimate of parameters and memory; train nothing",
     )
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="of a dry run: ranks to plan for; default: those that are started"
+        "--ranks", type=int, metavar="N", help="ranks to plan a dry run for; default: those that are started"
     )
     add_local_rank(parser)
 
 
 def run_video(args: argparse.Namespace) -> int:
-    """Trains a video autoencoder; returns the exit status."""
+    """Train a video autoencoder; return the exit status."""
     keep_threads_from_spinning()
 
     from leanvae.training.config import TrainVideoConfig
@@ -47,7 +47,7 @@ def run_video(args: argparse.Namespace) -> int:
 
 
 def run_image(args: argparse.Namespace) -> int:
-    """Trains an image autoencoder; returns the exit status."""
+    """Train an image autoencoder; return the exit status."""
     keep_threads_from_spinning()
 
     from leanvae.training.config import TrainImageConfig

@@ -1,6 +1,6 @@
 """Analysis of image autoencoders side by side: latent space, feature maps, and quality against resolution.
 
-It measures what LiteVAE shows in Table 6 and Figures 2, 3, 4, 5 and 8, on a user's own images.
+It repeats LiteVAE's Table 6 and Figures 2, 3, 4, 5 and 8 on a user's own images.
 """
 
 import json
@@ -29,7 +29,7 @@ with extra("video"):
 logger = logging.getLogger("leanvae")
 
 ANALYSIS_FILE = "analysis.json"
-_BATCH_PIXELS = 2**18  # at once
+_BATCH_PIXELS = 2**18
 
 
 def analyse(
@@ -41,36 +41,36 @@ def analyse(
     study: Study | None = None,
     strict: bool = False,
 ) -> dict[str, Any]:
-    """Analyses the autoencoders of checkpoints, such as those with and without SMC, side by side.
+    """Analyse the autoencoders of checkpoints, such as those with and without SMC, side by side.
 
-    Writes what `analyse_models` says; models are called by what their checkpoints' paths do not share.
+    Writes the files of `analyse_models`; models are named by the parts of their checkpoints' paths that differ.
 
     Args:
-        checkpoints: what `load_vae` reads, one or several.
+        checkpoints: one or several, which `load_vae` reads.
         inputs: a folder of images, or one image.
-        output: folder for the results, made if missing.
-        device: where the models run.
-        dtype: their type; as stored if None.
-        study: what is measured; as the paper does if None.
-        strict: an image that cannot be read is an error, raised after all is written.
+        output: folder for the results, created if missing.
+        device: device of the models.
+        dtype: type of the models; None uses the stored one.
+        study: what to measure; None means what the paper does.
+        strict: whether an unreadable image is an error, raised after everything is written.
 
     Raises:
-        FileNotFoundError: there is no such input or checkpoint.
-        ValueError: no or equal checkpoints, or as in `analyse_models`.
+        FileNotFoundError: the input or a checkpoint does not exist.
+        ValueError: there is no checkpoint, or two are equal, or as in `analyse_models`.
         WorkIncomplete, NotFinite: as in `analyse_models`.
     """
     names = model_names(checkpoints)
-    find_images(inputs, output)  # refuses a wrong input before the checkpoints are read
+    find_images(inputs, output)  # refuses a wrong input before checkpoints are read
     models = {name: load_vae(path, device, dtype) for name, path in zip(names, checkpoints, strict=True)}
     sources = dict(zip(names, map(str, checkpoints), strict=True))
     return analyse_models(models, inputs, output, study, strict, sources)
 
 
 def model_names(checkpoints: Sequence[str | Path]) -> list[str]:
-    """Short different names for checkpoints: their paths without what all of them begin and end with.
+    """Return short, distinct names for checkpoints: their paths without common beginnings and ends.
 
     Raises:
-        ValueError: there is none, or one is given twice.
+        ValueError: there is no checkpoint, or one is given twice.
     """
     paths = [Path(path).resolve() for path in checkpoints]
     if not paths or len(set(paths)) < len(paths):
@@ -88,7 +88,7 @@ def model_names(checkpoints: Sequence[str | Path]) -> list[str]:
 
 
 def _num_shared(sequences: Sequence[Sequence[str]]) -> int:
-    """How many leading parts are the same in all."""
+    """Count the leading parts that all sequences share."""
     shared = 0
     for parts in zip(*sequences, strict=False):
         if len(set(parts)) > 1:
@@ -98,15 +98,15 @@ def _num_shared(sequences: Sequence[Sequence[str]]) -> int:
 
 
 def find_images(inputs: str | Path, output: str | Path) -> list[NamedItem]:
-    """Lists the images of a folder and those in it, in the order of their names; clips are passed over.
+    """List the images below a folder, sorted by name; clips are ignored.
 
     Raises:
-        FileNotFoundError: there is nothing at `inputs`.
+        FileNotFoundError: `inputs` does not exist.
         ValueError: the folder holds no image, or is the output folder.
     """
     jobs = [job for job in find_inputs(Path(inputs), Path(output)) if not job.is_video]
     if not jobs:
-        raise InvalidInput(f"{inputs} holds no image that its name shows to be one")
+        raise InvalidInput(f"{inputs}: no file has the name of an image")
     return jobs
 
 
@@ -118,38 +118,39 @@ def analyse_models(
     strict: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Analyses autoencoders side by side on the images of a folder.
+    """Analyse autoencoders side by side on the images of a folder.
 
-    Images are cut to the square in their middle and shrunk by area to each resolution; those that are smaller are
-    left out of it and counted, never enlarged. Quality is that of the posterior's mean decoded, clamped to [0, 1] and
-    not quantised; latents for MMD are samples of the posterior, which is what a diffusion model meets. It writes
+    Images are cropped to their central square and shrunk by area to each resolution. They are never enlarged; smaller
+    images are left out of a resolution and counted. Quality is measured on the decoded mean of the posterior, clamped
+    to [0, 1] and not quantised. Latents for MMD are samples of the posterior, as diffusion models get them. It writes
 
     - `analysis.json`: every number;
-    - `mmd.csv`: squared MMD of the latents (of 2048 images at most) to a standard Gaussian (Table 6), mean and
+    - `mmd.csv`: squared MMD of the latents (of at most 2048 images) to a standard Gaussian (Table 6), mean and
       standard deviation over draws of the Gaussian;
-    - `resolution.csv` and `resolution.png`: PSNR, SSIM and, where its backbone is found, LPIPS against resolution
+    - `resolution.csv` and `resolution.png`: PSNR, SSIM and, if its backbone is found, LPIPS against resolution
       (Figures 5 and 8);
-    - `features.png`: magnitude of the decoder's last feature maps (Figure 3), for models that give them (LiteVAE);
+    - `features.png`: magnitude of the decoder's last feature maps (Figure 3), for models that have them (LiteVAE);
     - `latents.png`: reconstructions, and three latent channels as colours (Figures 2 and 4).
 
     Args:
-        models: by name; all on one device.
+        models: models by name, all on one device.
         inputs: a folder of images, or one image.
-        output: folder for the results, made if missing.
-        study: what is measured; as the paper does if None.
-        strict: an image that cannot be read is an error, raised after all is written.
-        sources: where each model came from, for the report.
+        output: folder for the results, created if missing.
+        study: what to measure; None means what the paper does.
+        strict: whether an unreadable image is an error, raised after everything is written.
+        sources: origin of each model, for the report.
 
     Returns:
         The content of `analysis.json`.
 
     Raises:
-        FileNotFoundError: there is nothing at `inputs`.
-        ValueError: no model, no image, none as large as `study.size`, or a model that does not work at this size.
-        WorkIncomplete: no image could be read, or not all with `strict`.
+        FileNotFoundError: `inputs` does not exist.
+        ValueError: there is no model, no image, or none as large as `study.size`; or a model does not work at this
+            size.
+        WorkIncomplete: no image could be read or, with `strict`, not all of them.
         NotFinite: a model's output is infinite or NaN.
     """
-    from leanvae.evaluation import analysis_plots as plots  # here, so that matplotlib is missed before the work is done
+    from leanvae.evaluation import analysis_plots as plots  # here, so that a missing matplotlib shows before the work
 
     study = study or Study()
     if not models:
@@ -168,7 +169,7 @@ def analyse_models(
     num_read = len(jobs) - len(skipped)
     left_out = {side: num_read - count for side, count in counts.items()}
     notes += [
-        f"{count} of {num_read} images are smaller than {side} pixels and left out there"
+        f"{count} of {num_read} images are smaller than {side} pixels and left out at that size"
         for side, count in left_out.items()
         if count
     ]
@@ -200,7 +201,7 @@ def analyse_models(
 def _measure(
     records: Sequence[ModelRecord], jobs: list[NamedItem], study: Study, skipped: list[dict[str, str]]
 ) -> tuple[list[NDArray[np.uint8]], dict[int, int]]:
-    """Adds all images to the records; returns those to be shown, and how many were as large as each side."""
+    """Add all images to the records; return those to show, and the number of images as large as each side."""
     pictures: list[NDArray[np.uint8]] = []
     counts = dict.fromkeys(study.sides, 0)
     for images in read_squares(jobs, study.sides, skipped):
@@ -214,12 +215,12 @@ def _measure(
     if not num_read:
         raise WorkIncomplete(f"none of {len(jobs)} images could be read: {first_skipped(skipped)}")
     if not pictures:
-        raise InvalidInput(f"size is {study.size}: none of the {num_read} images is as large; choose a smaller one")
+        raise InvalidInput(f"size is {study.size}: none of the {num_read} images is that large; choose a smaller size")
     return pictures, counts
 
 
 def _find_lpips(notes: list[str]) -> PerceptualDistance | None:
-    """LPIPS where its backbone and package are; otherwise a note says what is missing."""
+    """Load LPIPS if its backbone and package are available; otherwise note what is missing."""
     if find_backbone(None) is None:
         notes.append(f"LPIPS is left out: {missing_backbone_message()}")
         return None
@@ -233,12 +234,12 @@ def _find_lpips(notes: list[str]) -> PerceptualDistance | None:
 def read_squares(
     jobs: list[NamedItem], sides: list[int], skipped: list[dict[str, str]]
 ) -> Iterator[list[NDArray[np.uint8]]]:
-    """Reads images once and yields them in batches of one size, `(side, side, 3)` each.
+    """Read images once and yield them in batches of one size, `(side, side, 3)` each.
 
     Args:
         jobs: the images.
-        sides: what to shrink each to; one that is smaller is left out there.
-        skipped: takes `input` and `reason` of those that cannot be read.
+        sides: sizes to shrink each image to; smaller images are left out.
+        skipped: gets `input` and `reason` of unreadable images.
     """
     waiting: dict[int, list[NDArray[np.uint8]]] = {side: [] for side in sides}
     with Progress("analysing", "image", len(jobs), stays=False) as progress:
@@ -260,7 +261,7 @@ def read_squares(
 
 
 def shrink_square(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """The square in the middle of `(H, W, 3)`, shrunk to `(side, side, 3)` by averaging over areas."""
+    """Crop the central square of `(H, W, 3)` and shrink it to `(side, side, 3)` by averaging over areas."""
     height, width = image.shape[:2]
     whole = min(height, width)
     top, left = (height - whole) // 2, (width - whole) // 2
@@ -269,7 +270,7 @@ def shrink_square(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 def _write_tables(report: dict[str, Any], output: Path) -> None:
-    """Writes `analysis.json`, `resolution.csv` and `mmd.csv`."""
+    """Write `analysis.json`, `resolution.csv` and `mmd.csv`."""
     write_text(output / ANALYSIS_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
     models = report["models"]
     measured = [{"model": model["name"], **row} for model in models for row in model["resolution"]]

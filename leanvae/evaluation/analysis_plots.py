@@ -1,4 +1,4 @@
-"""Plots of an analysis, as PNG files that are written complete or not at all."""
+"""Plots of an analysis, as atomically written PNG files."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ with extra("plots"):
     from matplotlib.figure import Figure
 
 _DPI = 150
-_CELL = 2.4  # inches a side of an image
+_CELL = 2.4  # inches, side of an image
 _MEASURES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
 _LONGEST_NAME = 28  # characters above an image
 _COLOURS = "viridis"
@@ -27,7 +27,7 @@ Pictures = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def plot_resolutions(path: Path, models: Sequence[Mapping[str, Any]]) -> None:
-    """Measures against resolution on a log2 scale, one line a model (LiteVAE, Figures 5 and 8).
+    """Plot each measure against resolution on a log2 scale, a line for each model (LiteVAE, Figures 5 and 8).
 
     Args:
         path: the PNG file.
@@ -44,7 +44,7 @@ def plot_resolutions(path: Path, models: Sequence[Mapping[str, Any]]) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
-        axes.set_xlabel("resolution (pixels a side)")
+        axes.set_xlabel("resolution (side in pixels)")
         axes.set_ylabel(_MEASURES[key])
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
@@ -52,12 +52,12 @@ def plot_resolutions(path: Path, models: Sequence[Mapping[str, Any]]) -> None:
 
 
 def plot_features(path: Path, sources: Sequence[NDArray[np.uint8]], drawn: Pictures) -> None:
-    """Magnitude of feature maps over its median, all on one scale of colours (LiteVAE, Figure 3).
+    """Plot the magnitude of feature maps over its median, all on one colour scale (LiteVAE, Figure 3).
 
     Args:
         path: the PNG file.
-        sources: images `(H, W, 3)`, one a row.
-        drawn: of each model, for each image, `magnitude` (`(H, W)`, or None), `peak_ratio` and `top_share`.
+        sources: images `(H, W, 3)`, one per row.
+        drawn: for each model and image, `magnitude` (`(H, W)`, or None), `peak_ratio` and `top_share`.
     """
     drawn = {name: pictures for name, pictures in drawn.items() if pictures[0]["magnitude"] is not None}
     maps = {name: [_over_median(picture["magnitude"]) for picture in pictures] for name, pictures in drawn.items()}
@@ -76,7 +76,7 @@ def plot_features(path: Path, sources: Sequence[NDArray[np.uint8]], drawn: Pictu
                 fontsize="small",
             )
     if shown is None:
-        figure.suptitle("no model here gives decoder feature maps", fontsize="medium")
+        figure.suptitle("none of the models has decoder feature maps", fontsize="medium")
     else:
         bar = figure.colorbar(shown, ax=grid.ravel().tolist(), label="magnitude / its median", aspect=40)
         ticks = 2.0 ** np.arange(-2, math.floor(math.log2(peak)) + 1)
@@ -92,12 +92,12 @@ def _over_median(magnitude: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def plot_latents(path: Path, sources: Sequence[NDArray[np.uint8]], drawn: Pictures) -> None:
-    """Sources, reconstructions, and three latent channels as red, green and blue (LiteVAE, Figures 2 and 4).
+    """Plot sources, reconstructions, and three latent channels as red, green and blue (LiteVAE, Figures 2 and 4).
 
     Args:
         path: the PNG file.
-        sources: images `(H, W, 3)`, one a row.
-        drawn: of each model, for each image, `reconstruction` and `latent` (`(h, w, 3)` in [0, 1]) and `psnr`.
+        sources: images `(H, W, 3)`, one per row.
+        drawn: for each model and image, `reconstruction` and `latent` (`(h, w, 3)` in [0, 1]) and `psnr`.
     """
     columns = ["source", *(f"{_short(name)}\n{part}" for name in drawn for part in ("reconstruction", "latent"))]
     figure, grid = _grid(len(sources), columns)
@@ -112,7 +112,7 @@ def plot_latents(path: Path, sources: Sequence[NDArray[np.uint8]], drawn: Pictur
 
 
 def _grid(num_rows: int, columns: Sequence[str], margin: float = 0.0) -> tuple[Figure, NDArray[Any]]:
-    """A figure of square cells with a title above each column, and a margin on the right (inches)."""
+    """Make a figure of square cells with a title above each column, and a margin on the right (inches)."""
     size = (_CELL * len(columns) + margin, (_CELL + 0.3) * num_rows + 0.4)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(num_rows, len(columns), squeeze=False)
@@ -125,7 +125,7 @@ def _grid(num_rows: int, columns: Sequence[str], margin: float = 0.0) -> tuple[F
 
 
 def _short(name: str) -> str:
-    """A name that fits above an image; what is cut off is in front."""
+    """Shorten a name to fit above an image, by cutting off its beginning."""
     return name if len(name) <= _LONGEST_NAME else f"...{name[3 - _LONGEST_NAME :]}"
 
 

@@ -1,4 +1,4 @@
-"""What an analysis measures of one image autoencoder, batch by batch."""
+"""An analysis's measures of one image autoencoder, batch by batch."""
 
 import math
 from collections.abc import Sequence
@@ -24,23 +24,23 @@ from litevae.posterior import DiagonalGaussian
 
 Autoencoder = LeanVAE | LiteVAE
 
-RESOLUTIONS = (32, 64, 128, 256, 512)  # of LiteVAE, Figure 5
+RESOLUTIONS = (32, 64, 128, 256, 512)  # LiteVAE, Figure 5
 _MAX_LATENTS = 2048  # images whose latents are kept for MMD
-_MMD_DRAWS = 5  # Gaussian samples that each MMD is averaged over
-_MIN_LPIPS_SIZE = 16  # pixels a side
-# Two seeds, since latents made from the noise that they are compared with would not be independent of it.
+_MMD_DRAWS = 5  # Gaussian samples to average each MMD over
+_MIN_LPIPS_SIZE = 16  # pixels
+# Two seeds, because latents must be independent of the noise that they are compared with.
 _POSTERIOR_SEED, _GAUSSIAN_SEED = 0, 1
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured.
+    """What an analysis measures.
 
     Attributes:
-        resolutions: sides in pixels of the squares that reconstructions are measured at.
-        size: side of those that latents, feature maps and pictures are of, a multiple of 8.
+        resolutions: sides in pixels of the squares for reconstructions.
+        size: side of the squares for latents, feature maps and pictures, a multiple of 8.
         sigmas: bandwidths of the MMD's kernels.
-        num_pictures: images shown in the pictures, the first ones of at least `size`.
+        num_pictures: number of images to show, the first ones of at least `size`.
 
     Raises:
         ValueError: a number is out of its range.
@@ -69,12 +69,12 @@ class Study:
 
 
 class ModelRecord:
-    """The measures of one model, which grow with every batch of images.
+    """The measures of a model, accumulated over batches of images.
 
     Args:
-        name: what errors call the model.
+        name: name of the model in errors.
         vae: the model.
-        study: what is measured.
+        study: what to measure.
         lpips: LPIPS on the model's device, or None to leave it out.
 
     Raises:
@@ -83,7 +83,7 @@ class ModelRecord:
 
     def __init__(self, name: str, vae: Autoencoder, study: Study, lpips: PerceptualDistance | None = None) -> None:
         if not _takes(vae, study.size):
-            raise InvalidInput(f"size is {study.size}: the transformer in {name} works at another alone (vit_grid)")
+            raise InvalidInput(f"size is {study.size}: the transformer in {name} works only at another one (vit_grid)")
         self.name = name
         self.vae = vae
         self._study = study
@@ -96,7 +96,7 @@ class ModelRecord:
         self._generator = torch.Generator().manual_seed(_POSTERIOR_SEED)
 
     def update(self, images: list[NDArray[np.uint8]]) -> None:
-        """Adds a batch of square images `(side, side, 3)`, of one of the study's sides.
+        """Add a batch of square images `(side, side, 3)`, of one of the study's sides.
 
         Raises:
             NotFinite: the model's output is not finite.
@@ -118,14 +118,14 @@ class ModelRecord:
                 self._top_shares += imbalance.top_share.tolist()
 
     def picture(self, image: NDArray[np.uint8]) -> dict[str, Any]:
-        """What the pictures show of one image: arrays for matplotlib, and the numbers beside them."""
+        """Return the content of the plots for one image: arrays for matplotlib, and the numbers beside them."""
         x, posterior, y = self._reconstruct([image])
         latent = posterior.mode()
         imbalance = self._imbalance(latent)
         return {
             "reconstruction": y[0].movedim(0, -1).cpu().numpy(),
             "psnr": psnr(y, x).item(),
-            # LeanVAE's latent of an image has one frame.
+            # LeanVAE's latents of images have one frame.
             "latent": latents_as_rgb(latent.flatten(2, -2))[0].movedim(0, -1).cpu().numpy(),
             "magnitude": None if imbalance is None else imbalance.magnitude[0].cpu().numpy(),
             "peak_ratio": None if imbalance is None else imbalance.peak_ratio.item(),
@@ -133,7 +133,7 @@ class ModelRecord:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The model's numbers as they stand in `analysis.json`; None where one is infinite or not defined."""
+        """Return the model's numbers in `analysis.json`; None if one is infinite or undefined."""
         latents = torch.cat(self._latents)
         imbalance = {
             "images": len(self._peak_ratios),
@@ -161,7 +161,7 @@ class ModelRecord:
         return row
 
     def _reconstruct(self, images: list[NDArray[np.uint8]]) -> tuple[Tensor, DiagonalGaussian, Tensor]:
-        """Images as `(N, 3, H, W)` in [0, 1], their posterior, and its mean decoded and clamped, in float32."""
+        """Return images as `(N, 3, H, W)` in [0, 1], their posterior, and its mean decoded and clamped, in float32."""
         x = from_bytes(np.stack(images), next(self.vae.parameters()).device)
         posterior = self.vae.encode(to_model([images], self.vae)[0].transpose(0, 1))
         decoded = self.vae.decode(posterior.mode(), size=tuple(x.shape[2:]))
@@ -171,21 +171,21 @@ class ModelRecord:
             raise NotFinite(f"{self.name}: {error}") from error
 
     def _imbalance(self, latent: Tensor) -> Imbalance | None:
-        """Imbalance of the decoder's last feature maps; None for a model that has no such maps."""
+        """Measure the decoder's last feature maps; return None for a model without them."""
         if not isinstance(self.vae, LiteVAE):
             return None
         return feature_imbalance(self.vae.decoder.features(self.vae.before_decoder(latent)))
 
 
 def _takes(vae: Autoencoder, side: int) -> bool:
-    """Whether a model works at this size; a transformer in the encoder has one alone."""
+    """Tell whether a model works at this size; a transformer in the encoder has a fixed size."""
     if isinstance(vae, LiteVAE) and vae.config.encoder == "wavelet" and vae.config.aggregation == "vit":
         return vae.config.vit_grid == (-(-side // DOWNSAMPLING),) * 2
     return True
 
 
 def _mmd_to_gaussian(latents: Tensor, sigmas: Sequence[float]) -> list[dict[str, float]]:
-    """Squared MMD to as many Gaussian samples, over several draws of them; of one image there is none."""
+    """Compute the squared MMD to as many Gaussian samples, over several draws; a single image has none."""
     if len(latents) < 2:
         return []
     generator = torch.Generator().manual_seed(_GAUSSIAN_SEED)

@@ -41,10 +41,10 @@ class Baseline:
     """A `Reconstructor` without weights, latents or parts.
 
     Attributes:
-        source: what it does, in words.
-        stamp: changes when that does.
+        source: description of its method.
+        stamp: changes if the method does.
         patch: side in pixels of its blocks.
-        run: frames to their reconstructions.
+        run: maps frames to reconstructions.
     """
 
     source: str
@@ -53,24 +53,24 @@ class Baseline:
     run: Callable[[Iterable[Frame]], Iterator[Reconstruction]]
 
     def seams(self, frames: int, height: int, width: int) -> Seams:
-        """Frames are worked on whole, and clips are not cut."""
+        """Return no seams: frames are coded whole, and clips are not cut."""
         return Seams()
 
     def reconstruct(self, frames: Iterable[Frame]) -> Iterator[Reconstruction]:
-        """Encodes and decodes frames of one size."""
+        """Encode and decode frames of one size."""
         return self.run(frames)
 
 
 def is_baseline(spec: str) -> bool:
-    """Whether a specification is `identity`, `jpeg:...`, `h264:...` or `bicubic:...`."""
+    """Tell whether a specification is `identity`, `jpeg:...`, `h264:...` or `bicubic:...`."""
     return _SPECIFICATION.fullmatch(spec) is not None
 
 
 def make_baseline(spec: str) -> Baseline:
-    """Makes the baseline that a specification names.
+    """Make the baseline that a specification names.
 
     Raises:
-        InvalidInput: its number is out of range.
+        InvalidInput: the number is out of range.
     """
     match = _SPECIFICATION.fullmatch(spec)
     assert match is not None, "is_baseline tells"
@@ -89,7 +89,7 @@ def make_baseline(spec: str) -> Baseline:
 
 
 def _framewise(source: str, patch: int, function: Callable[[NDArray[np.uint8]], Tensor]) -> Baseline:
-    """A baseline that takes each image `(H, W, 3)` alone, to `(1, 3, H, W)` in [0, 1]."""
+    """Make a baseline that maps each image `(H, W, 3)` separately to `(1, 3, H, W)` in [0, 1]."""
 
     def run(frames: Iterable[Frame]) -> Iterator[Reconstruction]:
         for frame in frames:
@@ -99,7 +99,7 @@ def _framewise(source: str, patch: int, function: Callable[[NDArray[np.uint8]], 
 
 
 def _jpeg(image: NDArray[np.uint8], quality: int) -> Tensor:
-    """OpenCV's JPEG, with chroma at half the resolution."""
+    """Apply OpenCV's JPEG, with chroma at half the resolution."""
     options = [cv2.IMWRITE_JPEG_QUALITY, quality]
     encoded, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
     assert encoded
@@ -107,7 +107,7 @@ def _jpeg(image: NDArray[np.uint8], quality: int) -> Tensor:
 
 
 def _bicubic(image: NDArray[np.uint8], factor: int) -> Tensor:
-    """An image made `factor` times smaller in each direction, with antialiasing, and brought back."""
+    """Shrink an image `factor` times in each direction, with antialiasing, and enlarge it again."""
     size = list(image.shape[:2])
     small = [-(-side // factor) for side in size]
     shrunk = F.interpolate(from_bytes(image[None]), size=small, mode="bicubic", align_corners=False, antialias=True)
@@ -115,7 +115,7 @@ def _bicubic(image: NDArray[np.uint8], factor: int) -> Tensor:
 
 
 def _h264(frames: Iterable[Frame], crf: int) -> Iterator[Reconstruction]:
-    """Frames through x264 with its preset `medium`, and back; about as many wait as it looks ahead, 43.
+    """Code frames by x264 with its preset `medium`; about 43 frames wait, as many as it looks ahead.
 
     Odd sides are made even by repeating the last line.
     """
@@ -135,7 +135,7 @@ def _h264(frames: Iterable[Frame], crf: int) -> Iterator[Reconstruction]:
 
 
 def _through_x264(images: Iterator[NDArray[np.uint8]], crf: int) -> Iterator[NDArray[np.uint8]]:
-    """Encodes and decodes images of one even size, in yuv420p."""
+    """Encode and decode images of one even size, in yuv420p."""
     first = next(images, None)
     if first is None:
         return
@@ -147,7 +147,7 @@ def _through_x264(images: Iterator[NDArray[np.uint8]], crf: int) -> Iterator[NDA
     encoder.framerate, encoder.time_base = _RATE, 1 / _RATE
     encoder.colorspace, encoder.color_range = Colorspace.ITU709, ColorRange.MPEG
     encoder.options = {"crf": str(crf), "preset": "medium"}
-    # As FFmpeg converts where nothing is asked for.
+    # FFmpeg's default conversion.
     pictures = (to_yuv(image, interpolation=Interpolation.BILINEAR) for image in chain([first], images))
     packets = (packet for picture in chain(pictures, [None]) for packet in encoder.encode(picture))
     for packet in chain(packets, [None]):

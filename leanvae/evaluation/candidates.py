@@ -1,4 +1,4 @@
-"""What is evaluated: baselines, our models, and those of diffusers, each under a name of its own."""
+"""The candidates of an evaluation: baselines, our models, and those of diffusers, each with a distinct name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ class Candidate:
     """A model or baseline in an evaluation.
 
     Attributes:
-        name: what it is called in tables; different from others in a run.
-        source: where it comes from, in words.
-        stamp: changes when its weights do.
-        coder: what it makes of frames.
+        name: its name in tables, unique in a run.
+        source: description of its origin.
+        stamp: changes if its weights do.
+        coder: reconstructs frames.
     """
 
     name: str
@@ -41,7 +41,7 @@ def load_candidates(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> list[Candidate]:
-    """Makes what specifications name.
+    """Load the candidates that specifications name.
 
     Args:
         specs: a baseline, as `is_baseline` tells; `MODEL=WEIGHTS`, as `load_of_diffusers` takes it; or what
@@ -53,9 +53,9 @@ def load_candidates(
         dtype: their type; as stored if None.
 
     Raises:
-        MissingFile: there is no such checkpoint.
+        MissingFile: a checkpoint does not exist.
         MissingPackage: diffusers is needed and not installed, or has no such class.
-        InvalidInput: a specification or what it names is wrong.
+        InvalidInput: a specification, or the file that it names, is wrong.
     """
     return [_load(spec, name, chunk, tile, device, dtype) for spec, name in zip(specs, _names(specs), strict=True)]
 
@@ -84,7 +84,7 @@ def _load(
 
 
 def _names(specs: Sequence[str]) -> list[str]:
-    """Short different names: paths of checkpoints without what all share, other specifications as they are."""
+    """Return short, distinct names: checkpoints' paths without common parts, other specifications unchanged."""
     if not specs or len(set(specs)) < len(specs):
         raise InvalidInput(f"checkpoints are {list(specs)}: expected one or more different ones")
     paths = [spec for spec in specs if Path(spec).exists() and not (is_baseline(spec) or is_of_diffusers(spec))]
@@ -94,7 +94,7 @@ def _names(specs: Sequence[str]) -> list[str]:
 
 
 def _stamp(path: Path, vae: nn.Module) -> str:
-    """Names, sizes and times of a checkpoint's files, if it is on disk, and the type that the model runs in."""
+    """Return the names, sizes and times of a checkpoint's files, if it is on disk, and the model's type."""
     inside = sorted(path.iterdir()) if path.is_dir() else [path]
     states = [(file.name, file.stat()) for file in inside if file.is_file()]
     files = [f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states]

@@ -1,4 +1,4 @@
-"""The page to look at: one HTML file with its styles, program and numbers, and its pictures inside it or beside it."""
+"""The page: an HTML file with styles, program and numbers, and pictures embedded or beside it."""
 
 import base64
 import json
@@ -12,18 +12,18 @@ from leanvae.evaluation.summary import Evaluated
 from litevae.files import write_text
 
 PAGE_FILE, MEDIA = "report.html", "media"
-INLINE_BYTES = 8 * 2**20  # of pictures together, up to which they go into the page itself
+INLINE_BYTES = 8 * 2**20  # most bytes of all pictures for which they are embedded in the page
 _TYPES = {".mp4": "video/mp4", ".png": "image/png"}
 _DIGITS = 4  # after the point, of a frame's PSNR
 
 
 def write_page(report: dict[str, Any], evaluated: Evaluated, folder: Path) -> None:
-    """Writes `report.html`, which works from disk, without a server or the network.
+    """Write `report.html`, which works from disk, without a server or the network.
 
     Args:
         report: the totals.
         evaluated: measures and the paths of pictures.
-        folder: where the page goes; its pictures are in `media/` there.
+        folder: folder for the page, with pictures in `media/`.
     """
     media = folder / MEDIA
     paths = [path for rows in _all_rows(evaluated) for path in rows.get("pictures", {}).values()]
@@ -46,7 +46,7 @@ def write_page(report: dict[str, Any], evaluated: Evaluated, folder: Path) -> No
         }
         for name, info in evaluated.clips.items()
     ]
-    # What would end the script, or begin a comment, can only stand in a string.
+    # Characters that could end the script or begin a comment occur only in strings, where they can be escaped.
     data = json.dumps({"report": report, "source": SOURCE, "clips": clips}, allow_nan=False).replace("<", "\\u003c")
     template = files("leanvae.evaluation") / "template"
     page = (template / "page.html").read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def _without_key(row: Row) -> Row:
 
 
 def _shortened(row: Row) -> Row:
-    """A row with what the page needs: PSNR of the frames only where there are pictures of them."""
+    """Return a row with what the page needs: PSNR of the frames only if they have pictures."""
     values = row["frame_psnr"] if row["pictures"] else []
     rounded = [None if value is None else round(value, _DIGITS) for value in values]
     return {**_without_key(row), "frame_psnr": rounded}

@@ -1,4 +1,4 @@
-"""What the page shows of a clip: its frames before and after, its latent, and where blocks stand out most."""
+"""The page's pictures of a clip: frames before and after, the latent, and the most visible blocks."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -13,13 +13,13 @@ from leanvae.metrics.artefacts import BlockWindow
 from litevae.analysis import latents_as_rgb
 from litevae.pixels import to_bytes
 
-SHOWN_FRAMES = 120  # of a clip; the page is to be looked at, not archived
+SHOWN_FRAMES = 120  # of a clip; the page is for viewing, not for archiving
 _SHOWN_CHANNELS = 16
 _COLUMNS = 4  # of latent channels in a picture
 
 
 def picture_paths(clip: str, model: str, is_video: bool) -> dict[str, str]:
-    """The files of a clip and a model relative to the folder of media: `frames`, and for models `latent`, `blocks`."""
+    """Return a clip's and model's files relative to the media folder: `frames`, and for models `latent`, `blocks`."""
     stem = f"{clip}/{SOURCE if model == SOURCE else folder_name(model)}"
     paths = {"frames": f"{stem}.{'mp4' if is_video else 'png'}"}
     if model != SOURCE:
@@ -28,9 +28,9 @@ def picture_paths(clip: str, model: str, is_video: bool) -> dict[str, str]:
 
 
 class FrameWriter:
-    """Writes the first frames of a clip as an mp4 file, or an image as PNG; use it in a `with` block.
+    """A writer of a clip's first frames as an mp4 file, or of an image as PNG; use it in a `with` block.
 
-    Sides of clips are made even by repeating the last row and column, since browsers show odd ones wrongly or not.
+    Sides of clips are made even by repeating the last row and column, because browsers fail on odd ones.
 
     Args:
         path: the file; nothing is written if None.
@@ -49,7 +49,7 @@ class FrameWriter:
         return self
 
     def write(self, frames: Tensor) -> None:
-        """Adds frames `(N, 3, H, W)` in [0, 1]."""
+        """Add frames `(N, 3, H, W)` in [0, 1]."""
         if self._path is None:
             return
         for image in to_bytes(frames[: SHOWN_FRAMES - self.num_frames]):
@@ -70,7 +70,7 @@ class FrameWriter:
 
 
 def write_latent(path: Path, latent: Tensor) -> None:
-    """Draws the channels of a latent `(Z, h, w)` in grey, each stretched to its own range, four in a row."""
+    """Draw the channels of a latent `(Z, h, w)` in grey, each stretched to its own range, four in a row."""
     channels = to_bytes(latents_as_rgb(latent[:_SHOWN_CHANNELS, None]))  # Z h w 3
     count, height, width = channels.shape[:3]
     columns = min(count, _COLUMNS)
@@ -83,7 +83,7 @@ def write_latent(path: Path, latent: Tensor) -> None:
 
 
 def write_blocks(path: Path, window: BlockWindow) -> None:
-    """Draws the window of reference and reconstruction side by side (LeanVAE, Figure 4)."""
+    """Draw the window of reference and reconstruction side by side (LeanVAE, Figure 4)."""
     assert window.reference is not None
     assert window.output is not None
     write_png(path, np.concatenate(to_bytes(torch.stack((window.reference, window.output))), axis=1))

@@ -1,7 +1,7 @@
-"""What was measured of each clip and model, kept on disk so that a run that was interrupted goes on.
+"""Measurements of each clip and model, kept on disk so that an interrupted run can resume.
 
 A record is a JSON file with a row of measures, and a safetensors file with features and sums of latents. Both carry a
-key, which tells whether what it was measured of, and how, is still the same.
+key, which changes with the file, the model and the way of measuring.
 """
 
 import hashlib
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from litevae.files import atomic_path, write_text
 
-SOURCE = "source"  # stands for a model's name in records and pictures of the files themselves
+SOURCE = "source"  # replaces a model's name in records and pictures of the files themselves
 
 Row = dict[str, Any]
 
 
 def record_key(**parts: Any) -> str:
-    """A short hash of what a record depends on."""
+    """Return a short hash of everything a record depends on."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def folder_name(model: str) -> str:
-    """A model's name as the name of a folder or file; different names stay different."""
+    """Turn a model's name into the name of a folder or file; distinct names stay distinct."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip(".")
     return plain if plain == model and plain != SOURCE else f"{plain}-{record_key(model=model)[:6]}"
 
@@ -37,14 +37,14 @@ class Records:
     """The records of a run.
 
     Args:
-        folder: where they are kept.
+        folder: their folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def read(self, model: str, clip: str, key: str) -> Row | None:
-        """The row of a clip, or None if there is none of this key."""
+        """Return the row of a clip, or None if there is none with this key."""
         row_path, tensor_path = self._paths(model, clip)
         try:
             row = json.loads(row_path.read_text(encoding="utf-8"))
@@ -55,12 +55,12 @@ class Records:
         return row if same and isinstance(row, dict) and row.get("key") == key else None
 
     def tensors(self, model: str, clip: str, names: list[str]) -> dict[str, Tensor]:
-        """Those of the named tensors that a record holds."""
+        """Return those of the named tensors that a record holds."""
         with safe_open(self._paths(model, clip)[1], "pt") as file:
             return {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118
 
     def write(self, model: str, clip: str, key: str, row: Row, tensors: dict[str, Tensor]) -> None:
-        """Writes a record; it counts once both files are there."""
+        """Write a record; it is valid once both files exist."""
         row_path, tensor_path = self._paths(model, clip)
         row_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(tensor_path) as temporary:

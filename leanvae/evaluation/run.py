@@ -1,4 +1,4 @@
-"""The evaluation: every clip through every model, resumable and over several ranks, then tables and a page."""
+"""The evaluation: every clip through every model, resumable and on several ranks, then tables and a page."""
 
 import logging
 import os
@@ -33,22 +33,22 @@ with extra("video"):
 logger = logging.getLogger("leanvae")
 
 MEDIA, RECORDS = "media", "records"
-_MEASURED_AS = 1  # to be raised when a measure changes, so that what was recorded before is measured anew
+_MEASURED_AS = 1  # raise it if a measure changes, so that older records are measured again
 _DEFAULT_RATE, _FASTEST_RATE = Fraction(25), 120
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured of each file, and shown.
+    """What to measure of each file, and what to show.
 
     Attributes:
         num_frames: most frames of a clip, from its start; None takes all.
-        resolution: (height, width) that frames are resized to cover and cut to, before models see them and as what
-            they are compared with; None leaves them as they are.
-        chunk: most frames that a model gets at a time; None as memory allows, and whole clips for models without
-            streams.
-        tile: most (height, width) in pixels of a tile; None as memory allows.
-        shown: most clips with pictures; of more, the worst and the best by the first model's PSNR have them.
+        resolution: (height, width) that frames are resized to cover and cropped to; models get the result and are
+            compared with it. None leaves frames unchanged.
+        chunk: most frames that a model gets at a time; None passes as many as memory allows, and whole clips to models
+            without streams.
+        tile: most (height, width) in pixels of a tile; None means as memory allows.
+        shown: most clips with pictures; if there are more, the worst and the best by the first model's PSNR.
     """
 
     num_frames: int | None = None
@@ -68,32 +68,32 @@ def evaluate(
     weights: str | Path | None = None,
     strict: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates models side by side on clips and images.
+    """Evaluate models side by side on clips and images.
 
-    Writes into `output`: `evaluation.json` (totals), `clips.csv` (a line a clip and model), `frames.csv` (PSNR of each
-    frame), `report.html` with its pictures in `media/`, and `records/`, from which a run that was interrupted goes on.
-    Latents are the posterior's means. Measures are those of the decoder's output, clamped to [0, 1], before it is
-    rounded or coded; only rFID rounds to 8 bits. Under `torchrun` or `deepspeed` the ranks share the clips; all of them
-    must see the output folder.
+    Writes into `output`: `evaluation.json` (totals), `clips.csv` (a line for each clip and model), `frames.csv` (PSNR
+    of each frame), `report.html` with its pictures in `media/`, and `records/`, from which an interrupted run resumes.
+    Latents are the posterior's means. The decoder's output is measured after clamping to [0, 1], before it is rounded
+    or coded; only rFID rounds to 8 bits. Under `torchrun` or `deepspeed` the ranks share the clips; all of them must
+    see the output folder.
 
     Args:
-        checkpoints: what `load_candidates` makes models of.
-        inputs: what `find_inputs` lists.
-        output: folder for the results, made if missing.
-        device: where models and metrics run.
-        dtype: type of the models; as stored if None.
-        settings: what is measured; all frames as they are if None.
-        weights: folder of the feature networks' weights; None takes torch's cache.
-        strict: a file that cannot be evaluated is an error, raised after the others are done.
+        checkpoints: specifications for `load_candidates`.
+        inputs: addresses for `find_inputs`.
+        output: folder for the results, created if missing.
+        device: device of models and metrics.
+        dtype: type of the models; None uses the stored one.
+        settings: what to measure; None means all frames, unchanged.
+        weights: folder of the feature networks' weights; None uses torch's cache.
+        strict: whether a file that cannot be evaluated is an error, raised after the others are done.
 
     Returns:
         The content of `evaluation.json`.
 
     Raises:
-        FileNotFoundError: there is no such input, checkpoint or folder.
+        FileNotFoundError: an input, checkpoint or folder does not exist.
         MissingPackage: a package is missing.
         ValueError: the input holds no clip or image, a name or setting is wrong, or weights do not fit.
-        WorkIncomplete: no file could be evaluated, or not all with `strict`.
+        WorkIncomplete: no file could be evaluated or, with `strict`, not all of them.
         NotFinite: a model's output is infinite or NaN.
     """
     settings = settings or EvaluationSettings()
@@ -123,7 +123,7 @@ def _report(run: "_Run", skipped: list[dict[str, str]], inputs: str) -> dict[str
 
 
 class _Run:
-    """Clips through models; what is done is on disk, and not done again."""
+    """Clips through models; finished work is on disk, and not repeated."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class _Run:
 
     @torch.inference_mode()
     def measure_all(self) -> list[dict[str, str]]:
-        """Measures what is not measured yet, each rank its share; returns the files that cannot be, of all ranks."""
+        """Measure what is missing, each rank its share; return the files that cannot be measured, of all ranks."""
         shown = {job.name for job in self.jobs} if len(self.jobs) <= self._settings.shown else set()
         own = self._measure(self.jobs, shown)
         barrier()
@@ -152,7 +152,7 @@ class _Run:
         return [broken[job.name] for job in self.jobs if job.name in broken]
 
     def _worst_and_best(self, jobs: list[NamedItem]) -> list[NamedItem]:
-        """As many clips as are to be shown, half from either end of the first model's PSNR."""
+        """Return the clips to show, half of them from each end of the first model's PSNR."""
         first = self.candidates[0]
         rows = [self._records.read(first.name, job.name, self._key(job, first)) for job in jobs]
         order = sorted(
@@ -180,7 +180,7 @@ class _Run:
         return skipped
 
     def _measure_job(self, job: NamedItem, show: bool) -> str:
-        """Measures a file, and says in a line what came out.
+        """Measure a file, and return the result in a line.
 
         Raises:
             MediaError: the file cannot be read, or H.264 cannot hold it.
@@ -221,19 +221,19 @@ class _Run:
         )
 
     def _read(self, job: NamedItem) -> Iterator[Frame]:
-        """The frames as models get them, and as they are measured against them."""
+        """Yield the frames, resized, that models get and are compared with."""
         resolution = self._settings.resolution
         for frame in read_frames(job.item, self._settings.num_frames):
             yield frame if resolution is None else replace(frame, image=cut_picture(frame.image, resolution, Cut()))
 
     def _known(self, model: str, job: NamedItem, key: str, show: bool) -> Row | None:
-        """The record of a clip, unless it or a picture that is wanted is missing."""
+        """Return the record of a clip, unless it or a required picture is missing."""
         row = self._records.read(model, job.name, key)
         pictures = [self.output / MEDIA / path for path in (row or {}).get("pictures", {}).values()]
         return row if row and (not show or (pictures and all(path.is_file() for path in pictures))) else None
 
     def _measure_source(self, job: NamedItem, key: str, show: bool) -> Row:
-        """Reads a file to its end, for its features and its pictures."""
+        """Read a file to its end, for its features and pictures."""
         features = ClipFeatures(self._networks)
         fps = _rate(job) if job.is_video else None
         rate = fps if fps and 1 <= fps <= _FASTEST_RATE else _DEFAULT_RATE
@@ -282,7 +282,7 @@ class _Run:
         return row
 
     def evaluated(self) -> Evaluated:
-        """All that was measured, by clip and model, read from disk."""
+        """Read all measurements from disk, by clip and model."""
         clips: dict[str, Row] = {}
         rows: dict[str, dict[str, Row]] = {candidate.name: {} for candidate in self.candidates}
         for job in self.jobs:
@@ -310,6 +310,6 @@ class _Run:
 
 
 def _rate(job: NamedItem) -> Fraction | None:
-    """Average frames per second of a clip."""
+    """Return a clip's average frames per second."""
     with open_clip(job.item) as reader:
         return reader.info.fps

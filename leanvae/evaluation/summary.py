@@ -1,4 +1,4 @@
-"""Totals over clips, with their intervals, and tables of both."""
+"""Totals over clips, with intervals, and tables."""
 
 import json
 import math
@@ -24,15 +24,15 @@ _MOST_MMD_SAMPLES = 4096
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What was measured.
+    """The measurements of a run.
 
     Attributes:
-        clips: what is known of each file, by name, in their order.
+        clips: metadata of each file, by name, in order.
         rows: measures by model and file.
-        sources: where each model comes from.
-        settings: how it was measured.
+        sources: origin of each model.
+        settings: settings of the measurement.
         missing: a sentence for each metric that is left out.
-        records: where features and latents are.
+        records: features and latents.
     """
 
     clips: dict[str, Row]
@@ -44,10 +44,10 @@ class Evaluated:
 
 
 def summarise(evaluated: Evaluated, skipped: list[dict[str, str]], inputs: str) -> dict[str, Any]:
-    """The content of `evaluation.json`.
+    """Compute the content of `evaluation.json`.
 
-    Each measure has its `value`, the mean over the frames of the files that have one; `files`, how many these are; and
-    `interval`, a 95% bootstrap interval over files. `rfid` and `rfvd` have the number of `samples` of each kind.
+    Each measure has a `value`, the mean over the frames of files with one; `files`, their number; and `interval`, a 95%
+    bootstrap interval over files. `rfid` and `rfvd` also have `samples`, the number of samples of each kind.
     """
     clips = evaluated.clips
     return {
@@ -80,7 +80,7 @@ def _mean(measure: str, rows: dict[str, Row], clips: dict[str, Row]) -> dict[str
 
 
 def _distance(evaluated: Evaluated, model: str, kind: str) -> dict[str, Any]:
-    """The Fréchet distance of all files' features, reference against reconstruction."""
+    """Compute the Fréchet distance of all files' features, reference against reconstruction."""
     pairs = [
         (reference[kind], output[kind])
         for reference, output in (
@@ -97,11 +97,11 @@ def _distance(evaluated: Evaluated, model: str, kind: str) -> dict[str, Any]:
 
 
 def _latents(evaluated: Evaluated, model: str) -> dict[str, Any] | None:
-    """Mean and standard deviation of each channel, and squared MMD of latents to a standard Gaussian.
+    """Compute each channel's mean and standard deviation, and the latents' squared MMD to a standard Gaussian.
 
-    A sample is the vector of channels at one position; the kernel's bandwidth is the root of their number. `mmd` is of
-    the latents as they are, `mmd_normalised` of each channel brought to mean 0 and standard deviation 1, as diffusion
-    models get them.
+    A sample is the vector of channels at one position; the kernel's bandwidth is the root of their number. `mmd` is for
+    the latents as they are, `mmd_normalised` for channels with mean 0 and standard deviation 1, as diffusion models get
+    them.
     """
     names = ["latent_sums", "latent_count", "latent_samples"]
     found = [evaluated.records.tensors(model, clip, names) for clip in evaluated.clips]
@@ -131,7 +131,7 @@ def _latents(evaluated: Evaluated, model: str) -> dict[str, Any] | None:
 
 
 def write_tables(report: dict[str, Any], evaluated: Evaluated, folder: Path) -> None:
-    """Writes `evaluation.json`, `clips.csv` and `frames.csv`; a value that does not exist is an empty cell."""
+    """Write `evaluation.json`, `clips.csv` and `frames.csv`; a value that does not exist is an empty cell."""
     write_text(folder / TOTALS_FILE, json.dumps(report, indent=2, allow_nan=False) + "\n")
     clips = [
         [model, clip, *(evaluated.clips[clip][name] for name in _INFO), *(row[name] for name in MEASURES)]

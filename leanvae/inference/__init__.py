@@ -1,1 +1,1 @@
-"""Inference in parts and prepared: streams, tiles, plans by memory, packed weights."""
+"""Inference in parts, and on prepared weights: streams, tiles, plans by memory."""

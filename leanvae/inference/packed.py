@@ -1,7 +1,7 @@
-"""Inference's matrix products: in blocks of tokens, on CPUs with oneDNN's own layout of the weights.
+"""Matrix products for inference: in blocks of tokens, and on CPUs with oneDNN's own layout of the weights.
 
-Two custom operators hold them, so that `torch.compile` sees neither the loop over blocks nor the packed layout, which
-it could not trace. Weights may be packed or plain; the operators look.
+They are custom operators, because `torch.compile` can trace neither the loop over blocks nor the packed layout. Weights
+may be packed or plain.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class LinearMap(NamedTuple):
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN is there for the device and dtype of a weight."""
+    """Tell whether oneDNN supports the device and dtype of a weight."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
@@ -37,26 +37,26 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """The weight `(O, I)` as oneDNN likes it for a block of tokens; where there is no oneDNN, as it is."""
+    """Return the weight `(O, I)` in oneDNN's layout for a block of tokens; unchanged without oneDNN."""
     weight = weight.detach().contiguous()
     return _static(_onednn._reorder_linear_weight(weight, BLOCK_TOKENS["cpu"]) if can_pack(weight) else weight.clone())
 
 
 def pack_linear(linear: LinearMap) -> LinearMap:
-    """`pack` for a map that may have a bias."""
+    """Pack a map that may have a bias."""
     return LinearMap(pack(linear.weight), None if linear.bias is None else _static(linear.bias.detach().clone()))
 
 
 def _static(weight: Tensor) -> Tensor:
-    """Tells `torch.compile` not to take a width for a size of the clip that happens to be the same."""
+    """Tell `torch.compile` that a width is no size of the clip, even if both are equal."""
     torch._dynamo.mark_static(weight)
     return weight
 
 
 @torch.library.custom_op("leanvae::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias` with a weight that may be packed; `(..., I)` to `(..., O)`."""
-    if not x.numel():  # oneDNN has no product of nothing
+    """Compute `x @ weight.T + bias` with a weight that may be packed; `(..., I)` to `(..., O)`."""
+    if not x.numel():  # oneDNN refuses empty products
         return x.new_empty(*x.shape[:-1], weight.shape[0])
     return in_blocks(lambda tokens: _product(tokens, weight, bias), x)
 
@@ -77,16 +77,16 @@ def packed_feedforward(
     eps: float | None,
     residual: bool,
 ) -> Tensor:
-    """The feedforward of a NAF layer: norm, two linear maps, their GEGLU, a linear map back, and the sum with `x`.
+    """Compute the feedforward of a NAF layer: norm, two linear maps, GEGLU, a linear map back, and the residual.
 
     Args:
         x: `(..., D)`.
-        value_weight: `(I, D)`, packed or plain, as all weights here.
+        value_weight: `(I, D)`, packed or plain, like all weights here.
         value_bias: `(I,)`.
         gate_weight: `(I, D)`.
         gate_bias: `(I,)`.
         contract_weight: `(D, I)`.
-        eps: of the LayerNorm, whose scale and shift are in the weights; `None` without a norm.
+        eps: of the LayerNorm, whose scale and shift are folded into the weights; `None` without a norm.
         residual: whether `x` is added.
 
     Returns:
@@ -99,7 +99,7 @@ def packed_feedforward(
             value, gate = F.linear(normed, value_weight, value_bias), F.linear(normed, gate_weight, gate_bias)
             y = F.linear(geglu(value, gate), contract_weight)
             return tokens + y if residual else y
-        # oneDNN applies GELU, the product and the sum while it writes a product's result.
+        # oneDNN applies GELU, the gate and the residual while it writes a matrix product's result.
         gate = _onednn._linear_pointwise(normed, gate_weight, gate_bias, "gelu", [], "none")
         hidden = _onednn._linear_pointwise.binary(normed, gate, value_weight, value_bias, "mul")
         if residual:

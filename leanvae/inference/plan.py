@@ -1,7 +1,7 @@
-"""Plans: how many latent frames, and tiles of what size, are worked on at once so that memory suffices.
+"""Plans: how many latent frames at once, and in tiles of what size, so that memory suffices.
 
-The feedforwards' blocks of tokens are always on; then frames are taken fewer at a time, then tiles. Neither changes a
-result where tiles are exact, and both cost next to nothing, so the largest parts that fit are taken.
+The feedforwards always run in blocks of tokens. To save more memory, plans take fewer frames at a time, then tiles. If
+tiles are exact, neither changes a result, and both cost almost nothing, so the largest parts that fit are chosen.
 """
 
 import math
@@ -21,22 +21,23 @@ from litevae.errors import InvalidInput
 from litevae.memory import SHARE_OF_FREE, format_bytes, free_memory, parse_bytes
 from litevae.tiling import check_tile
 
-MOST_LATENT_FRAMES = 16  # that a stream works on at once where memory is limited
-PIXELS_AT_ONCE = 2**21  # of decoded frames that are measured and written at a time, but at least one frame
+MOST_LATENT_FRAMES = 16  # of a stream at once, if memory is limited
+PIXELS_AT_ONCE = 2**21  # of decoded frames to measure and write at a time, but at least one frame
 LIMIT_ON_CPU = "6GiB"  # of encoding and decoding if none is given
 _SMALLEST_TILE = 8  # tokens of a planned tile in each direction
-# What glibc's heap loses to gaps between tensors, as measured. It keeps tensors of up to 32 MiB, and returns the memory
-# of larger ones at once; tiles, above all those with neighbours to the side, differ in shape and leave the most gaps.
+# Measured share that glibc's heap loses to gaps between tensors. It keeps the memory of tensors of up to 32 MiB, and
+# returns that of larger ones at once. Tiles, mostly those with neighbours to the side, differ in shape and leave the
+# most gaps.
 _LARGEST_IN_HEAP = 32 * 2**20
 _MOST_LOST_OF_CHUNKS = 200e6
-# Bytes of the feedforwards' blocks and of what libraries keep.
+# Bytes of the feedforwards' blocks and of the libraries' caches.
 _CONSTANT = 20e6
 
 LoadName = Literal["encode", "decode"]
 
 
 def _layers(config: LeanVAEConfig, name: LoadName) -> Iterator[tuple[int, int]]:
-    """The NAF layers: how many lie before each on the way to it, and its width."""
+    """Yield, for each NAF layer, the number of convolutions before it, and its width."""
     widths, num_streams, num_fusion = stream_widths(config).values(), config.num_stream_layers, config.num_fusion_layers
     num_before = decoder_halo(config) - num_fusion - num_streams  # of the bottleneck
     if name == "encode":
@@ -52,13 +53,13 @@ class ClipLoad:
     """A clip to encode or decode.
 
     Attributes:
-        name: which of the two.
-        config: the model.
+        name: `encode` or `decode`.
+        config: the model's configuration.
         batch: number of clips.
-        latent_frames: of a clip; of a stream, the most that are worked on at once.
+        latent_frames: latent frames of a clip, or the most at once of a stream.
         height, width: tokens of a latent frame.
-        item_size: bytes of an element.
-        is_stream: whether what is returned is not kept.
+        item_size: bytes per element.
+        is_stream: whether the output is not kept.
         is_prepared: whether the model is prepared for inference, which leaves the wavelet transform out.
     """
 
@@ -73,10 +74,10 @@ class ClipLoad:
     is_prepared: bool = False
 
     def memory(self, latent_frames: int | None, tile: tuple[int, int] | None) -> int:
-        """Bytes at the peak, the input not counted: what inference on CPUs allocates, and what its heap loses.
+        """Estimate the peak bytes of inference on CPUs, without the input but with the heap's losses.
 
         Args:
-            latent_frames: most that are worked on at once; `None` for all, of which no past is kept.
+            latent_frames: most latent frames at once; `None` for all, for which no past is kept.
             tile: most tokens (height, width) of a tile; `None` for whole frames.
         """
         frames = min(self.latent_frames, latent_frames or self.latent_frames)
@@ -102,7 +103,7 @@ class ClipLoad:
 
     @property
     def kept(self) -> int:
-        """Bytes that stay from chunk to chunk: the past of all convolutions."""
+        """Bytes kept from chunk to chunk: the past of all convolutions."""
         return self.batch * self.item_size * self._kept
 
     @property
@@ -115,11 +116,11 @@ class ClipLoad:
 
     @property
     def _conv_channels(self) -> int:
-        """Channels of all convolutions together."""
+        """Total channels of all convolutions."""
         return sum(width for _, width in _layers(self.config, self.name))
 
     def _tile_tokens(self, tile: tuple[int, int] | None) -> tuple[int, int]:
-        """Tokens of (the largest tile of) a latent frame, and those with what a convolution reads besides."""
+        """Count the tokens of (the largest tile of) a latent frame, and those that a convolution reads for it."""
         if tile is None:
             return self.height * self.width, self.height * self.width
         grid = tile_grid((self.height, self.width), tile, self._halo)
@@ -129,13 +130,13 @@ class ClipLoad:
         return own, read
 
     def _pixels(self, frames: int, tokens: int) -> int:
-        """Elements of the frames of some latent frames."""
+        """Count the elements of the pixels of some latent frames."""
         group, height, width = self.config.patch_size
         is_start = not self.is_stream and frames == self.latent_frames
         return COLOURS * clip_frames(frames, group, is_start) * height * width * tokens
 
-    # What is alive at once, in elements, counted in the code: pixels while they are transformed, and tokens during a
-    # convolution, which works on a frame at a time and in chunks copies its past beside it.
+    # Elements alive at once, counted in the code: pixels while they are transformed, and tokens during a convolution,
+    # which works on a frame at a time and, in chunks, copies its past.
 
     def _alive_encoding(self, frames: int, own: int, read: int, in_chunks: bool, is_tile: bool) -> float:
         pixels, width = self._pixels(frames, own), self.config.hidden_channels
@@ -159,7 +160,7 @@ class ClipLoad:
         return pixels + convolution if self.is_prepared else max(pixels + transform, convolution)
 
     def _borders(self, frames: int) -> int:
-        """Elements that the tiles of a row leave for those below."""
+        """Count the elements that the tiles of a row leave for those below."""
         rows = CONV_REACH * self._conv_channels
         if self.name == "decode" and self.config.bottleneck == "ista":
             rows += self.config.ista_iterations * 2 * self.config.ista_layers * self.config.hidden_channels
@@ -172,13 +173,13 @@ class ClipLoad:
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """How work is cut.
+    """A way to cut work.
 
     Attributes:
         load: what is to be done.
-        latent_frames: most latent frames at a time; `None` takes all that are there at once.
+        latent_frames: most latent frames at a time; `None` takes all that are available.
         tile: most tokens (height, width) of a tile; `None` takes whole frames.
-        blend: tiles overlap, are worked on as if each were the whole, and fade into each other.
+        blend: whether tiles overlap, are computed as if each were the whole, and fade into each other.
     """
 
     load: ClipLoad
@@ -188,13 +189,13 @@ class ClipPlan:
 
     @property
     def memory(self) -> int:
-        """Bytes that it takes at its peak, the input not counted."""
+        """Peak memory in bytes, without the input."""
         return self.load.memory(self.latent_frames, self.tile)
 
     def halved(self) -> "ClipPlan | None":
-        """The largest plan of half the memory, or else the smallest one; None if this is it.
+        """Return the largest plan with half the memory, or else the smallest one; None if this is it.
 
-        Blended tiles stay as they are, since each has a past of its own.
+        Blended tiles keep their size, because each has its own past.
         """
         plans = [*_plans(self.load, False, self.blend, None, self.tile)]
         if not self.blend:
@@ -210,7 +211,7 @@ class ClipPlan:
 
 
 class Parts(NamedTuple):
-    """What a caller asks for; `LeanVAE.encode` describes it."""
+    """A caller's request for parts; `LeanVAE.encode` describes it."""
 
     tile: Any = None
     chunk: Any = None
@@ -218,15 +219,15 @@ class Parts(NamedTuple):
     approximate: bool = False
 
     def are_wanted(self) -> bool:
-        """Says whether anything is asked for; if not, work is done whole."""
+        """Tell whether anything is requested; if not, work is done whole."""
         return not (self.tile is None and self.chunk is None and self.memory_limit is None)
 
 
 def make_plan(load: ClipLoad, parts: Parts) -> ClipPlan:
-    """Cuts work as a caller asks for it; whole if nothing is asked for.
+    """Cut work as a caller requests; the default is one part.
 
     Raises:
-        InvalidInput: an argument is wrong, tiles are asked for or needed and not exact, or nothing fits the limit.
+        InvalidInput: an argument is wrong, tiles are requested or needed and not exact, or no plan fits the limit.
     """
     tile = None if parts.tile is None else check_tile(parts.tile, load.config.patch_size[1:])
     frames = None if parts.chunk is None else _check_chunk(parts.chunk, load)
@@ -239,16 +240,16 @@ def make_plan(load: ClipLoad, parts: Parts) -> ClipPlan:
     if parts.memory_limit is None:
         return ClipPlan(load, frames, tile, blend=reason is not None)
     if load.is_stream:
-        frames = load.latent_frames  # more may arrive at once than are there now
+        frames = load.latent_frames  # more frames may arrive at once later
     limit = parse_bytes(parts.memory_limit)
     wanted = ClipPlan(load, frames, tile, blend=reason is not None)
     candidates = [wanted, *_plans(load, may_tile and parts.tile is None, wanted.blend, frames, tile)]
     smallest = min(candidates, key=lambda plan: plan.memory)
     plan = next((plan for plan in candidates if plan.memory <= limit), None)
     if plan is None:
-        hint = "" if may_tile else f"; tiles, which would take less, are not exact, because {reason}"
+        hint = "" if may_tile else f"; tiles, which would need less, are not exact, because {reason}"
         raise InvalidInput(
-            f"memory_limit is {parts.memory_limit!r}: to {load.name} {load} takes at least "
+            f"memory_limit is {parts.memory_limit!r}: to {load.name} {load} needs at least "
             f"{format_bytes(smallest.memory)}{hint}"
         )
     return plan
@@ -257,9 +258,9 @@ def make_plan(load: ClipLoad, parts: Parts) -> ClipPlan:
 def plan_reconstruction(
     vae: Any, width: int, height: int, chunk: int | None = None, memory_limit: int | None = None
 ) -> tuple[ClipPlan, ClipPlan]:
-    """Plans to encode and decode the frames of a file as streams, so that memory suffices for all of the work.
+    """Plan to encode and decode a file's frames as streams, so that memory suffices for both.
 
-    The past of both streams is held all the time, what else they take by one at a time.
+    Both streams keep their pasts all the time, but only one of them computes at a time.
 
     Args:
         vae: a LeanVAE.
@@ -272,7 +273,7 @@ def plan_reconstruction(
     """
     weight, group = next(vae.parameters()), vae.config.patch_size[0]
     if chunk is not None and chunk < 1:
-        raise InvalidInput(f"chunk is {chunk}: at least one frame is needed")
+        raise InvalidInput(f"chunk is {chunk}: expected at least one frame")
     most = MOST_LATENT_FRAMES if chunk is None else max(1, chunk // group)
     _, _, rows, columns = vae.latent_shape((height, width))
     loads = (
@@ -284,7 +285,7 @@ def plan_reconstruction(
 
     def memory(pair: tuple[ClipPlan, ClipPlan]) -> int:
         encoding, decoding = pair
-        # Frames in float32 while they are measured; chunks as bytes, for the model and of the model.
+        # Frames in float32 while they are measured; a chunk in bytes, and as the model's input and output.
         pixels = 40 * max(3 * width * height, 3 * PIXELS_AT_ONCE)
         pixels += 3 * width * height * group * (encoding.latent_frames or 1) * (2 + 2 * weight.element_size())
         return pixels + max(encoding.memory + decoding.load.kept, decoding.memory + encoding.load.kept)
@@ -295,14 +296,14 @@ def plan_reconstruction(
     pair = next((pair for pair in pairs if memory(pair) <= limit), smallest)
     if memory_limit is not None and memory(pair) > memory_limit:
         raise InvalidInput(
-            f"memory_limit is {format_bytes(memory_limit)}: to reconstruct frames of {width}x{height} takes about "
+            f"memory_limit is {format_bytes(memory_limit)}: to reconstruct frames of {width}x{height} needs about "
             f"{format_bytes(memory(pair))}"
         )
     return pair
 
 
 def encoding_load(layers: Layers, clip: Tensor, is_stream: bool = False) -> ClipLoad:
-    """What it takes to encode a clip `(B, 3, T, H, W)`, or a stream that begins with it."""
+    """Return the load of encoding a clip `(B, 3, T, H, W)`, or a stream that begins with it."""
     group, patch_height, patch_width = layers.config.patch_size
     batch, _, frames, height, width = clip.shape
     tokens = (latent_frames(frames, group), -(-height // patch_height), -(-width // patch_width))
@@ -310,7 +311,7 @@ def encoding_load(layers: Layers, clip: Tensor, is_stream: bool = False) -> Clip
 
 
 def decoding_load(layers: Layers, latent: Tensor, is_stream: bool = False) -> ClipLoad:
-    """What it takes to decode a latent `(B, Z, T', H', W')`, or a stream that begins with it."""
+    """Return the load of decoding a latent `(B, Z, T', H', W')`, or a stream that begins with it."""
     batch, _, *tokens = latent.shape
     return _load("decode", layers, batch, tokens, latent.element_size(), is_stream)
 
@@ -318,7 +319,7 @@ def decoding_load(layers: Layers, latent: Tensor, is_stream: bool = False) -> Cl
 def _load(
     name: LoadName, layers: Layers, batch: int, tokens: Sequence[int], item_size: int, is_stream: bool
 ) -> ClipLoad:
-    """Of a stream, any number of frames may arrive at once."""
+    """Return a load; in a stream, any number of frames may arrive at once."""
     frames, height, width = tokens
     frames = MOST_LATENT_FRAMES if is_stream else frames
     is_prepared = layers.encoder.embedding.is_folded
@@ -326,14 +327,14 @@ def _load(
 
 
 def why_inexact(config: LeanVAEConfig) -> str | None:
-    """Why tiles of a model do not give what the whole gives; `None` if they do."""
+    """Say why tiles give something else than the whole; return None if they are exact."""
     if config.wavelet in ("haar", "none"):
         return None
     return f"the wavelet {config.wavelet!r} is longer than Haar and reads across their borders"
 
 
 def _check_chunk(chunk: Any, load: ClipLoad) -> int | None:
-    """Latent frames of a chunk, `None` for as many as there are."""
+    """Return the latent frames of a chunk; None for all that are available."""
     try:
         frames = operator.index(chunk)
     except TypeError:
@@ -353,7 +354,7 @@ def _plans(
     frames: int | None = None,
     tile: tuple[int, int] | None = None,
 ) -> Iterator[ClipPlan]:
-    """Plans with ever smaller parts; frames and a tile that are given stay as they are."""
+    """Yield plans with ever smaller parts; given frames and tiles stay the same."""
     counts: list[int | None] = [frames]
     if frames is None or load.is_stream:
         counts += [2**power for power in reversed(range(16)) if 2**power < load.latent_frames]
@@ -364,7 +365,7 @@ def _plans(
 
 
 def _tiles(height: int, width: int) -> Iterator[tuple[int, int]]:
-    """Tiles of ever less of the height over the whole width, then of ever less of the width."""
+    """Yield tiles of ever less height over the whole width, then of ever less width."""
     while height > _SMALLEST_TILE:
         height = max(_SMALLEST_TILE, height * 3 // 4)
         yield height, width

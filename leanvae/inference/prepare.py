@@ -1,6 +1,6 @@
-"""The twin that inference computes with: norms, self-modulation and the wavelet transform go into the weights.
+"""The model's twin for inference, with norms, self-modulation and wavelet transform folded into the weights.
 
-Layers know nothing of it. Sums are formed in float64 and rounded once, to the dtype of the weights; then widths are
+The layers know nothing of it. Sums are formed in float64 and rounded once, to the dtype of the weights. Then widths are
 padded and, on CPUs with oneDNN, weights are packed.
 """
 
@@ -31,31 +31,31 @@ from leanvae.patchify import (
 from litevae.smc import SelfModulatedLinear
 from litevae.snapshot import make_twin
 
-FOLDABLE = ("haar", "none")  # transforms that mix nothing beyond a patch
-WIDTH_MULTIPLE = 32  # matrix kernels like widths that it divides; the published 1,365 becomes 1,376
+FOLDABLE = ("haar", "none")  # transforms that do not reach beyond a patch
+WIDTH_MULTIPLE = 32  # matrix kernels are faster on its multiples; the published 1,365 becomes 1,376
 
 
 def prepare(vae: Any, options: Mapping[str, Any]) -> Any:
-    """Makes the twin of a LeanVAE that computes the same up to rounding.
+    """Make a LeanVAE's twin, which computes the same up to rounding.
 
     Args:
         vae: the model.
-        options: of `torch.compile`. Encoder and decoder are compiled on GPUs, once for all sizes, and with any options
-            on CPUs too; beside the packed products next to nothing is left to gain there.
+        options: of `torch.compile`. Encoder and decoder are compiled on GPUs, once for all sizes. On CPUs they are
+            compiled only if there are options, because compiling gains almost nothing beside the packed products.
     """
     twin: Any = make_twin(vae, _prepared)
     if options or next(vae.parameters()).is_cuda:
         for part in (twin.encoder, twin.decoder):
-            # Not fullgraph, which raises at torch's limit of recompilations.
+            # Without fullgraph, which raises at torch's limit of recompilations.
             part.compile(**{"dynamic": True, **options})
     return twin
 
 
 def _prepared(module: nn.Module) -> nn.Module | None:
-    """What stands in for a module; None keeps it."""
+    """Return the substitute for a module, or None to keep it."""
     if isinstance(module, FeedForward):
         return PackedFeedForward(module)
-    # A norm between the transform and the map keeps them apart.
+    # A norm between transform and map prevents folding them.
     if isinstance(module, PatchEmbedding) and module.config.wavelet in FOLDABLE and not module.config.patch_norm:
         return FoldedEmbedding(module)
     if isinstance(module, PatchProjection) and module.config.wavelet in FOLDABLE:
@@ -64,7 +64,7 @@ def _prepared(module: nn.Module) -> nn.Module | None:
 
 
 class PackedFeedForward(nn.Module):
-    """A `FeedForward` whose norm or modulation stands in its packed weights."""
+    """A `FeedForward` whose norm or modulation is folded into its packed weights."""
 
     def __init__(self, feedforward: FeedForward) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class PackedFeedForward(nn.Module):
 
 
 class FoldedEmbedding(nn.Module):
-    """A `PatchEmbedding` whose transform and maps are one, on patches of pixels."""
+    """A `PatchEmbedding` that applies transform and maps as one product, to patches of pixels."""
 
     is_folded = True
 
@@ -108,7 +108,7 @@ class FoldedEmbedding(nn.Module):
 
 
 class FoldedProjection(nn.Module):
-    """A `PatchProjection` whose maps and inverse transform are one, from the streams' tokens side by side."""
+    """A `PatchProjection` that applies maps and inverse transform as one product, to the streams' joined tokens."""
 
     def __init__(self, projection: PatchProjection) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class FoldedProjection(nn.Module):
         self._write(clip[:, :, :num_image], [x[:, :num_image] for x in tokens], 0)
         video, tokens = clip[:, :, num_image:], [x[:, num_image:] for x in tokens]
         if torch.compiler.is_compiling():
-            self._write(video, tokens, 1)  # no loop, whose length would be compiled in
+            self._write(video, tokens, 1)  # unrolled, because a loop's length would be compiled in
         else:
             for index in range(num_tokens - num_image):
                 part = video[:, :, index * frames : (index + 1) * frames]
@@ -135,7 +135,7 @@ class FoldedProjection(nn.Module):
         return clip
 
     def _write(self, clip: Tensor, tokens: list[Tensor], index: int) -> None:
-        """Computes frames `(B, 3, T, H, W)` from their tokens, and puts them where they belong."""
+        """Compute frames `(B, 3, T, H, W)` from their tokens, and write them to their place."""
         if clip.shape[2]:
             pt, ph, pw = self.patches[index].pixels
             patches = rearrange(
@@ -146,7 +146,7 @@ class FoldedProjection(nn.Module):
 
 
 def _plain_weight(linear: nn.Linear | SelfModulatedLinear) -> Tensor:
-    """The weight with which a plain linear map computes the same."""
+    """Return the weight with which a plain linear map computes the same."""
     return linear.fold() if isinstance(linear, SelfModulatedLinear) else linear.weight
 
 
@@ -155,7 +155,7 @@ def _linears(maps: nn.ModuleDict) -> list[tuple[str, nn.Linear]]:
 
 
 def fold_norm(weight: Tensor, norm: nn.LayerNorm) -> LinearMap:
-    """The map of tokens normalised without scale and shift that equals `weight` after `norm`.
+    """Return the map of tokens normalised without scale and shift that equals `weight` after `norm`.
 
     Args:
         weight: `(O, I)`.
@@ -166,19 +166,19 @@ def fold_norm(weight: Tensor, norm: nn.LayerNorm) -> LinearMap:
 
 
 def pad_outputs(linear: LinearMap, multiple: int = WIDTH_MULTIPLE) -> LinearMap:
-    """Adds outputs that are always zero until `multiple` divides their number."""
+    """Add outputs that are always zero until `multiple` divides their number."""
     extra = -len(linear.weight) % multiple
     bias = None if linear.bias is None else F.pad(linear.bias, (0, extra))
     return LinearMap(F.pad(linear.weight, (0, 0, 0, extra)), bias)
 
 
 def pad_inputs(weight: Tensor, multiple: int = WIDTH_MULTIPLE) -> Tensor:
-    """Adds inputs that do not matter until `multiple` divides their number."""
+    """Add inputs with zero weights until `multiple` divides their number."""
     return F.pad(weight, (0, -weight.shape[1] % multiple))
 
 
 def analysis_matrix(patches: Patches, stream: str, wavelet: str = "haar") -> Tensor:
-    """The wavelet transform of one patch, `(vector_size(stream), P)` float64, of P pixels in the order (C, t, h, w)."""
+    """Return a patch's wavelet transform, `(vector_size(stream), P)` float64, of P pixels in the order (C, t, h, w)."""
     size = COLOURS * math.prod(patches.pixels)
     pixels = torch.eye(size, dtype=torch.float64).view(size, COLOURS, *patches.pixels)
     bands = to_bands(pixels, wavelet, starts_clip=patches.is_image)
@@ -189,7 +189,7 @@ def analysis_matrix(patches: Patches, stream: str, wavelet: str = "haar") -> Ten
 
 
 def synthesis_matrix(patches: Patches, wavelet: str = "haar") -> Tensor:
-    """The inverse, `(P, S)` float64, of the streams' patch vectors one after the other, S elements in all."""
+    """Return the inverse, `(P, S)` float64, of the streams' concatenated patch vectors, S elements in total."""
     sizes = [patches.vector_size(name) for name in patches.channels]
     vectors = torch.eye(sum(sizes), dtype=torch.float64)[:, None, None, None]
     parts = [from_patches(part, patches.shape) for part in vectors.split(sizes, dim=-1)]
@@ -199,13 +199,13 @@ def synthesis_matrix(patches: Patches, wavelet: str = "haar") -> Tensor:
 
 
 def fold_analysis(linear: nn.Linear, patches: Patches, stream: str, config: LeanVAEConfig) -> LinearMap:
-    """The map of pixel patches in [-1, 1] that `linear` is of patches of the bands."""
+    """Return the map of pixel patches in [-1, 1] that equals `linear` on patches of the bands."""
     matrix = config.data_scale * analysis_matrix(patches, stream, config.wavelet).to(linear.weight.device)
     return LinearMap((linear.weight.double() @ matrix).to(linear.weight.dtype), linear.bias)
 
 
 def fold_synthesis(linears: nn.ModuleDict, patches: Patches, config: LeanVAEConfig) -> LinearMap:
-    """The map to pixel patches in [-1, 1], of the streams' tokens side by side, that `linears` are to the bands."""
+    """Return the map from the streams' joined tokens to pixel patches in [-1, 1] that equals `linears`."""
     of_streams = [linear for _, linear in _linears(linears)]
     weights = torch.block_diag(*(linear.weight.double() for linear in of_streams))
     biases = torch.cat([linear.bias.double() for linear in of_streams])

@@ -1,8 +1,8 @@
-"""Clips in parts: streams of frames of any length, and whole clips that are worked on part by part, equal to the whole.
+"""Clips in parts: streams of frames of any length, and whole clips part by part, with the result of the whole.
 
-The past of some frames is a value: a function takes it and returns that of the next frames. It holds what each
-convolution read of the whole frame, so that a stream can change the size of its parts at any time. `None` stands for a
-whole clip, which leaves none behind.
+The past is a value: a function takes that of its frames and returns that of the next frames. It holds what each
+convolution read of the whole frame, so a stream can change the size of its parts at any time. `None` stands for a whole
+clip, which leaves no past.
 """
 
 import logging
@@ -28,31 +28,31 @@ logger = logging.getLogger("leanvae")
 
 ResultT = TypeVar("ResultT")
 
-WHOLE_CLIP = Parts()  # nothing is asked for
+WHOLE_CLIP = Parts()
 
 
 class EncoderStream:
-    """A clip encoded as its frames arrive; equal to encoding it whole.
+    """A stream that encodes a clip as its frames arrive, with the result of the whole clip.
 
     Args:
-        layers: of the model.
-        parts: how the frames that are there are worked on.
-        plan: that, if it is known; else it is made when the first frames come.
+        layers: the model's layers.
+        parts: the requested parts.
+        plan: the plan; None makes one from `parts` when the first frames arrive.
     """
 
     def __init__(self, layers: Layers, parts: Parts = WHOLE_CLIP, plan: ClipPlan | None = None) -> None:
         self._layers, self._parts, self._plan = layers, parts, plan
         self._group = layers.config.patch_size[0]
-        self._waiting: Tensor | None = None  # of a group that is not complete
+        self._waiting: Tensor | None = None  # frames of an incomplete group
         self._like: Tensor | None = None
         self._past: Any = ()
         self._starts_clip = True
 
     def split(self, frames: Tensor) -> Iterator[Tensor]:
-        """Cuts frames `(B, 3, t, H, W)` to what the plan allows; each piece is to be pushed before the next.
+        """Cut frames `(B, 3, t, H, W)` to what the plan allows; push each piece before taking the next.
 
         Raises:
-            InvalidInput: the frames have a wrong shape, or do not continue those before.
+            InvalidInput: the frames have a wrong shape, or do not continue the previous ones.
         """
         self._check_shape(frames)
         while frames.shape[2]:
@@ -64,11 +64,11 @@ class EncoderStream:
             frames = frames[:, :, count:]
 
     def push(self, frames: Tensor) -> DiagonalGaussian | None:
-        """Encodes the latent frames that are complete with these frames `(B, 3, t, H, W)`.
+        """Encode the latent frames that these frames `(B, 3, t, H, W)` complete.
 
         Returns:
-            Their posterior, `(B, Z, t', H', W')`, whose `size` counts the true frames that it covers; None if there
-            are none.
+            Their posterior, `(B, Z, t', H', W')`, whose `size` counts the true frames that it covers; None if no
+            latent frame is complete.
 
         Raises:
             InvalidInput: as in `split`.
@@ -84,7 +84,7 @@ class EncoderStream:
         return self._encode(frames[:, :, :ready]) if ready else None
 
     def finish(self) -> DiagonalGaussian | None:
-        """Encodes the frames of a last group that is not complete; None if there are none."""
+        """Encode the frames of a last, incomplete group; return None if there are none."""
         frames, self._waiting = self._waiting, None
         return None if frames is None else self._encode(frames)
 
@@ -117,12 +117,12 @@ class EncoderStream:
 
 
 class DecoderStream:
-    """A latent decoded as its frames arrive; equal to decoding it whole.
+    """A stream that decodes a latent as its frames arrive, with the result of the whole latent.
 
     Args:
-        layers: of the model.
-        parts: how the latent frames that are there are worked on.
-        plan: that, if it is known; else it is made when the first latent frames come.
+        layers: the model's layers.
+        parts: the requested parts.
+        plan: the plan; None makes one from `parts` when the first latent frames arrive.
     """
 
     def __init__(self, layers: Layers, parts: Parts = WHOLE_CLIP, plan: ClipPlan | None = None) -> None:
@@ -132,10 +132,10 @@ class DecoderStream:
         self._starts_clip = True
 
     def split(self, latent: Tensor) -> Iterator[Tensor]:
-        """Cuts a latent `(B, Z, t', H', W')` to what the plan allows; each piece is to be pushed before the next.
+        """Cut a latent `(B, Z, t', H', W')` to what the plan allows; push each piece before taking the next.
 
         Raises:
-            InvalidInput: the latent has a wrong shape, or does not continue those before.
+            InvalidInput: the latent has a wrong shape, or does not continue the previous ones.
         """
         self._check(latent)
         while latent.shape[2]:
@@ -144,11 +144,11 @@ class DecoderStream:
             latent = latent[:, :, count:]
 
     def push(self, latent: Tensor, out: Tensor | None = None) -> Tensor:
-        """Decodes latent frames `(B, Z, t', H', W')`.
+        """Decode latent frames `(B, Z, t', H', W')`.
 
         Args:
             latent: the frames.
-            out: where to write the pixels, `(B, 3, t, H, W)`; the padding that it has no room for is left out.
+            out: tensor for the pixels, `(B, 3, t, H, W)`; padding that does not fit is left out.
 
         Returns:
             The pixels, `(B, 3, t, H, W)`, padded and about [-1, 1]; or `out`.
@@ -191,8 +191,8 @@ class DecoderStream:
 
 
 def encode_in_parts(layers: Layers, clip: Tensor, plan: ClipPlan) -> DiagonalGaussian:
-    """Encodes a clip `(B, 3, T, H, W)` by a plan; with smaller ones if memory runs out."""
-    if plan.latent_frames is None:  # no frames follow, for which a past had to be kept
+    """Encode a clip `(B, 3, T, H, W)` by a plan, or smaller ones if memory runs out."""
+    if plan.latent_frames is None:  # no frames follow that would need a past
         done, plan = attempt(lambda plan: encode_part(layers, clip, None, plan), plan)
         if done is not None:
             return done[0]
@@ -203,7 +203,7 @@ def encode_in_parts(layers: Layers, clip: Tensor, plan: ClipPlan) -> DiagonalGau
 
 
 def decode_in_parts(layers: Layers, latent: Tensor, size: Sequence[int] | None, plan: ClipPlan) -> Tensor:
-    """Decodes a latent `(B, Z, T', H', W')` by a plan to `size` (T, H, W), or padded; with smaller ones if need be."""
+    """Decode a latent `(B, Z, T', H', W')` by a plan to `size` (T, H, W), or padded; by smaller plans if necessary."""
     group, patch_height, patch_width = layers.config.patch_size
     batch, _, frames, height, width = latent.shape
     padded = (clip_frames(frames, group), height * patch_height, width * patch_width)
@@ -220,18 +220,18 @@ def decode_in_parts(layers: Layers, latent: Tensor, size: Sequence[int] | None, 
 def encode_part(
     layers: Layers, frames: Tensor, past: Any, plan: ClipPlan, starts_clip: bool = True
 ) -> tuple[DiagonalGaussian, Any, ClipPlan]:
-    """Encodes the next frames of a clip.
+    """Encode the next frames of a clip.
 
     Args:
-        layers: of the model.
+        layers: the model's layers.
         frames: `(B, 3, t, H, W)` in [-1, 1].
-        past: what the frames before left, which is used up; `()` at the start, None for a whole clip.
+        past: left by the previous frames, and overwritten; `()` at the start, None for a whole clip.
         plan: its tile, and whether to blend.
         starts_clip: whether the clip begins here.
 
     Returns:
-        The posterior, whose `size` is the true `(t, H, W)`, the past of the frames after these, and the plan for them:
-        with fewer at a time if memory ran out.
+        The posterior, whose `size` is the true `(t, H, W)`; the past of the next frames; and the plan for them, with
+        fewer at a time if memory ran out.
     """
     at_once = None
     if plan.tile is None:
@@ -250,9 +250,9 @@ def encode_part(
 def decode_part(
     layers: Layers, latent: Tensor, past: Any, plan: ClipPlan, starts_clip: bool, out: Tensor
 ) -> tuple[Any, ClipPlan]:
-    """Decodes the next latent frames of a clip `(B, Z, t', H', W')` into `out` `(B, 3, t, H, W)`.
+    """Decode the next latent frames of a clip `(B, Z, t', H', W')` into `out` `(B, 3, t, H, W)`.
 
-    The other arguments are those of `encode_part`; returns the past of the frames after these, and the plan for them.
+    The other arguments are those of `encode_part`. Returns the past of the next frames, and the plan for them.
     """
     if plan.tile is None:
         around = WHOLE if past is None else Chunk(past)
@@ -265,7 +265,7 @@ def decode_part(
 
 
 def _with_frames(plan: ClipPlan, at_once: int | None, num_frames: int) -> ClipPlan:
-    """The plan with so many latent frames at once as were possible of some; None if all were."""
+    """Return the plan with the number of latent frames that were possible at once; None if all were."""
     return plan if at_once in (None, num_frames) else replace(plan, latent_frames=at_once)
 
 
@@ -276,7 +276,7 @@ def _next_past(around: Any) -> tuple[Tensor, ...]:
 def _encode_blended(
     layers: Layers, frames: Tensor, pasts: Any, plan: ClipPlan, starts_clip: bool
 ) -> tuple[Tensor, Tensor, Any]:
-    """Encodes overlapping tiles as if each were the whole, and blends what they say; each has a past of its own."""
+    """Encode overlapping tiles as if each were the whole, and blend their posteriors; each has its own past."""
     whole, next_pasts = ClipPlan(plan.load), []
 
     def run(part: Tensor, number: int) -> Tensor:
@@ -291,7 +291,7 @@ def _encode_blended(
 
 
 def _decode_blended(layers: Layers, latent: Tensor, pasts: Any, plan: ClipPlan, starts_clip: bool, out: Tensor) -> Any:
-    """Decodes overlapping tiles as if each were the whole, and blends their pixels; each has a past of its own."""
+    """Decode overlapping tiles as if each were the whole, and blend their pixels; each has its own past."""
     next_pasts = []
 
     def run(part: Tensor, number: int) -> Tensor:
@@ -317,7 +317,7 @@ def _windows(plan: ClipPlan) -> tuple[Any, Any]:
 def whole_first(
     whole: Callable[[], ResultT], in_parts: Callable[[ClipPlan], ResultT], load: Callable[[], ClipLoad]
 ) -> ResultT:
-    """Does work whole; in parts, if memory runs out and no gradient is recorded."""
+    """Do work whole; if memory runs out and no gradient is recorded, do it in parts."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return whole()
     try:
@@ -329,23 +329,23 @@ def whole_first(
 
 
 def attempt(work: Callable[[ClipPlan], ResultT], plan: ClipPlan) -> tuple[ResultT | None, ClipPlan]:
-    """Does work by a plan; returns its result, or None and a smaller plan if memory ran out."""
+    """Do work by a plan; return its result, or None and a smaller plan if memory ran out."""
     try:
         return work(plan), plan
     except (RuntimeError, MemoryError) as error:
         plan = _smaller(plan, error)
-    empty_cache()  # outside the handler, where the error and the tensors of its frames are gone
+    empty_cache()  # outside the handler, after which the error's frames and their tensors are gone
     return None, plan
 
 
 def _smaller(plan: ClipPlan, error: Exception) -> ClipPlan:
-    """The plan to go on with; raises the error if it is another one than a lack of memory, or nothing is smaller."""
+    """Return a smaller plan; raise the error if it is not a lack of memory, or no plan is smaller."""
     can_go_on = is_out_of_memory(error) and not isinstance(error, StoppedMidway)
     smaller = plan.halved() if can_go_on else None
     if smaller is None:
         raise error
     logger.warning(
-        "%s: out of memory (%s); goes on with %s; memory_limit='%s' does so at once",
+        "%s: out of memory (%s); continuing with %s; memory_limit='%s' does so at once",
         plan.load.name,
         str(error).splitlines()[0],
         smaller,
@@ -355,25 +355,25 @@ def _smaller(plan: ClipPlan, error: Exception) -> ClipPlan:
 
 
 def joined(posteriors: Sequence[DiagonalGaussian], size: tuple[int, ...]) -> DiagonalGaussian:
-    """One posterior of several that follow each other in time."""
+    """Join posteriors that follow each other in time."""
     mean, logvar = (torch.cat([getattr(part, name) for part in posteriors], dim=2) for name in ("mean", "logvar"))
     return DiagonalGaussian(mean, logvar, size)
 
 
 def check_latent(latent: Tensor, channels: int) -> None:
-    """Raises `InvalidInput` unless this is a latent of so many channels."""
+    """Raise `InvalidInput` unless this is a latent with `channels` channels."""
     if latent.ndim != 5 or latent.shape[1] != channels or 0 in latent.shape:
         raise InvalidInput(f"latent has shape {tuple(latent.shape)}: expected (B, {channels}, T', H', W')")
 
 
 def _check_alike(name: str, part: Tensor, like: Tensor | None) -> Tensor:
-    """Raises `InvalidInput` unless a part continues those before; returns what the next ones must be like."""
+    """Raise `InvalidInput` unless a part continues the previous ones; return the reference for the next ones."""
     if like is None:
         return torch.empty_like(part, device="meta")
     if part.dtype != like.dtype or any(part.shape[axis] != like.shape[axis] for axis in (0, 1, 3, 4)):
         batch, channels, _, height, width = like.shape
         raise InvalidInput(
-            f"{name} has shape {tuple(part.shape)} and dtype {part.dtype}: the ones before have "
+            f"{name} has shape {tuple(part.shape)} and dtype {part.dtype}: the previous ones have "
             f"({batch}, {channels}, any, {height}, {width}) and {like.dtype}"
         )
     return like

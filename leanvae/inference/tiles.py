@@ -1,11 +1,10 @@
-"""Tiles without loss and without recomputation: layer by layer a tile moves one token up and to the left.
+"""Tiles without loss and without recomputation: with each layer a tile moves one token up and to the left.
 
-Only the 3x3x3 convolutions look beyond a token, one token to each side. Tiles run in reading order. What a convolution
-reads of the tiles above and to the left, these hand on: the last rows and columns that they read at this layer. What it
-would need from below and from the right is not there yet, so its output ends one token earlier than its input, and the
-next tile begins there. Every token thus passes every layer once, and behind the lower and right edge follow tiles
-that only finish what is left. After all layers a tile has moved by the receptive field: 6 tokens to encode and 14 to
-decode with the published depth.
+Only the 3x3x3 convolutions read beyond a token, one token to each side. Tiles run in reading order. The tiles above and
+to the left leave what a convolution reads of them: their last rows and columns at this layer. The tokens below and to
+the right do not exist yet, so a convolution's output ends one token earlier than its input, and the next tile begins
+there. Every token thus passes every layer once. Beyond the lower and right edge, additional tiles finish the rest.
+After all layers a tile has moved by the receptive field: 6 tokens to encode and 14 to decode with the published depth.
 """
 
 import logging
@@ -24,16 +23,16 @@ from litevae.tiling import split_evenly
 
 logger = logging.getLogger("leanvae")
 
-CONV_REACH = 2  # a convolution's output begins, as it ends, one token before its input: it reads two tokens before that
+CONV_REACH = 2  # tokens read before an input; the output begins and ends one token before it
 
 
 def encoder_halo(config: LeanVAEConfig) -> int:
-    """Tokens that a latent looks beyond its own to each side: the convolutions on the longest path to it."""
+    """Count the tokens that a latent depends on beyond its own to each side: the convolutions on its longest path."""
     return config.num_stream_layers + config.num_fusion_layers
 
 
 def decoder_halo(config: LeanVAEConfig) -> int:
-    """Tokens that a decoded patch looks beyond its own to each side: the convolutions on the longest path to it."""
+    """Count the tokens that a decoded patch depends on beyond its own to each side, as `encoder_halo`."""
     transforms = 2 * config.ista_iterations * config.ista_layers if config.bottleneck == "ista" else 0
     return transforms + config.num_fusion_layers + config.num_stream_layers
 
@@ -46,43 +45,43 @@ class Span(NamedTuple):
     length: int
 
     def moved(self, steps: int) -> "Span":
-        """The span `steps` tokens earlier."""
+        """Return the span `steps` tokens earlier."""
         return Span(self.start - steps, self.stop - steps, self.length)
 
     def extended(self, steps: int) -> "Span":
-        """The span with `steps` tokens more at its start."""
+        """Return the span with `steps` tokens more at its start."""
         return Span(self.start - steps, self.stop, self.length)
 
     def last(self, steps: int) -> "Span":
-        """The last `steps` tokens up to the span's end, its own or those before it."""
+        """Return the last `steps` tokens up to the span's end, its own or those before it."""
         return Span(self.stop - steps, self.stop, self.length)
 
     @property
     def present(self) -> tuple[int, int]:
-        """Start and stop of what lies on the axis."""
+        """Start and stop of the part that lies on the axis."""
         return min(max(self.start, 0), self.length), min(max(self.stop, 0), self.length)
 
     @property
     def size(self) -> int:
-        """How many tokens lie on the axis."""
+        """Number of tokens that lie on the axis."""
         start, stop = self.present
         return stop - start
 
     def within(self, outer: "Span") -> slice:
-        """Where this span lies in what holds `outer`."""
+        """Return this span's index within a tensor that holds `outer`."""
         (start, stop), (origin, _) = self.present, outer.present
         return slice(start - origin, stop - origin)
 
 
 class TileGrid(NamedTuple):
-    """Where tiles lie at the first layer; they run in reading order."""
+    """The tiles' places at the first layer; tiles run in reading order."""
 
     rows: list[Span]
     columns: list[Span]
 
 
 def tile_grid(size: tuple[int, int], tile: tuple[int, int], halo: int) -> TileGrid:
-    """Lays tiles that will have covered all tokens when they have moved by `halo`.
+    """Lay tiles that have covered all tokens once they have moved by `halo`.
 
     Args:
         size: tokens (height, width) of a latent frame.
@@ -98,7 +97,7 @@ def tile_grid(size: tuple[int, int], tile: tuple[int, int], halo: int) -> TileGr
 
 
 class Placed(NamedTuple):
-    """Tokens `(B, T, H, W, D)` and where on the frame they lie."""
+    """Tokens `(B, T, H, W, D)` and their place in the frame."""
 
     tokens: Tensor
     rows: Span
@@ -106,19 +105,19 @@ class Placed(NamedTuple):
 
 
 class Tile(Whole):
-    """A tile on its way through the layers: where it is, what its neighbours left for it, what it leaves for others.
+    """A tile on its way through the layers: its place, its neighbours' borders, and the borders it leaves for others.
 
     Args:
-        rows, columns: where it is at the first layer.
+        rows, columns: its place at the first layer.
         above, left: `below` of the tile above and `right` of the one to the left; empty at the edge.
-        past: of the whole frame, by number of the convolution, without those that start at zero; None if the clip is
-            whole.
-        before: `next_past` of this tile's frames right before these, if there are any.
+        past: that of the whole frame, by number of the convolution, without those that start at zero; None if the
+            clip is whole.
+        before: `next_past` of this tile's previous frames, if there are any.
 
     Attributes:
-        rows, columns: where it is by now.
-        below, right: what the tile below and the one to the right will read, in the order in which layers ask.
-        next_past: what each convolution leaves for the next frames, where the tile was; None where it was not.
+        rows, columns: its current place.
+        below, right: borders for the tile below and the one to the right, in the order in which layers read them.
+        next_past: what each convolution leaves for the next frames at the tile's place; None if that is off the frame.
     """
 
     def __init__(
@@ -139,7 +138,7 @@ class Tile(Whole):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing of it lies on the frame."""
+        """Whether the tile lies entirely outside the frame."""
         return not (self.rows.size and self.columns.size)
 
     @property
@@ -148,7 +147,7 @@ class Tile(Whole):
         return (..., slice(*self.rows.present), slice(*self.columns.present))
 
     def convolve(self, conv: Any, x: Tensor, residual: bool) -> Tensor:
-        """Convolves the tile's tokens, by which it moves on one token."""
+        """Convolve the tile's tokens, which moves it by one token."""
         held = self.hold(x, CONV_REACH)
         self.rows, self.columns = self.rows.moved(1), self.columns.moved(1)
         if self.is_empty:
@@ -158,7 +157,7 @@ class Tile(Whole):
         if past is not None:
             self.next_past.append(held._replace(tokens=last_frames(past, held.tokens)))
         y = conv(held.tokens, past, residual)
-        # Outputs beyond where the tile is now lack a neighbour.
+        # Outputs beyond the tile's new place lack a neighbour.
         return self.here(held._replace(tokens=y)).contiguous()
 
     def _past_of(self, held: Placed) -> Tensor | None:
@@ -174,7 +173,7 @@ class Tile(Whole):
         return self._past[number][:, :, slice(*held.rows.present), slice(*held.columns.present)]
 
     def leave_past(self, past: dict[int, Tensor]) -> None:
-        """Writes what it leaves for the next frames, but not where a tile after it still reads what was before."""
+        """Write its past for the next frames, except where a later tile still reads the old one."""
         for number, held in enumerate(self.next_past):
             if held is not None:
                 x, spans = held.tokens, (held.rows, held.columns)
@@ -187,7 +186,7 @@ class Tile(Whole):
                 past[number][place] = x[:, :, rows.within(held.rows), columns.within(held.columns)]
 
     def side_by_side(self, stacks: Iterable[Any], tokens: list[Tensor]) -> list[Tensor]:
-        """Runs each stack on its tokens, all from where the tile is."""
+        """Run each stack on its tokens, all from the tile's current place."""
         place = (self.rows, self.columns)
         for index, stack in enumerate(stacks):
             self.rows, self.columns = place
@@ -195,9 +194,9 @@ class Tile(Whole):
         return tokens
 
     def hold(self, x: Tensor, num_convs: int) -> Placed:
-        """Joins the tile's tokens and the rows above and columns to the left of them, as far as there are any.
+        """Join the tile's tokens with the rows above and the columns to the left of them, if there are any.
 
-        As many of its own are left for the neighbours.
+        The same number of its own is left for the neighbours.
         """
         left, above = next(self._left, None), next(self._above, None)
         rows, columns = self.rows.extended(num_convs), self.columns.extended(num_convs)
@@ -210,26 +209,27 @@ class Tile(Whole):
         return Placed(x, rows, columns)
 
     def here(self, held: Placed) -> Tensor:
-        """Cuts what lies where the tile is."""
+        """Cut out the part where the tile is now."""
         return held.tokens[:, :, self.rows.within(held.rows), self.columns.within(held.columns)]
 
 
 class StoppedMidway(RuntimeError):
-    """Memory ran out in the middle of a frame, one latent frame at a time: part of the past is of the next frames."""
+    """Memory ran out within a frame, with one latent frame at a time, so the past is partly that of the next frames."""
 
 
 def run_tiles(
     run: Callable[[Tile, int, int], None], grid: TileGrid, past: dict[int, Tensor] | None, num_frames: int
 ) -> int:
-    """Takes all tiles of some latent frames through the layers, in reading order.
+    """Run all tiles of some latent frames through the layers, in reading order.
 
-    If memory runs out, it goes on with fewer of them at a time.
+    If memory runs out, it continues with fewer latent frames at a time.
 
     Args:
         run: takes a tile and the first and last of its latent frames.
-        grid: where the tiles lie.
-        past: of the whole frame by convolution, which becomes that of the next frames; None if the clip is whole.
-        num_frames: latent frames.
+        grid: the tiles' places.
+        past: that of the whole frame by convolution, overwritten with that of the next frames; None if the clip is
+            whole.
+        num_frames: number of latent frames.
 
     Returns:
         Latent frames that were possible at a time.
@@ -254,7 +254,7 @@ def run_tiles(
                     start = stop
                 elif past is not None and stop - start > 1:
                     at_once = (stop - start) // 2
-                    logger.warning("out of memory; goes on with %d latent frames at a time", at_once)
+                    logger.warning("out of memory; continuing with %d latent frames at a time", at_once)
                     empty_cache()
                 elif past is not None and not is_first:
                     raise StoppedMidway(f"out of memory with one latent frame of a tile at a time: {error}")
@@ -268,7 +268,7 @@ def run_tiles(
 
 
 def _error_of(work: Callable[[], None]) -> Exception | None:
-    """Does work; returns the error if memory ran out, without the tensors of its frames."""
+    """Do work; return the error if memory ran out, without the tensors of its frames."""
     try:
         work()
     except (RuntimeError, MemoryError) as error:
@@ -279,19 +279,19 @@ def _error_of(work: Callable[[], None]) -> Exception | None:
 
 
 def _in_turn(borders: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
-    """Borders of frames that follow each other."""
+    """Join the borders of consecutive frames."""
     return borders[0] if len(borders) == 1 else [torch.cat(parts, dim=1) for parts in zip(*borders, strict=True)]
 
 
 def encode_tiles(
     layers: Layers, frames: Tensor, past: Past | None, tile_size: tuple[int, int], starts_clip: bool
 ) -> tuple[Tensor, Tensor, Past, int]:
-    """Encodes frames in tiles.
+    """Encode frames in tiles.
 
     Args:
-        layers: of the model.
+        layers: the model's layers.
         frames: `(B, 3, t, H, W)` in [-1, 1], not padded.
-        past: of the frames before, which is used up; empty at the start of a clip; None if the clip is whole.
+        past: left by the previous frames, and overwritten; empty at the start of a clip; None if the clip is whole.
         tile_size: most tokens (height, width) of a tile.
         starts_clip: whether the first frame is the first of the clip.
 
@@ -318,7 +318,7 @@ def encode_tiles(
         else:
             place = (slice(top * patch_height, bottom * patch_height), slice(left * patch_width, right * patch_width))
             pixels = pad_to_patches(frames[:, :, first:last, *place], config.patch_size, begins)
-        # Not by a call, since compiled for the whole: a tile's size and course differ each time.
+        # Not called as a module, which may be compiled: each tile's size and path would compile anew.
         features = layers.encoder.forward(pixels, around=tile, starts_clip=begins)
         if not tile.is_empty:
             mean[:, :, start:stop][tile.place], logvar[:, :, start:stop][tile.place] = parameters_of(layers, features)
@@ -331,7 +331,7 @@ def encode_tiles(
 def decode_tiles(
     layers: Layers, latent: Tensor, past: Past | None, tile_size: tuple[int, int], starts_clip: bool, out: Tensor
 ) -> tuple[Past, int]:
-    """Decodes a latent `(B, Z, t', H', W')` in tiles into `out` `(B, 3, t, H, W)`, which may be smaller by the padding.
+    """Decode a latent `(B, Z, t', H', W')` in tiles into `out` `(B, 3, t, H, W)`, which may be smaller by the padding.
 
     The other arguments are those of `encode_tiles`.
 
@@ -361,6 +361,6 @@ def _as_past(kept: dict[int, Tensor] | None) -> Past:
 
 
 def write_frames(frames: Tensor, out: Tensor, top: int = 0, left: int = 0) -> None:
-    """Writes frames into a larger or smaller tensor, from row `top` and column `left` on."""
+    """Write frames into a larger or smaller tensor, from row `top` and column `left` on."""
     out = out[..., top : top + frames.shape[3], left : left + frames.shape[4]]
     out.copy_(frames[:, :, : out.shape[2], : out.shape[3], : out.shape[4]])

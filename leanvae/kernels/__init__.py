@@ -1,4 +1,4 @@
-"""Triton kernels, each behind a custom operator with a backward of its own; plain torch takes their place elsewhere.
+"""Triton kernels, each a custom operator with its own backward; elsewhere plain torch replaces them.
 
 `LEANVAE_KERNELS=0` in the environment, read when this package is first imported, switches them off.
 """
@@ -16,5 +16,5 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels run where `x` is, and in its dtype; they cannot be launched on nothing."""
+    """Tell whether the kernels run on the device of `x` and in its dtype; they cannot be launched on empty tensors."""
     return _ENABLED and x.is_cuda and x.dtype in _DTYPES and x.numel() > 0

@@ -1,6 +1,6 @@
-"""The depthwise 3x3x3 convolution on channels-last tokens, causal in time, with its bias and its residual."""
+"""The causal depthwise 3x3x3 convolution of channels-last tokens, with bias and residual."""
 
-# Triton comes with torch for GPUs alone, and pyright does not know its launches, kernel[grid](...).
+# Triton comes only with torch for GPUs, and pyright does not know its launches, kernel[grid](...).
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
 from typing import Any
@@ -14,19 +14,19 @@ _TAPS = 27
 _PAST_FRAMES = 2
 _BLOCK_WIDTH = 4  # positions along a row
 _BLOCK_CHANNELS = 128
-_PROGRAMS = 64  # partial sums of the weights' gradients, for each block of channels and each three taps
+_PROGRAMS = 64  # partial sums of the weights' gradients, for each block of channels and every three taps
 
 
 @triton.jit
 def _positions(part, row, T, H, frames, first, BLOCK: tl.constexpr):
-    """Columns of a part of a row, and the row's h, t and b, t counted from `first`."""
+    """Return the columns of a part of a row, and the row's h, t and b, with t counted from `first`."""
     w = part * BLOCK + tl.arange(0, BLOCK)
     return w, row % H, (row // H) % frames + first, (row // H // frames).to(tl.int64)
 
 
 @triton.jit
 def _load(source, past, b, t, h, w, d, T, H, W, D, HAS_PAST: tl.constexpr):
-    """A row's tokens `(w, d)` in float32: zeros outside, and of the past before the first frame."""
+    """Load a row's tokens `(w, d)` in float32: zeros outside, and the past before the first frame."""
     in_row = ((h >= 0) & (h < H)) & (w >= 0) & (w < W)
     tokens = in_row[:, None] & (d < D)[None, :]
     where = w[:, None] * D + d[None, :]
@@ -44,7 +44,10 @@ def _convolve(
     HAS_PAST: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SIGN: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`frames` frames from `first` on. SIGN 1 is the convolution, SIGN -1 its transpose, which looks ahead in time."""
+    """Compute `frames` frames from `first` on.
+
+    SIGN 1 is the convolution, -1 its transpose, which looks ahead in time.
+    """
     parts = tl.cdiv(W, BLOCK_W)
     row = tl.program_id(0) // parts
     w, h, t, b = _positions(tl.program_id(0) % parts, row, T, H, frames, first, BLOCK_W)
@@ -69,7 +72,7 @@ def _weight_gradient(
     grad, source, past, partial, T, H, W, D, num_rows, rows_each,
     HAS_PAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The three taps of one time and height, summed over the rows of one program."""
+    """Sum the gradients of three taps at one time and height over a program's rows."""
     back, down = tl.program_id(2) // 3 - 2, tl.program_id(2) % 3 - 1
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     left = tl.zeros([BLOCK_D], tl.float32)
@@ -78,7 +81,7 @@ def _weight_gradient(
     parts = tl.cdiv(W, BLOCK_W)
     index = tl.program_id(0) * rows_each * parts
     last = tl.minimum(index + rows_each * parts, num_rows * parts)
-    while index < last:  # Triton's interpreter cannot count to what is known only when the kernel runs
+    while index < last:  # Triton's interpreter has no range over a bound known only at run time
         w, h, t, b = _positions(index % parts, index // parts, T, H, T, 0, BLOCK_W)
         g = _load(grad, past, b, t, h, w, d, T, H, W, D, False)
         left += tl.sum(g * _load(source, past, b, t + back, h + down, w - 1, d, T, H, W, D, HAS_PAST), axis=0)
@@ -92,12 +95,12 @@ def _weight_gradient(
 
 
 def _plain_past(past: Tensor | None, x: Tensor) -> Tensor:
-    """The past as the kernels read it; without one a pointer that is not read."""
+    """Return the past in the kernels' layout; without a past, a pointer that is not read."""
     return x if past is None else past.contiguous()
 
 
 def _taps(weight: Tensor) -> Tensor:
-    """`(D, 1, 3, 3, 3)` to `(27, D)`."""
+    """Rearrange `(D, 1, 3, 3, 3)` to `(27, D)`."""
     return weight.reshape(-1, _TAPS).T.contiguous()
 
 
@@ -105,7 +108,7 @@ def _taps(weight: Tensor) -> Tensor:
 def causal_depthwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, residual: bool
 ) -> Tensor:
-    """As `leanvae.naf.causal_depthwise_conv`, of any strides; the result is contiguous."""
+    """Compute `leanvae.naf.causal_depthwise_conv` for any strides; the result is contiguous."""
     x = x.contiguous()
     out = torch.empty_like(x)
     batch, frames, height, width, channels = x.shape
@@ -126,7 +129,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, resid
 
 @torch.library.custom_op("leanvae::causal_depthwise_conv_backward", mutates_args=())
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, past: Tensor | None, residual: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of the frames, those of the past in front, and in float32 of the weight."""
+    """Return the gradients of the frames, after those of the past, and in float32 of the weight."""
     grad, x = grad.contiguous(), x.contiguous()
     batch, frames, height, width, channels = x.shape
     num_past = 0 if past is None else _PAST_FRAMES

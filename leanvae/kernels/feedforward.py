@@ -1,6 +1,6 @@
-"""What stands round the matrix products of a feedforward: LayerNorm before them, GEGLU between them."""
+"""LayerNorm and GEGLU, the steps around a feedforward's matrix products."""
 
-# Triton comes with torch for GPUs alone, and pyright does not know its launches, kernel[grid](...).
+# Triton comes only with torch for GPUs, and pyright does not know its launches, kernel[grid](...).
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
 from typing import Any
@@ -49,7 +49,7 @@ def _norm_backward(
     gamma = tl.load(scale + columns, mask=columns < width, other=0.0).to(tl.float32) if AFFINE else of_scale + 1.0
     first = program.to(tl.int64) * rows_each
     last = first + rows_each
-    while first < last:  # Triton's interpreter cannot count to what is known only when the kernel runs
+    while first < last:  # Triton's interpreter has no range over a bound known only at run time
         rows = first + tl.arange(0, ROWS)
         inside = (rows < num)[:, None] & (columns < width)[None, :]
         where = rows[:, None] * width + columns[None, :]
@@ -73,7 +73,7 @@ def _norm_backward(
 
 @torch.library.custom_op("leanvae::layer_norm", mutates_args=())
 def _layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalised tokens, and of each its mean and inverse deviation in float32."""
+    """Return the normalised tokens, and each token's mean and inverse deviation in float32."""
     x = x.contiguous()
     num, width = x.numel() // x.shape[-1], x.shape[-1]
     out, mean, rstd = torch.empty_like(x), _statistic(x), _statistic(x)
@@ -98,7 +98,7 @@ def _statistic(x: Tensor) -> Tensor:
 def _layer_norm_backward(
     grad: Tensor, x: Tensor, scale: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the tokens, and in float32 of the scale and the shift (of no meaning without them)."""
+    """Return the gradients of the tokens and, in float32, of scale and shift (meaningless without them)."""
     grad, x = grad.contiguous(), x.contiguous()
     num, width = x.numel() // x.shape[-1], x.shape[-1]
     rows_each = _ROWS * triton.cdiv(num, _ROWS * _PROGRAMS)
@@ -138,13 +138,13 @@ _layer_norm.register_autograd(_norm_gradients, setup_context=_keep_for_norm)
 
 
 def layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
-    """As `leanvae.ops.layer_norm`; scale and shift are both given or both `None`."""
+    """Compute `leanvae.ops.layer_norm`; scale and shift are either both given or both `None`."""
     return _layer_norm(x, scale, shift, eps)[0]
 
 
 @triton.jit
 def _gelu_parts(gate):
-    """The normal distribution's cumulative and density at `gate`."""
+    """Return the normal distribution's cumulative and density at `gate`."""
     cumulative = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
     density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
     return cumulative, density
@@ -176,14 +176,14 @@ def _geglu_backward(grad, value, gate, grad_value, grad_gate, width, value_strid
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`(N, width)` with adjacent columns; a view where the rows are evenly spaced, as those of half a tensor are."""
+    """Return `(N, width)` with adjacent columns; a view if the rows are evenly spaced, like those of half a tensor."""
     rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 @torch.library.custom_op("leanvae::geglu", mutates_args=())
 def geglu(value: Tensor, gate: Tensor) -> Tensor:
-    """As `leanvae.ops.geglu`; both may be halves of one tensor."""
+    """Compute `leanvae.ops.geglu`; both may be halves of one tensor."""
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     v, g = _rows(value), _rows(gate)
     num, width = g.shape

@@ -1,6 +1,6 @@
-"""The pointwise steps of an ISTA-Net+ iteration: soft threshold, and gradient step with its two narrow products."""
+"""The pointwise steps of an ISTA-Net+ iteration: soft threshold, and the gradient step with its two narrow products."""
 
-# Triton comes with torch for GPUs alone, and pyright does not know its launches, kernel[grid](...).
+# Triton comes only with torch for GPUs, and pyright does not know its launches, kernel[grid](...).
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
 from typing import Any
@@ -30,7 +30,7 @@ def _threshold_backward(grad, x, threshold, grad_x, partial, num, blocks_each, B
     total = tl.zeros([BLOCK], tl.float32)
     first = tl.program_id(0).to(tl.int64) * blocks_each * BLOCK
     last = first + blocks_each * BLOCK
-    while first < last:  # Triton's interpreter cannot count to what is known only when the kernel runs
+    while first < last:  # Triton's interpreter has no range over a bound known only at run time
         where = first + tl.arange(0, BLOCK)
         values = tl.load(x + where, mask=where < num, other=0.0).to(tl.float32)
         g = tl.load(grad + where, mask=where < num, other=0.0).to(tl.float32)
@@ -43,7 +43,7 @@ def _threshold_backward(grad, x, threshold, grad_x, partial, num, blocks_each, B
 
 @torch.library.custom_op("leanvae::soft_threshold", mutates_args=())
 def soft_threshold(x: Tensor, threshold: Tensor) -> Tensor:
-    """As `leanvae.ops.soft_threshold`."""
+    """Compute `leanvae.ops.soft_threshold`."""
     x = x.contiguous()
     out = torch.empty_like(x)
     _threshold_forward[(triton.cdiv(x.numel(), _BLOCK),)](x, threshold, out, x.numel(), BLOCK=_BLOCK)
@@ -57,7 +57,7 @@ def _(x: Tensor, threshold: Tensor) -> Tensor:
 
 @torch.library.custom_op("leanvae::soft_threshold_backward", mutates_args=())
 def _threshold_gradients(grad: Tensor, x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the tokens, and in float32 of the threshold."""
+    """Return the gradients of the tokens and, in float32, of the threshold."""
     grad, x = grad.contiguous(), x.contiguous()
     blocks_each = triton.cdiv(x.numel(), _BLOCK * _PROGRAMS)
     num_programs = triton.cdiv(x.numel(), _BLOCK * blocks_each)
@@ -107,7 +107,7 @@ def _step_forward(
 
 @torch.library.custom_op("leanvae::gradient_step", mutates_args=())
 def _gradient_step(x: Tensor, z: Tensor | None, phi: Tensor, step: Tensor) -> Tensor:
-    """`x - step * (x phi^T - z) phi`; without `z`, of zeros."""
+    """Compute `x - step * (x phi^T - z) phi`; without `z`, for zeros."""
     x, phi = x.contiguous(), phi.contiguous()
     out = torch.empty_like(x)
     channels, width = phi.shape
@@ -143,5 +143,5 @@ _gradient_step.register_autograd(_step_gradients, setup_context=_keep_for_step)
 
 
 def gradient_step(x: Tensor, z: Tensor, phi: Tensor, step: Tensor) -> Tensor:
-    """As `leanvae.ops.gradient_step`."""
+    """Compute `leanvae.ops.gradient_step`."""
     return _gradient_step(x, z, phi, step)

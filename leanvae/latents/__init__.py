@@ -1,4 +1,4 @@
-"""The latent store: clips encoded once, with all that diffusion training needs of them."""
+"""The latent store: clips encoded once, with all metadata for diffusion training."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Imports a public name when it is first used, so that the command line starts at once."""
+    """Import a public name when it is first used, so that the command line starts at once."""
     if name not in _HOMES:
         raise AttributeError(f"module 'leanvae.latents' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

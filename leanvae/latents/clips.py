@@ -1,4 +1,4 @@
-"""Clips that files are cut into, for the latent store: which they are, and their frames as they are decoded."""
+"""The clips that files are cut into for the latent store, and their decoding."""
 
 import os
 import re
@@ -28,21 +28,21 @@ from litevae.errors import extra
 with extra("video"):
     import cv2
 
-_PIXELS_AT_ONCE = 2**22  # of a piece; 64 frames of 256x256
+_PIXELS_AT_ONCE = 2**22  # per piece; 64 frames of 256x256
 _JPEG_QUALITY = 95
 _NICENESS = 5  # on a CPU, frames are decoded in the time that the model leaves
 _LISTS = (".txt", ".csv", ".parquet")
 _NOT_UTF8 = re.compile(r"\\udc([0-9a-f]{2})")
 
-Order = tuple[Item, frozenset[int]]  # a file, and the first frames of its clips that are not wanted
+Order = tuple[Item, frozenset[int]]  # a file, and the first frames of its clips that are not needed
 
 
 def list_sources(addresses: Sequence[str], unreadable: dict[str, str] | None = None) -> list[Item]:
-    """List the clips that addresses name, each part of a file once, under absolute paths.
+    """List the clips that addresses name, each part of a file once, with absolute paths.
 
     Args:
         addresses: as in `leanvae.media.sources.list_items`.
-        unreadable: gets the folders that cannot be read, and why.
+        unreadable: gets unreadable folders, with the reason.
 
     Raises:
         SourceError: an address is missing, empty or wrongly written.
@@ -60,10 +60,10 @@ def list_sources(addresses: Sequence[str], unreadable: dict[str, str] | None = N
 
 
 def find_source(name: str, start: float = 0.0, end: float | None = None) -> Item:
-    """The clip of a name, as `Item.name` gives it.
+    """Return the clip with a name, as given by `Item.name`.
 
     Raises:
-        SourceError: it lies in a tar that does not hold it any more.
+        SourceError: it is in a tar that no longer holds it.
     """
     path = _NOT_UTF8.sub(lambda match: chr(0xDC00 + int(match[1], 16)), name)
     archive, is_in_tar, member = path.partition(".tar/")
@@ -79,19 +79,19 @@ def find_source(name: str, start: float = 0.0, end: float | None = None) -> Item
 
 
 def belongs_to(item: Item, rank: int, world_size: int) -> bool:
-    """Whether a rank encodes it; each clip has exactly one."""
+    """Tell whether a rank encodes a clip; each clip belongs to exactly one."""
     return int(item.id, 16) % world_size == rank
 
 
 class ClipRule(StrictConfig):
-    """How files become clips.
+    """The rule by which files become clips.
 
     Attributes:
         frames: frames of a clip; `None` makes one clip of each file, or of the part between `start` and `end`.
-        stride: every how many frames of the file one is taken.
+        stride: every stride-th frame of the file is used.
         every: frames of the file from the start of a clip to the start of the next; by default clips touch.
-        resolutions: (height, width) that pictures are resized to cover and cropped to; of several, each file goes to
-            the one that its shape fits best; without any, pictures keep their size.
+        resolutions: (height, width) that frames are resized to cover and cropped to; if there are several, each file
+            uses the best fit for its shape. Without any, frames keep their size.
     """
 
     frames: PositiveInt | None = None
@@ -102,7 +102,7 @@ class ClipRule(StrictConfig):
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
         if self.frames is None and self.every is not None:
-            raise ValueError("every: whole files are one clip each; give the frames of a clip too")
+            raise ValueError("every: each whole file is one clip; also give the frames of a clip")
         for shape in self.resolutions:
             if not shape.is_image:
                 raise ValueError(f"resolutions: expected HEIGHTxWIDTH, got {shape}; 'frames' gives a clip's length")
@@ -119,18 +119,18 @@ class ClipRule(StrictConfig):
         return self.every or self.span
 
     def starts_at(self, index: int) -> bool:
-        """Whether a clip begins with the file's frame of this index."""
+        """Tell whether a clip begins with the file's frame of this index."""
         return index % self.step == 0 if self.step else index == 0
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a clip's pictures lie in the file's.
+    """The place of a clip's frames within the file's.
 
     Attributes:
         resolution: (height, width) of the clip in pixels.
-        resized: (height, width) that the file's picture was resized to.
-        crop: (top, left) of the clip in the resized picture.
+        resized: (height, width) that the file's frames were resized to.
+        crop: (top, left) of the clip in the resized frames.
     """
 
     resolution: tuple[int, int]
@@ -139,12 +139,12 @@ class Placement:
 
 
 def place(size: tuple[int, int], resolutions: Sequence[Shape], name: str) -> Placement:
-    """Chooses a file's resolution, and computes the central crop that `leanvae.data.samples.cut_picture` makes.
+    """Choose a file's resolution, and compute the central crop of `leanvae.data.samples.cut_picture`.
 
     Args:
-        size: (height, width) of the file's pictures.
-        resolutions: of the rule.
-        name: of the file; it decides between resolutions that fit equally well.
+        size: (height, width) of the file's frames.
+        resolutions: the rule's resolutions.
+        name: name of the file, which breaks ties.
     """
     if not resolutions:
         return Placement(size, size, (0, 0))
@@ -156,12 +156,12 @@ def place(size: tuple[int, int], resolutions: Sequence[Shape], name: str) -> Pla
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """What decoder processes need to know.
+    """Settings for decoder processes.
 
     Attributes:
         rule: how files become clips.
-        group: frames that each latent frame but the first stands for; pieces end where groups do.
-        thumbnails: whether the first frame of each clip is also wanted as JPEG.
+        group: frames of each latent frame except the first; pieces end where groups do.
+        thumbnails: whether to add the first frame of each clip as JPEG.
         gpu: CUDA device to decode on; None uses the CPU.
     """
 
@@ -180,11 +180,11 @@ class Piece:
         first: index of the clip's first frame in it.
         frames: (t, H, W, 3) uint8, full-range RGB.
         times: (t,) seconds since the file's start.
-        begins, ends: whether the clip begins and ends with it.
-        fps: frames of the file a second, on average, or None where unknown.
-        source_size: (height, width) of the file's pictures.
-        placement: where the clip's pictures lie in them.
-        thumbnail: the clip's first frame as JPEG, with its first piece, if wanted.
+        begins, ends: whether the clip begins and ends with this piece.
+        fps: average frames per second of the file; None if unknown.
+        source_size: (height, width) of the file's frames.
+        placement: the clip's place within them.
+        thumbnail: the clip's first frame as JPEG, with its first piece, if requested.
     """
 
     source: Item
@@ -201,12 +201,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """A source has been read to its end.
+    """The end of a source.
 
     Attributes:
         num_frames: frames in it.
         num_clips: clips in it.
-        num_sent: of these, clips that were wanted.
+        num_sent: clips that were sent.
     """
 
     source: Item
@@ -217,10 +217,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A source cannot be used, and none of its clips shall be.
+    """A source that cannot be used; its clips are void.
 
     Attributes:
-        may_pass: whether it may be usable another time, although its file stays as it is.
+        may_pass: whether it may become usable without a change of its file.
     """
 
     source: Item
@@ -233,7 +233,7 @@ Decoded = Piece | Finished | Rejected
 
 @dataclass
 class _OpenClip:
-    """A clip whose frames are still coming."""
+    """A clip with frames still to come."""
 
     first: int
     wanted: bool
@@ -246,11 +246,11 @@ class _OpenClip:
 def decode_ahead(
     orders: Iterable[Order], request: ClipRequest, num_workers: int, ahead: int, timeout: float
 ) -> Iterator[Decoded]:
-    """Decode files in processes of their own, in whatever order they get done; see `decode_source`.
+    """Decode files in separate processes, in any order; see `decode_source`.
 
     Args:
         ahead: pieces that may wait for the caller.
-        timeout: seconds that a process may be silent; then it is ended, and the file rejected.
+        timeout: seconds that a process may be silent before it is ended, and the file rejected.
     """
     with DecoderPool(num_workers, timeout, niceness=_NICENESS) as pool:
         for order, result in pool.run(partial(_read_order, request), orders, ahead):
@@ -258,7 +258,7 @@ def decode_ahead(
 
 
 def decode_source(source: Item, request: ClipRequest, known: frozenset[int] = frozenset()) -> Iterator[Decoded]:
-    """Decode a file in this process, as `read_clips` does; what is wrong with it becomes a `Rejected`."""
+    """Decode a file in this process, as `read_clips` does; errors in it become a `Rejected`."""
     for result in attempt(read_clips, source, request, known):
         yield _rejected(source, result) if isinstance(result, FileFailure) else result
 
@@ -272,17 +272,17 @@ def _read_order(request: ClipRequest, order: Order) -> Iterator[Piece | Finished
 
 
 def read_clips(source: Item, request: ClipRequest, known: frozenset[int] = frozenset()) -> Iterator[Piece | Finished]:
-    """Decode a file once, from its beginning to its end, and cut it into clips that may overlap.
+    """Decode a file once, from beginning to end, and cut it into clips that may overlap.
 
     Args:
-        known: first frames of the clips that need not be yielded.
+        known: first frames of clips to leave out.
 
     Yields:
-        The pieces of its clips, those of each clip in order, and at the end one `Finished`. Pieces of clips that do not
-        end before `Finished` are void.
+        The pieces of its clips, those of each clip in order, and finally a `Finished`. Pieces of clips that do not end
+        before `Finished` are void.
 
     Raises:
-        MediaError: the file cannot be used; pieces that came before are void.
+        MediaError: the file cannot be used; earlier pieces are void.
     """
     with open_clip(source) as reader:
         yield from _cut_clips(source, reader, request, known)
@@ -329,7 +329,7 @@ def _cut_clips(
 
 def _frames_of(source: Item, reader: ClipReader, gpu: str | None) -> Iterator[Frame]:
     path = local_path(source.address)
-    # What has to be changed of a file's pictures, the GPU's decoder does not change.
+    # The GPU's decoder cannot make changes that a file's frames may need.
     if gpu is None or path is None or source.member or source.frames or reader.info.notes:
         return reader.frames(source.start, source.end)
     from leanvae.media.nvdec import iter_frames_on_gpu
@@ -338,7 +338,7 @@ def _frames_of(source: Item, reader: ClipReader, gpu: str | None) -> Iterator[Fr
 
 
 class _Cutter:
-    """Brings a file's pictures to the clip's size, and packs them into pieces."""
+    """A converter of a file's frames to the clip's size, in pieces."""
 
     def __init__(self, source: Item, info: VideoInfo, request: ClipRequest) -> None:
         self._source = source
@@ -351,10 +351,10 @@ class _Cutter:
         self._group = request.group
 
     def cut(self, frame: Frame, index: int) -> NDArray[np.uint8]:
-        """A frame at the clip's size.
+        """Resize and crop a frame to the clip's size.
 
         Raises:
-            MediaError: its size is not that of the file's first frame.
+            MediaError: its size differs from that of the file's first frame.
         """
         if frame.image.shape[:2] != self._size:
             height, width = frame.image.shape[:2]
@@ -365,11 +365,11 @@ class _Cutter:
         return cut_picture(frame.image, self._placement.resolution, Cut())
 
     def is_full(self, clip: _OpenClip) -> bool:
-        """Whether what is held of a clip makes a piece; the clip's first frame stands outside its groups."""
+        """Tell whether a clip's frames make a piece; the clip's first frame is not part of its groups."""
         return len(clip.frames) == self._groups * self._group + (0 if clip.sent else 1)
 
     def piece(self, clip: _OpenClip, ends: bool) -> Piece:
-        """Takes what is held of a clip."""
+        """Take the frames of a clip as a piece."""
         piece = Piece(
             self._source,
             clip.first,

@@ -1,4 +1,4 @@
-"""Entries back to clips: decoding of a store, or of single entries, to the sources' rate and the true size."""
+"""Decoding a store, or single entries, to clips of the sources' rate and true size."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -35,24 +35,24 @@ def decode_latents(
     dtype: torch.dtype | None = None,
     keys: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Decodes the posteriors' means of a store's entries, or of one that was taken out, to `KEY.mp4` each.
+    """Decode the posteriors' means of a store's entries, or of an extracted one, to `KEY.mp4` each.
 
-    Clips keep their timestamps. Files that are there already are left as they are, so that it can be interrupted.
+    Clips keep their timestamps. Existing files are left alone, so an interrupted run can be repeated.
 
     Args:
-        checkpoint: what `load_vae` reads; it must be the one that the entries were encoded with.
+        checkpoint: the checkpoint that the entries were encoded with, in any form that `load_vae` reads.
         source: path or fsspec address of a store, or a file `KEY.safetensors` with `KEY.json` beside it.
-        output: folder for the clips, made if missing.
-        device: where the model runs.
-        dtype: its type; as stored if None.
-        keys: of the entries to decode; all if empty.
+        output: folder for the clips, created if missing.
+        device: device of the model.
+        dtype: type of the model; None uses the stored one.
+        keys: keys of the entries to decode; all if empty.
 
     Returns:
         `decoded` and `present`, numbers of clips.
 
     Raises:
-        StoreError: there is no such store or entry, it is damaged, or another checkpoint encoded it.
-        NotFinite: the model's output is not.
+        StoreError: the store or entry does not exist, is damaged, or was encoded with another checkpoint.
+        NotFinite: the model's output is infinite or NaN.
     """
     logger.info(weights_line(checkpoint))
     vae = load_vae(checkpoint)
@@ -79,7 +79,7 @@ def decode_latents(
 
 
 def _find_entries(source: str | Path, keys: Sequence[str]) -> dict[str, Callable[[], StoreEntry]]:
-    """The wanted entries by key, each with what reads it."""
+    """Return the requested entries by key, each with a function that reads it."""
     if str(source).endswith(f".{TENSORS}"):
         return {Path(source).stem: partial(read_entry, Path(source))}
     store = Store(source)
@@ -87,12 +87,12 @@ def _find_entries(source: str | Path, keys: Sequence[str]) -> dict[str, Callable
     rows = {row["key"]: row for row in store.index().to_pylist()}
     missing = [key for key in keys if key not in rows]
     if missing:
-        raise StoreError(f"{source}: there is no entry {missing[0]!r}")
+        raise StoreError(f"{source}: no entry {missing[0]!r}")
     return {key: partial(store.read_entry, rows[key]) for key in keys or rows}
 
 
 def write_clip(coder: FrameCoder, entry: StoreEntry, path: Path) -> None:
-    """Decodes an entry to an mp4 file with the source's timestamps, counted from the clip's start."""
+    """Decode an entry to an mp4 file with the source's timestamps, counted from the clip's start."""
     facts = entry.facts
     _, height, width = facts["size"]
     times = facts["times"]
@@ -104,13 +104,13 @@ def write_clip(coder: FrameCoder, entry: StoreEntry, path: Path) -> None:
 
 
 def decode_entry(coder: FrameCoder, entry: StoreEntry) -> Iterator[Tensor]:
-    """Decodes the mean of an entry's posterior.
+    """Decode the mean of an entry's posterior.
 
     Yields:
         Frames `(t, 3, H, W)` of the clip's true size, float32 in [0, 1].
 
     Raises:
-        NotFinite: they are not.
+        NotFinite: they are infinite or NaN.
     """
     latent = entry.tensors["mean"][None].to(next(coder.vae.parameters()))
     try:

@@ -1,4 +1,4 @@
-"""Encoding of sources into a latent store: what is left of the work, who does it, and what came of it."""
+"""Encoding of sources into a latent store: the remaining work, its distribution, and its summary."""
 
 import logging
 import time
@@ -29,7 +29,7 @@ logger = logging.getLogger("leanvae")
 
 EngineName = Literal["local", "ray"]
 
-# Of a file with more, the clips before a damage are kept: they cannot all wait in memory for its end.
+# In larger files, clips before damage are kept, because they cannot all wait in memory for the file's end.
 _BYTES_HELD_OF_A_SOURCE = 2**29
 
 
@@ -43,20 +43,21 @@ def encode_clips(
     shard_bytes: int = 2**28,
     update_checkpoint: bool = False,
 ) -> dict[str, Any]:
-    """Encodes clips into a store, or goes on with that; to be called by all ranks together.
+    """Encode clips into a store, or resume that; all ranks call it together.
 
-    Killed at any moment and called again, it leaves each clip in the store exactly once. Sources are shared out over
-    the ranks by a hash of their names. A source that cannot be used is noted with its reason, and tried again if its
-    file has changed, or if the reason may pass, as that of a network or of a decoder that was killed.
+    If it is killed at any moment and called again, each clip ends up in the store exactly once. Sources are divided
+    among the ranks by a hash of their names. An unusable source is recorded with the reason. It is tried again if its
+    file has changed, or if the reason may be temporary, such as a network or a killed decoder.
 
     Args:
         inputs: as in `leanvae.latents.clips.list_sources`.
         output: path or fsspec address of the store's folder.
-        job: how clips are decoded and encoded.
-        device: where the model runs; with Ray, `cuda` gives each of its actors a GPU.
-        engine: `local`, or `ray` for a cluster, where this process writes what the actors encode.
+        job: settings of decoding and encoding.
+        device: device of the model; with Ray, `cuda` gives each actor a GPU.
+        engine: `local`, or `ray` for a cluster, whose actors encode while this process writes.
         shard_bytes: length of a shard.
-        update_checkpoint: write the latents' mean and standard deviation into the checkpoint's configuration.
+        update_checkpoint: whether to write the latents' mean and standard deviation into the checkpoint's
+            configuration.
 
     Returns:
         The content of `summary.json`: `sources`, `clips`, `frames`, `shards` and `bytes` of the store, `skipped`
@@ -64,8 +65,8 @@ def encode_clips(
         `seconds`, `clips_per_second` and `frames_per_second` of this run over all ranks.
 
     Raises:
-        SourceError: an input is missing or wrongly written.
-        StoreError: the store was made with something else; the message says what differs.
+        SourceError: an input is missing or malformed.
+        StoreError: the store was made with other settings; the message says which.
         InvalidInput: another run is writing to the store.
         NotFinite: the model's output is not finite.
         OSError: a file cannot be written; it is named.
@@ -73,12 +74,14 @@ def encode_clips(
     if engine == "ray" and world_size() > 1:
         raise InvalidInput("--engine ray: Ray starts its own processes; start one with plain python")
     if job.nvdec and (engine == "ray" or not device.startswith("cuda")):
-        raise InvalidInput(f"--nvdec: decodes on the model's GPU, and not with --device {device} and --engine {engine}")
+        raise InvalidInput(
+            f"--nvdec decodes on the model's GPU: not possible with --device {device} and --engine {engine}"
+        )
     if job.nvdec:
-        import_module("leanvae.media.nvdec")  # says what is missing now, and not of each file
+        import_module("leanvae.media.nvdec")  # reports a missing package once, not for each file
     if update_checkpoint and not Path(job.checkpoint, CONFIG_FILE).is_file():
         raise InvalidInput(f"--update-checkpoint: {job.checkpoint} is not a folder with a {CONFIG_FILE}")
-    unreadable: dict[str, str] = {}  # folders, and why; known on the main rank
+    unreadable: dict[str, str] = {}  # folders with the reason; only on the main rank
     store, sources = Store(output), on_main(lambda: list_sources(inputs, unreadable))
     on_main(lambda: logger.info(weights_line(job.checkpoint)))
     stored_vae = load_vae(job.checkpoint)
@@ -100,7 +103,7 @@ def encode_clips(
 
 
 def _made_with(job: EncodeJob, vae: VAE, checkpoint: str) -> dict[str, Any]:
-    """Lists what all entries of a store have in common."""
+    """List the properties that all entries of a store share."""
     compute_dtype = job.compute_dtype or next(vae.parameters()).dtype
     return {
         "model": type(vae).__name__,
@@ -116,7 +119,7 @@ def _made_with(job: EncodeJob, vae: VAE, checkpoint: str) -> dict[str, Any]:
 
 
 def _orders(store: Store, sources: Sequence[Item]) -> list[Order]:
-    """The sources that are left, each with the first frames of its clips that the store has already."""
+    """Return the remaining sources, each with the first frames of the clips that are already stored."""
     records = store.sources()
     left = [source for source in sources if not _is_done(source, records.get(source.id))]
     known: dict[str, set[int]] = defaultdict(set)
@@ -128,7 +131,7 @@ def _orders(store: Store, sources: Sequence[Item]) -> list[Order]:
 
 
 def _is_done(source: Item, record: SourceRecord | None) -> bool:
-    """Whether there is nothing left to do: it has been encoded, or cannot be used until its file changes."""
+    """Tell whether nothing is left to do: it has been encoded, or cannot be used until its file changes."""
     if record is None:
         return False
     return record.reason is None or (record.modified != -1 and record.modified == modification_time(source.address))
@@ -146,7 +149,7 @@ def _encode(job: EncodeJob, device: str, engine: EngineName, vae: VAE, orders: S
 
 @dataclass
 class _OpenSource:
-    """A source of which not all clips have been encoded yet."""
+    """A source whose clips have not all been encoded yet."""
 
     entries: list[StoreEntry] = field(default_factory=list)
     num_bytes: int = 0
@@ -156,7 +159,7 @@ class _OpenSource:
 
 
 class _Collector:
-    """Brings clips of a source together, and writes them when the source has proved to be good."""
+    """A collector of each source's clips, which writes them once the source has proved to be good."""
 
     def __init__(
         self, writer: ShardWriter, progress: Progress, job: EncodeJob, checkpoint: str, orders: Sequence[Order]
@@ -170,7 +173,7 @@ class _Collector:
         self._closed: set[str] = set()
 
     def take(self, encoded: Encoded) -> None:
-        """Takes what an engine yields."""
+        """Take an engine's output."""
         source = encoded.source
         if source.id in self._closed:
             return  # a clip of a source that was rejected
@@ -224,7 +227,7 @@ def _run_figures(counts: Sequence[int], seconds: float) -> dict[str, Any]:
 def _close(
     store: Store, sources: Sequence[Item], unreadable: dict[str, str], run: dict[str, Any], update: EncodeJob | None
 ) -> dict[str, Any]:
-    """Writes what is about the store as a whole, and the summary, which it returns."""
+    """Write the files about the store as a whole; return the summary."""
     index = store.merge_indexes()
     facts = [store.shard_facts(shard) for shard in store.shards()]
     moments = merge_moments(shard.moments for shard in facts)
@@ -254,11 +257,11 @@ def _close(
 
 
 def write_statistics(checkpoint: Path, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Writes `latent_mean` and `latent_std` into a checkpoint folder's configuration.
+    """Write `latent_mean` and `latent_std` into a checkpoint folder's configuration.
 
     Raises:
         StoreError: a channel is constant, and cannot be scaled.
     """
     if min(std) <= 0:
-        raise StoreError(f"latent_std: channel {list(std).index(min(std))} is constant: {checkpoint} stays as it is")
+        raise StoreError(f"latent_std: channel {list(std).index(min(std))} is constant: {checkpoint} is not changed")
     update_config(checkpoint, {"latent_mean": list(mean), "latent_std": list(std)})

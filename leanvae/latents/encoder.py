@@ -1,4 +1,4 @@
-"""Pieces of clips to latents: short clips of one shape in batches, long ones piece by piece, as they come."""
+"""Encoding pieces of clips: short clips of one shape in batches, long ones piece by piece, in order of arrival."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -20,25 +20,25 @@ from litevae.memory import return_freed_memory
 from litevae.posterior import DiagonalGaussian
 
 _FLIPPED = "flipped_"
-_SECONDS_BETWEEN_RETURNS = 0.25  # of memory to the system
+_SECONDS_BETWEEN_RETURNS = 0.25  # between returns of freed memory to the system
 
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """How clips are decoded and encoded.
+    """The settings of decoding and encoding.
 
     Attributes:
-        checkpoint: what `load_vae` reads.
-        rule: how files become clips.
+        checkpoint: a checkpoint in any form that `load_vae` reads.
+        rule: the rule by which files become clips.
         dtype: type of the latents.
-        compute_dtype: type of the weights; as stored if None.
-        batch_size: clips encoded together.
-        flips: also encode mirror images.
-        thumbnails: also keep the first frame of each clip.
-        num_workers: decoder processes.
+        compute_dtype: type of the weights; None uses the stored one.
+        batch_size: number of clips to encode together.
+        flips: whether to also encode mirror images.
+        thumbnails: whether to also keep the first frame of each clip.
+        num_workers: number of decoder processes.
         timeout: seconds that a decoder may be silent.
         memory_limit: as in `LeanVAE.encode`.
-        nvdec: decode by the GPU that the model is on.
+        nvdec: whether to decode on the model's GPU.
     """
 
     checkpoint: str | Path
@@ -56,12 +56,12 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """A clip's posterior, and where the clip comes from.
+    """A clip's posterior, and the clip's origin.
 
     Attributes:
         last: the clip's last piece, without its frames.
-        times: (T,) seconds since the file's start of all its frames.
-        thumbnail: first frame as JPEG, if wanted.
+        times: (T,) seconds of all its frames since the file's start.
+        thumbnail: first frame as JPEG, if requested.
         tensors: `mean` and `logvar` `(Z, T', H', W')`, and with flips `flipped_mean` and `flipped_logvar`.
     """
 
@@ -77,14 +77,14 @@ Encoded = EncodedClip | Finished | Rejected
 
 
 class ClipEncoder:
-    """Encodes pieces of clips.
+    """An encoder of pieces of clips.
 
     Args:
-        vae: the model; a `LiteVAE` encodes each frame for itself.
-        dtype: of the latents.
-        batch_size: clips that are encoded together, where they have one shape and come in one piece.
-        flips: also encode each clip mirrored left to right.
-        memory_limit: as in `LeanVAE.encode`; on CPUs 6 GiB if None.
+        vae: the model; a `LiteVAE` encodes each frame separately.
+        dtype: type of the latents.
+        batch_size: number of clips to encode together, if they have the same shape and arrive in one piece.
+        flips: whether to also encode each clip mirrored horizontally.
+        memory_limit: as in `LeanVAE.encode`; None means 6 GiB on CPUs.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class ClipEncoder:
         self._memory_returned = 0.0
 
     def run(self, decoded: Iterator[Decoded]) -> Iterator[Encoded]:
-        """Encodes what decoders yield; what they say of sources is passed on.
+        """Encode the output of decoders; their reports on sources pass through.
 
         Raises:
-            NotFinite: the model's output is not.
+            NotFinite: the model's output is infinite or NaN.
         """
         for result in decoded:
             if isinstance(result, Piece):
@@ -121,7 +121,9 @@ class ClipEncoder:
             batch.append(piece)
             if len(batch) == self._batch_size:
                 yield from self._encode_batch(self._waiting.pop(shape))
-            elif sum(map(len, self._waiting.values())) >= 2 * self._batch_size:  # of many shapes, none may ever fill
+            elif (
+                sum(map(len, self._waiting.values())) >= 2 * self._batch_size
+            ):  # with many shapes, no batch might ever fill
                 fullest = max(self._waiting, key=lambda shape: len(self._waiting[shape]))
                 yield from self._encode_batch(self._waiting.pop(fullest))
             return
@@ -144,13 +146,13 @@ class ClipEncoder:
             yield self._finish(piece, piece.times, piece.thumbnail, DiagonalGaussian(mean, logvar))
 
     def _return_memory(self) -> None:
-        """Keeps the heap from growing: frames come and go beside what stays. Now and then, since it takes time."""
+        """Return freed memory now and then, because frames come and go beside kept tensors, and the heap would grow."""
         if time.monotonic() - self._memory_returned > _SECONDS_BETWEEN_RETURNS:
             return_freed_memory(next(self._coder.vae.parameters()).device)
             self._memory_returned = time.monotonic()
 
     def _views(self, pieces: list[Piece]) -> list[NDArray[np.uint8]]:
-        """The frames of each piece; with flips, each is followed by its mirror image."""
+        """Return the frames of each piece; with flips, each is followed by its mirror image."""
         if not self._flips:
             return [piece.frames for piece in pieces]
         return [frames for piece in pieces for frames in (piece.frames, piece.frames[:, :, ::-1])]
@@ -158,7 +160,7 @@ class ClipEncoder:
     def _finish(
         self, piece: Piece, times: list[float], thumbnail: bytes | None, posterior: DiagonalGaussian
     ) -> EncodedClip:
-        """Packs the posterior `(1 or 2, Z, T', H', W')` of a clip and, with flips, its mirror image."""
+        """Pack the posterior `(1 or 2, Z, T', H', W')` of a clip and, with flips, its mirror image."""
         tensors = {}
         for prefix, mean, logvar in zip(("", _FLIPPED), posterior.mean, posterior.logvar, strict=False):
             tensors[f"{prefix}mean"] = mean.to("cpu", self._dtype).contiguous()
@@ -172,7 +174,7 @@ class ClipEncoder:
         return EncodedClip(piece.source, piece.first, last, times, thumbnail, tensors)
 
     def _forget(self, source: Item, is_void: bool) -> None:
-        """Drops the clips of a source that will not end, or, if it is void, all that have not been encoded yet."""
+        """Drop the clips of a source that will not end or, if it is void, all that have not been encoded yet."""
         for key in [key for key in self._open if key[0] == source.id]:
             del self._open[key]
         if is_void:
@@ -184,7 +186,7 @@ class ClipEncoder:
 
 @dataclass
 class _LongClip:
-    """A clip that comes in pieces."""
+    """A clip that arrives in pieces."""
 
     encoder: EncoderStream | ImageEncoder
     thumbnail: bytes | None
@@ -192,7 +194,7 @@ class _LongClip:
     posteriors: list[DiagonalGaussian] = field(default_factory=list)
 
     def encode(self, x: Tensor, piece: Piece) -> None:
-        """Encodes the next piece, which is `x` for the model."""
+        """Encode the next piece, which is `x` for the model."""
         self.times += piece.times
         found = [self.encoder.push(part) for part in self.encoder.split(x)]
         if piece.ends:
@@ -201,29 +203,29 @@ class _LongClip:
 
 
 def make_request(job: EncodeJob, vae: VAE) -> ClipRequest:
-    """What decoders need to know to serve a model where it is."""
+    """Return the settings for decoders that serve a model on its device."""
     gpu = str(next(vae.parameters()).device) if job.nvdec else None
     return ClipRequest(job.rule, frames_per_latent(vae), job.thumbnails, gpu)
 
 
 def make_encoder(job: EncodeJob, vae: VAE, device: str) -> ClipEncoder:
-    """An encoder with a model as `load_vae` gave it, which is prepared for inference on a device."""
+    """Make an encoder with a model from `load_vae`, prepared for inference on a device."""
     vae = vae.to(device, job.compute_dtype).compile()
     return ClipEncoder(vae, job.dtype, job.batch_size, job.flips, job.memory_limit)
 
 
 def encode_here(job: EncodeJob, vae: VAE, device: str, orders: Sequence[Order]) -> Iterator[Encoded]:
-    """Encodes in this process what decoder processes send."""
+    """Encode the output of decoder processes in this process."""
     encoder = make_encoder(job, vae, device)
     ahead = 2 * (job.num_workers + job.batch_size)
     return encoder.run(decode_ahead(orders, make_request(job, vae), job.num_workers, ahead, job.timeout))
 
 
 def make_entry(clip: EncodedClip, rule: ClipRule, checkpoint: str) -> StoreEntry:
-    """Puts together what the store keeps of a clip.
+    """Assemble a clip's entry for the store.
 
     Args:
-        checkpoint: hash of the weights and the configuration that it was encoded with.
+        checkpoint: hash of the weights and the configuration of its encoder.
     """
     source, last, caption = clip.source, clip.last, clip.source.columns.get("caption")
     facts = {

@@ -1,4 +1,4 @@
-"""An entry of the store: what the members of a clip in a tar hold."""
+"""An entry of the store: the members of a clip in a tar."""
 
 import json
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _NEEDED_FACTS = set("key source start end first_frame stride fps times size sour
 
 
 class StoreError(InvalidInput):
-    """A store is missing, damaged or another one than expected; the message says which store and how."""
+    """A store is missing, damaged or not the expected one; the message says which store and how."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class StoreEntry:
     """A clip in the store.
 
     Attributes:
-        facts: all that is known about it; the content of its JSON member.
-        tensors: the safetensors member: `mean` and `logvar` `(Z, T', H', W')`, and perhaps those of its mirror image.
+        facts: its metadata, the content of its JSON member.
+        tensors: the safetensors member: `mean` and `logvar` `(Z, T', H', W')`, and possibly those of its mirror image.
         thumbnail: the clip's first frame as JPEG, if there is one.
     """
 
@@ -39,7 +39,7 @@ class StoreEntry:
         return self.facts["key"]
 
     def members(self) -> dict[str, bytes]:
-        """Returns the content of its members by extension."""
+        """Return the content of its members by extension."""
         members = {TENSORS: save(self.tensors), FACTS: json.dumps(self.facts, default=str).encode()}
         if self.thumbnail is not None:
             members[THUMBNAIL] = self.thumbnail
@@ -47,10 +47,10 @@ class StoreEntry:
 
 
 def read_json(data: bytes, name: str) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Raises:
-        StoreError: the data are something else; the message begins with `name`.
+        StoreError: the data are not a JSON object; the message begins with `name`.
     """
     try:
         content = json.loads(data)
@@ -62,10 +62,10 @@ def read_json(data: bytes, name: str) -> dict[str, Any]:
 
 
 def parse_facts(data: bytes, name: str) -> dict[str, Any]:
-    """Reads an entry's JSON member.
+    """Read an entry's JSON member.
 
     Raises:
-        StoreError: it holds something else; the message begins with `name`.
+        StoreError: it is not valid; the message begins with `name`.
     """
     facts = read_json(data, name)
     missing = _NEEDED_FACTS - facts.keys()
@@ -77,10 +77,10 @@ def parse_facts(data: bytes, name: str) -> dict[str, Any]:
 
 
 def read_tensors(data: bytes, name: str) -> dict[str, Tensor]:
-    """Reads a safetensors member.
+    """Read a safetensors member.
 
     Raises:
-        StoreError: it holds something else; the message begins with `name`.
+        StoreError: it is not valid; the message begins with `name`.
     """
     try:
         tensors = load(data)
@@ -92,11 +92,11 @@ def read_tensors(data: bytes, name: str) -> dict[str, Tensor]:
 
 
 def read_entry(path: Path) -> StoreEntry:
-    """Reads an entry that was taken out of a tar: `KEY.safetensors` with `KEY.json` beside it.
+    """Read an entry extracted from a tar: `KEY.safetensors` with `KEY.json` beside it.
 
     Raises:
         MissingFile: one of the files is missing.
-        StoreError: one of them holds something else.
+        StoreError: one of them is not valid.
     """
     facts = path.with_suffix(f".{FACTS}")
     for file, other in ((path, facts), (facts, path)):

@@ -1,4 +1,4 @@
-"""Latents that are encoded while they are needed, for training that augments its clips."""
+"""Latents encoded on the fly, for training that augments its clips."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -25,28 +25,28 @@ _AUGMENTATION, _NOISE = 3, 2
 
 
 class OnlineLatents:
-    """The clips of sources, encoded on the fly, as an iterable of the items that `LatentClips` has.
+    """The clips of sources, encoded on the fly, as an iterable of the items of `LatentClips`.
 
-    Each iteration is an epoch over this rank's share of the sources, in an order that the seed and the epoch decide;
-    clips come as they get done. Clips of a file that proves to be damaged may have come before that shows.
+    Each iteration is an epoch over this rank's share of the sources, in an order given by seed and epoch. Clips are
+    yielded as they are finished. Clips of a damaged file may be yielded before the damage shows.
 
     Args:
         sources: as in `leanvae.latents.clips.list_sources`.
-        vae: the model, on the device and in the type that it shall compute with.
-        rule: how files become clips.
-        mode: take the posterior's mean instead of a sample.
-        flip: mirror half of the clips left to right.
-        augment: makes other frames (t, H, W, 3) uint8, of the same shape, out of a clip's; a clip that is longer than
-            some seconds comes in pieces, each with a generator in the same state.
+        vae: the model, on the device and in the type to compute with.
+        rule: the rule by which files become clips.
+        mode: whether to take the posterior's mean instead of a sample.
+        flip: whether to mirror half of the clips horizontally.
+        augment: maps a clip's frames (t, H, W, 3) uint8 to others of the same shape; a clip longer than some seconds
+            comes in pieces, each with a generator in the same state.
         normalize: as in `LeanVAE.encode`.
-        batch_size: clips encoded together.
-        num_workers: decoder processes.
+        batch_size: number of clips to encode together.
+        num_workers: number of decoder processes.
         timeout: seconds that one of them may be silent.
-        seed: of order, flips, augmentation and samples.
-        rank, world_size: of this process; by default those that it has in distributed training.
+        seed: seed of order, flips, augmentation and samples.
+        rank, world_size: place of this process; None means its place in distributed training.
 
     Attributes:
-        epoch: the current epoch; it moves on when one has been iterated over.
+        epoch: the current epoch; it advances after an iteration.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class OnlineLatents:
         self.epoch = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields the items of an epoch.
+        """Yield the items of an epoch.
 
         Raises:
             InvalidInput: this is a `DataLoader` worker, which may not start decoder processes.
         """
         if get_worker_info() is not None:
-            raise InvalidInput("OnlineLatents has decoder processes of its own: give the DataLoader num_workers=0")
+            raise InvalidInput("OnlineLatents has its own decoder processes: give the DataLoader num_workers=0")
         order = epoch_order(len(self._sources), self._seed, self.epoch)[self._rank :: self._world_size]
         orders = ((self._sources[number], frozenset[int]()) for number in order.tolist())
         ahead = 2 * (self._num_workers + self._batch_size)

@@ -1,7 +1,7 @@
 """Encoding on a Ray cluster: CPU tasks decode, actors with a model each encode, and the caller writes.
 
-Ray repeats the tasks of workers and nodes that die, and hands on each result once; what reaches the caller goes the
-same way into the store as that of the other engine.
+Ray repeats the tasks of workers and nodes that die, and passes on each result once. The caller stores results in the
+same way as those of the other engine.
 """
 
 import logging
@@ -23,27 +23,27 @@ with extra("ray"):
     import ray.data
 
 _SOURCES_PER_TASK = 8
-Batch = Any  # a dictionary of columns; Ray's own type also allows for tables
+Batch = Any  # a dictionary of columns; Ray's own type also allows tables
 
 
 def encode_with_ray(job: EncodeJob, vae: VAE, device: str, orders: Sequence[Order]) -> Iterator[Encoded]:
-    """Encodes sources on the cluster that `RAY_ADDRESS` names, or on a local one.
+    """Encode sources on the cluster that `RAY_ADDRESS` names, or on a local one.
 
-    On GPUs each one gets an actor; on CPUs there is one actor for every two of them. A clip goes through the object
-    store as a whole.
+    There is an actor for each GPU or, without GPUs, for every two CPUs. A clip goes through the object store as a
+    whole.
 
     Args:
-        vae: the model as `load_vae` gave it. Actors are sent a copy, so that it is the same on every node, and no node
-            needs the checkpoint.
+        vae: the model from `load_vae`. Actors get a copy, so it is the same on every node, and no node needs the
+            checkpoint.
     """
     if not ray.is_initialized():
-        # A local cluster's workers would have the lowest priority but four, and starve beside anything else.
+        # A local cluster's workers would have a niceness of 15, and starve beside anything else.
         os.environ.setdefault("RAY_worker_niceness", "5")
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # sources that are lost so are counted as unfinished
+    context.max_errored_blocks = -1  # sources lost in this way count as unfinished
     resources = ray.cluster_resources()
     on_gpu = device.startswith("cuda")
     num_actors = int(resources.get("GPU", 1)) if on_gpu else max(1, int(resources["CPU"]) // 2)
@@ -70,7 +70,7 @@ def encode_with_ray(job: EncodeJob, vae: VAE, device: str, orders: Sequence[Orde
 
 
 def _decode(batch: Batch, request: ClipRequest) -> Iterator[Batch]:
-    """Decodes sources: a row for each clip, and one at the end of each source."""
+    """Decode sources: a row for each clip, and one at the end of each source."""
     cv2.setNumThreads(1)
     for source, known in batch["order"]:
         for result in _join_pieces(decode_source(source, request, known)):
@@ -78,7 +78,7 @@ def _decode(batch: Batch, request: ClipRequest) -> Iterator[Batch]:
 
 
 def _join_pieces(results: Iterator[Decoded]) -> Iterator[Decoded]:
-    """Puts the pieces of each clip together: several actors share the work, and none would get all of them."""
+    """Join the pieces of each clip, because they might otherwise go to several actors."""
     pieces: dict[int, list[Piece]] = {}
     for result in results:
         if not isinstance(result, Piece):
@@ -101,16 +101,16 @@ class _Encoder:
         self._encoder = make_encoder(job, vae, device)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        """Encodes a batch of clips; rows that are not clips pass through, and an error becomes one."""
+        """Encode a batch of clips; rows that are not clips pass through, and an error becomes one."""
         try:
             for result in self._encoder.run(iter(batch["decoded"])):
                 yield {"encoded": _column(result)}
-        except Exception as error:  # Ray would count its sources as lost, and say no more of it
+        except Exception as error:  # Ray would count its sources as lost, without the reason
             yield {"encoded": _column(error)}
 
 
 def _column(value: object) -> Any:
-    """A column of one object, which numpy shall not look into."""
+    """Make a column of one object, which numpy must not unpack."""
     column = np.empty(1, dtype=object)
     column[0] = value
     return column

@@ -1,4 +1,4 @@
-"""A store is read here for diffusion training: by index, or in an order that resumes exactly."""
+"""Reading a store for diffusion training: by index, or in an order that resumes exactly."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -26,24 +26,24 @@ Key = int | tuple[int, int]
 class LatentClips(Dataset[dict[str, Any]]):
     """The clips of a store, by index or one after the other.
 
-    An item is a dictionary of `latent` `(Z, T', H', W')` float32, `size` (3,) the true (T, H, W), `fps` (0 where
-    unknown), `key`, `source`, `caption` (empty where there is none) and `flipped`.
+    An item is a dictionary of `latent` `(Z, T', H', W')` float32, `size` (3,) the true (T, H, W), `fps` (0 if unknown),
+    `key`, `source`, `caption` (empty if there is none) and `flipped`.
 
-    `clips[epoch, index]` depends on the seed, the epoch and the clip alone. So does what an iteration yields: an
-    epoch's share of this rank and, in a `DataLoader` worker, of this worker. For batches of one shape give
-    `ShapeBatches` to a `DataLoader` as `batch_sampler`. `clips[index]`, which other samplers ask for, is a new sample
+    `clips[epoch, index]` depends only on the seed, the epoch and the clip. So does the output of an iteration: an
+    epoch's share of this rank and, in a `DataLoader` worker, of this worker. For batches of one shape, pass
+    `ShapeBatches` to a `DataLoader` as `batch_sampler`. `clips[index]`, which other samplers request, is a new sample
     each time, drawn with torch's global generator, as a `DataLoader` draws its order.
 
     Args:
         store: path or fsspec address.
-        mode: take the posterior's mean instead of a sample.
-        flip: take the mirror image of half of the clips; the store must hold them.
-        normalize: bring the channels to mean 0 and standard deviation 1 by the store's statistics.
-        seed: of samples, flips and order.
-        rank, world_size: of this process; by default those that it has in distributed training.
+        mode: whether to take the posterior's mean instead of a sample.
+        flip: whether to take the mirror image of half of the clips, which the store must hold.
+        normalize: whether to bring the channels to mean 0 and standard deviation 1 by the store's statistics.
+        seed: seed of samples, flips and order.
+        rank, world_size: place of this process; None means its place in distributed training.
 
     Attributes:
-        manifest: what the store was made with.
+        manifest: the record of how the store was made.
         statistics: `mean` and `std` of each channel, with `normalize`.
 
     Raises:
@@ -77,7 +77,7 @@ class LatentClips(Dataset[dict[str, Any]]):
         self._flip = flip
         self.seed = seed
         self.rank, self.world_size = process_place(rank, world_size)
-        # Seen by the copies in a loader's workers: the last epoch with who finished it, and an epoch with its position.
+        # Shared with the copies in a loader's workers: the last epoch and who finished it; an epoch and its position.
         self._progress = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._finished_here: int | None = None
         self.load_state_dict({"epoch": 0, "position": 0})
@@ -87,7 +87,7 @@ class LatentClips(Dataset[dict[str, Any]]):
 
     @property
     def epoch(self) -> int:
-        """The current epoch; it moves on when one has been iterated over, here or in a loader's workers."""
+        """The current epoch; it advances when an iteration ends, here or in a loader's workers."""
         return _unpack(self._progress[0])[0] + 1
 
     @epoch.setter
@@ -101,12 +101,12 @@ class LatentClips(Dataset[dict[str, Any]]):
         return [tuple(shape) for shape in self._index["latent_shape"].to_pylist()]
 
     def facts(self, index: int) -> dict[str, Any]:
-        """Returns a clip's row of the index, with `columns`, what its source came with, as a dictionary."""
+        """Return a clip's row of the index, with its source's `columns` as a dictionary."""
         row = self._index.slice(index, 1).to_pylist()[0]
         return {**row, "columns": json.loads(row["columns"])}
 
     def posterior(self, index: int, flipped: bool = False) -> DiagonalGaussian:
-        """Returns a clip's posterior as the store holds it, `(1, Z, T', H', W')` in float32, with its true size."""
+        """Return a clip's stored posterior, `(1, Z, T', H', W')` in float32, with its true size."""
         row = self._index.slice(index, 1).to_pylist()[0]
         return self._read(row, flipped)
 
@@ -117,14 +117,14 @@ class LatentClips(Dataset[dict[str, Any]]):
         return DiagonalGaussian(mean, logvar, tuple(row["size"]))
 
     def __getitem__(self, index: Key) -> dict[str, Any]:
-        """Gives the item of a pair of epoch and index; of an index alone, a new sample each time.
+        """Return the item of an epoch and an index; for only an index, a new sample each time.
 
         Raises:
-            InvalidInput: an index alone, with several ranks: it does not say which of them the clip is for.
+            InvalidInput: the key is only an index, which with several ranks does not say whose clip it is.
         """
         epoch, index = index if isinstance(index, tuple) else (None, index)
         if not -len(self) <= index < len(self):
-            raise IndexError(f"the store holds {len(self)} clips, there is no number {index}")
+            raise IndexError(f"index {index}: the store holds {len(self)} clips")
         index %= len(self)
         if epoch is not None:
             seed = int(np.random.SeedSequence([_NOISE, self.seed, epoch, index]).generate_state(1, np.uint64)[0])
@@ -134,7 +134,7 @@ class LatentClips(Dataset[dict[str, Any]]):
             raise InvalidInput(
                 f"clip {index}: {self.world_size} ranks would all read all clips. Give the DataLoader "
                 "batch_sampler=ShapeBatches(clips, batch_size), or make LatentClips(..., rank=0, world_size=1) and "
-                "share its indices out by a DistributedSampler. A single item is clips[epoch, index]"
+                "divide its indices by a DistributedSampler. A single item is clips[epoch, index]"
             )
         row = self._index.slice(index, 1).to_pylist()[0]
         generator = torch.Generator().manual_seed(seed)
@@ -150,12 +150,12 @@ class LatentClips(Dataset[dict[str, Any]]):
         return (latent - mean) / std
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields what is left of this rank's and this worker's share of the epoch, which then moves on."""
+        """Yield the rest of this rank's and this worker's share of the epoch, which then advances."""
         worker = get_worker_info()
         share, num_shares = (worker.id, worker.num_workers) if worker else (0, 1)
         loop = (worker.seed - worker.id) % _NO_WORKER if worker else _NO_WORKER  # the same in all its workers
         finished, finished_by = _unpack(self._progress[0])
-        # Another worker of this loop may have finished before this one begins.
+        # Another worker of this loop may finish before this one begins.
         is_late = finished_by == loop != _NO_WORKER and finished != self._finished_here
         epoch = finished if is_late else finished + 1
         order = epoch_order(len(self), self.seed, epoch)
@@ -168,25 +168,25 @@ class LatentClips(Dataset[dict[str, Any]]):
         self._finished_here = epoch
 
     def _position(self, epoch: int) -> int:
-        """Returns how many clips of an epoch all ranks together have had."""
+        """Return the number of an epoch's clips that all ranks together have had."""
         begun, position = _unpack(self._progress[1])
         return position if begun == epoch else 0
 
     def state_dict(self) -> dict[str, int]:
-        """Says where the iteration is: the epoch, and how many of its clips all ranks together have had.
+        """Return the position: the epoch, and the number of its clips that all ranks together have had.
 
         If a loader's workers iterate, only the epoch is known.
         """
         return {"epoch": self.epoch, "position": self._position(self.epoch)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues where an iteration with the same seed was, on any number of ranks."""
+        """Continue from the position of an iteration with the same seed, on any number of ranks."""
         self._progress[1] = _pack(state["epoch"], state["position"])
         self._progress[0] = _pack(state["epoch"] - 1, _NO_WORKER)
 
 
 def _pack(epoch: int, number: int) -> int:
-    """Puts an epoch and a number below 2^32 into one, which no process sees half written."""
+    """Pack an epoch and a number below 2^32 into one integer, which no process can see half written."""
     return epoch << 32 | number
 
 
@@ -195,7 +195,7 @@ def _unpack(packed: Tensor) -> tuple[int, int]:
 
 
 class ShapeBatches(Sampler[list[Key]]):
-    """Batches of clips whose latents have one shape, for a `DataLoader`'s `batch_sampler`.
+    """Batches of clips whose latents have the same shape, for a `DataLoader`'s `batch_sampler`.
 
     Each rank gets as many batches as the others, of the same shape at a time. An epoch has each clip once; where the
     last batch of a shape is not full, clips of that shape come again in it.
@@ -203,7 +203,6 @@ class ShapeBatches(Sampler[list[Key]]):
     Args:
         clips: the data set.
         batch_size: clips of a rank's batch.
-
     """
 
     def __init__(self, clips: LatentClips, batch_size: int) -> None:
@@ -218,13 +217,13 @@ class ShapeBatches(Sampler[list[Key]]):
         self._epoch = self._position = 0
 
     def __len__(self) -> int:
-        """Returns the number of batches of an epoch."""
+        """Return the number of batches of an epoch."""
         together = self._batch_size * self._clips.world_size
         return sum(-(-len(bucket) // together) for bucket in self._buckets)
 
     @property
     def epoch(self) -> int:
-        """The current epoch; it moves on when one has been iterated over. Another one begins with its first batch."""
+        """The current epoch; it advances after an iteration. The next epoch begins with its first batch."""
         return self._epoch
 
     @epoch.setter
@@ -233,7 +232,7 @@ class ShapeBatches(Sampler[list[Key]]):
             self._epoch, self._position = epoch, 0
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """Yields what is left of the epoch, which then moves on; if nothing is left, the next one."""
+        """Yield the rest of the epoch, which then advances; if nothing is left, the next epoch."""
         if 0 < len(self) <= self._position:  # a loop was left at the last batch
             self.epoch += 1
         together = self._batch_size * self._clips.world_size
@@ -245,19 +244,19 @@ class ShapeBatches(Sampler[list[Key]]):
         self.epoch += 1
 
     def state_dict(self) -> dict[str, int]:
-        """Says where the iteration is: the epoch, and its batches so far.
+        """Return the position: the epoch, and the number of its batches so far.
 
         A `DataLoader` with workers draws batches ahead: there, count those that it has yielded instead.
         """
         return {"epoch": self.epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues where an iteration with the same seed, batch size and number of ranks was."""
+        """Continue from the position of an iteration with the same seed, batch size and number of ranks."""
         self._epoch, self._position = state["epoch"], state["position"]
 
 
 def make_item(latent: Tensor, facts: dict[str, Any], flipped: bool) -> dict[str, Any]:
-    """Builds an item of a data set of latents; see `LatentClips`."""
+    """Build an item of a data set of latents; see `LatentClips`."""
     return {
         "latent": latent,
         "size": torch.tensor(facts["size"]),
@@ -270,14 +269,14 @@ def make_item(latent: Tensor, facts: dict[str, Any], flipped: bool) -> dict[str,
 
 
 def epoch_order(num_clips: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Orders the clips of an epoch: a permutation."""
+    """Order the clips of an epoch: a permutation."""
     return np.random.default_rng([_ORDER, seed, epoch]).permutation(num_clips)
 
 
 def shape_batches(
     buckets: Sequence[NDArray[np.int64]], batch_size: int, seed: int, epoch: int
 ) -> list[NDArray[np.int64]]:
-    """Orders the batches of an epoch, each from one bucket, whose last batch is filled up with its first clips."""
+    """Order an epoch's batches, each from one bucket, whose last batch is filled up with its first clips."""
     generator = np.random.default_rng([_ORDER, seed, epoch])
     batches: list[NDArray[np.int64]] = []
     for bucket in buckets:
@@ -288,7 +287,7 @@ def shape_batches(
 
 
 def process_place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Returns the rank and the number of ranks, those of this process if they are not given."""
+    """Return the rank and the number of ranks; None means those of this process."""
     if (rank is None) != (world_size is None):
         raise InvalidInput(f"rank and world_size: give both or none, got {rank} and {world_size}")
     if rank is None or world_size is None:

@@ -1,4 +1,4 @@
-"""A store is opened for writing here: by one run at a time, with the same weights, rule and types as before."""
+"""Opening a store for writing: by one run at a time, with the same weights, rule and types as before."""
 
 import fcntl
 import hashlib
@@ -17,9 +17,9 @@ from litevae.pretrained import STATISTICS_FIELDS
 
 
 def hash_checkpoint(vae: VAE) -> str:
-    """Computes the SHA-256 of a model's configuration, without the latents' statistics, and its weights as stored."""
+    """Compute the SHA-256 of a model's configuration, without the latents' statistics, and its stored weights."""
     digest = hashlib.sha256()
-    # Without defaults, fields that configurations may gain leave the hash as it is.
+    # Without defaults, so that new fields of configurations do not change the hash.
     digest.update(vae.config.model_dump_json(exclude=STATISTICS_FIELDS, exclude_defaults=True).encode())
     for name, value in sorted(vae.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -29,14 +29,14 @@ def hash_checkpoint(vae: VAE) -> str:
 
 @contextmanager
 def writing(store: Store, made_with: dict[str, Any]) -> Iterator[None]:
-    """Holds a store open for all ranks of a run; all of them enter it together.
+    """Keep a store open for all ranks of a run, which enter the block together.
 
     Args:
         store: the store.
-        made_with: everything that the store's entries must have in common.
+        made_with: the properties that the store's entries must share.
 
     Raises:
-        StoreError: the store was made with something else; the message says what differs.
+        StoreError: the store was made with other settings; the message says which.
         InvalidInput: another run is writing to it.
     """
     descriptors: list[int] = []
@@ -51,7 +51,8 @@ def writing(store: Store, made_with: dict[str, Any]) -> Iterator[None]:
     try:
         on_main(begin)
         if store.is_local:
-            # From here on all ranks share the lock, so that one that outlives the others keeps the next run waiting.
+            # From here on all ranks share the lock, so that the next run waits even for a rank that outlives the
+            # others.
             if not descriptors:
                 descriptors.append(os.open(store.path(LOCK_FILE), os.O_RDWR | os.O_CLOEXEC))
             fcntl.flock(descriptors[0], fcntl.LOCK_SH)
@@ -78,7 +79,7 @@ def _prepare(store: Store, made_with: dict[str, Any]) -> None:
 
 
 def find_differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """Lists the keys in which two nested dictionaries differ, with both values."""
+    """List the keys in which two nested dictionaries differ, with both values."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)

@@ -1,4 +1,4 @@
-"""Shards are written here; each becomes part of the store in one step."""
+"""Writing shards, each of which becomes part of the store in one step."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ from leanvae.latents.store import SHARDS, SHARED_COLUMNS, ShardFacts, SourceReco
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_INDEXED = {TENSORS: "", FACTS: "facts_"}  # members whose place the index gives, with the prefix of its columns
-_SECONDS_PER_SHARD = 120.0  # the most work that a kill can cost
+_INDEXED = {TENSORS: "", FACTS: "facts_"}  # members whose place is in the index, with the prefix of its columns
+_SECONDS_PER_SHARD = 120.0  # most work that a kill can cost
 
 
 class ShardWriter:
-    """Writer of shards, to be used in a `with` block; the block's regular end completes the last shard.
+    """Writer of shards, used in a `with` block; its regular end completes the last shard.
 
     Args:
         store: the store.
@@ -50,18 +50,18 @@ class ShardWriter:
                 self._shard.discard()
 
     def add(self, entries: Sequence[StoreEntry]) -> None:
-        """Adds entries."""
+        """Add entries."""
         for entry in entries:
             if self._shard is None:
                 self._shard = _OpenShard(self._store, self._name)
             self._shard.add(entry)
 
     def note(self, record: SourceRecord) -> None:
-        """Notes a source whose entries have all been added."""
+        """Record a source whose entries have all been added."""
         self._records.append(record)
 
     def complete_if_due(self) -> None:
-        """Completes the shard if it is long or old enough."""
+        """Complete the shard if it is long or old enough."""
         shard = self._shard
         if shard is not None and (
             shard.num_bytes >= self._shard_bytes or time.monotonic() - shard.started > _SECONDS_PER_SHARD
@@ -69,7 +69,7 @@ class ShardWriter:
             self.complete()
 
     def complete(self) -> None:
-        """Makes what was added part of the store: first the entries, then the sources that they complete."""
+        """Make the added entries part of the store, then the sources that they complete."""
         if self._shard is None and not self._records:
             return
         if self._shard is not None:
@@ -129,7 +129,7 @@ class _OpenShard:
         self._stack.close()
 
     def discard(self) -> None:
-        with suppress(OSError):  # what is still to be written may not fit
+        with suppress(OSError):  # the unwritten rest may not fit on the disk
             self._stack.__exit__(RuntimeError, RuntimeError("the shard is given up"), None)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """Sums over latents, which are samples of posteriors and so distributed as the mixture of these.
+    """Sums over latents, which are samples of posteriors and thus distributed as their mixture.
 
     Attributes:
         count: number of elements per channel.
@@ -24,13 +24,13 @@ class Moments:
     square_sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def add(self, mean: Tensor, logvar: Tensor) -> None:
-        """Adds a posterior, whose parameters are `(Z, T', H', W')`."""
+        """Add a posterior, whose parameters are `(Z, T', H', W')`."""
         mean, logvar = mean.flatten(1).double(), logvar.flatten(1).double()
         squares = (mean.square() + logvar.exp()).sum(1)
         self.merge(Moments(mean.shape[1], mean.sum(1).numpy(), squares.numpy()))
 
     def merge(self, other: "Moments") -> None:
-        """Adds the sums over other latents."""
+        """Add the sums over other latents."""
         if not self.count:
             self.sums, self.square_sums = np.zeros_like(other.sums), np.zeros_like(other.square_sums)
         if other.count:
@@ -50,17 +50,17 @@ class Moments:
         return np.sqrt(np.maximum(0.0, self.square_sums / max(1, self.count) - mean**2)).tolist()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the sums as a shard's index holds them."""
+        """Return the sums in the form of a shard's index."""
         return {"count": self.count, "sums": self.sums.tolist(), "square_sums": self.square_sums.tolist()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Moments":
-        """Reads what `to_json` returned."""
+        """Read the output of `to_json`."""
         return cls(values["count"], np.asarray(values["sums"]), np.asarray(values["square_sums"]))
 
 
 def merge_moments(parts: Iterable[Moments]) -> Moments:
-    """Adds the sums of all parts."""
+    """Add the sums of all parts."""
     total = Moments()
     for part in parts:
         total.merge(part)

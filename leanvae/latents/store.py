@@ -1,16 +1,16 @@
-"""The store on disk or at any fsspec address: shards with their indexes, and what is known about the sources.
+"""The store on disk or at any fsspec address: shards with their indexes, and records of the sources.
 
-    store.json              what the store was made with; only clips made alike may be added
+    store.json              how the store was made; only clips made in the same way may be added
     shards/NAME.tar         entries, in WebDataset's form
     shards/NAME.parquet     a row for each of them; written before the tar appears under its name
     sources/NAME.parquet    finished sources: their number of clips, or why they cannot be used
-    index.parquet           the rows of all shards; while a run is writing there is none
+    index.parquet           the rows of all shards; missing while a run is writing
     statistics.json         mean and standard deviation of the latents' channels
-    summary.json            what the last run did
+    summary.json            the work of the last run
 
-A tar appears under its name in one step, complete and with its index in place, so the tars alone decide what the store
-holds. A source is noted as finished after its last clip is in a tar. So a run that was killed repeats at most the
-decoding of sources whose clips are already stored.
+A tar appears under its name in one step, complete and with its index in place, so only the tars decide what the store
+holds. A source is recorded as finished after its last clip is in a tar. So after a kill, at most the decoding of
+sources whose clips are already stored is repeated.
 """
 
 import errno
@@ -60,7 +60,7 @@ SOURCE_SCHEMA = pa.schema([
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Names a file in errors that do not, such as those of a full disk or a network."""
+    """Name a file in errors that do not, such as those of a full disk or a network."""
     try:
         yield
     except FileNotFoundError:
@@ -133,11 +133,11 @@ class Store:
         return self._fs
 
     def path(self, name: str) -> str:
-        """Returns a file's path in the store's file system."""
+        """Return a file's path in the store's file system."""
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Says whether a file exists.
+        """Tell whether a file exists.
 
         Raises:
             OSError: the file system does not answer; fsspec's own `exists` and `isdir` would return False.
@@ -151,7 +151,7 @@ class Store:
         return True
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Reads a file, or the bytes from `start` to `end`.
+        """Read a file, or the bytes from `start` to `end`.
 
         Raises:
             StoreError: the file does not exist.
@@ -163,12 +163,12 @@ class Store:
             raise StoreError(f"{self.address}: {name} is missing") from error
 
     def names(self, folder: str, suffix: str) -> list[str]:
-        """Lists a folder's files by name without the suffix, sorted; hidden files are left out."""
+        """List a folder's files by name without the suffix, sorted; hidden files are left out."""
         names = [path.rpartition("/")[2] for path in self._paths(folder)]
         return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix) and name[0] != ".")
 
     def _paths(self, folder: str) -> list[str]:
-        """Lists the paths in a folder; none if it does not exist."""
+        """List the paths in a folder; none if it does not exist."""
         self.fs.invalidate_cache()  # other ranks write too
         try:
             with naming(self.path(folder)):
@@ -178,7 +178,7 @@ class Store:
 
     @contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
-        """Gives a local path to write to; the file appears under its name, complete, when the block succeeds."""
+        """Yield a local path to write to; the file gets its name, complete, when the block succeeds."""
         self.fs.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
         if self.is_local:
             with naming(self.path(name)), atomic_path(self.path(name)) as temporary:
@@ -188,7 +188,7 @@ class Store:
             file = Path(folder, "file")
             with naming(str(file)):
                 yield file
-            # Not every file system writes a file in one step, but all of them rename in one.
+            # Not every file system writes a file atomically, but all of them rename atomically.
             folder_name, _, base = self.path(name).rpartition("/")
             arriving = f"{folder_name}/.{base}.{os.getpid()}.tmp"
             with naming(self.path(name)):
@@ -196,17 +196,17 @@ class Store:
                 self.fs.mv(arriving, self.path(name))
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file, which appears complete or not at all."""
+        """Write a file atomically."""
         with self.new_file(name) as temporary:
             temporary.write_bytes(data)
 
     def remove(self, name: str) -> None:
-        """Removes a file if it exists."""
+        """Remove a file if it exists."""
         if self.exists(name):
             self.fs.rm_file(self.path(name))
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Reads a JSON file.
+        """Read a JSON file.
 
         Raises:
             StoreError: it is missing or damaged.
@@ -214,11 +214,11 @@ class Store:
         return read_json(self.read(name), f"{self.address}: {name}")
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Writes a JSON file."""
+        """Write a JSON file."""
         self.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def read_table(self, name: str) -> pa.Table:
-        """Reads a Parquet file.
+        """Read a Parquet file.
 
         Raises:
             StoreError: it is missing or damaged.
@@ -230,15 +230,15 @@ class Store:
             raise StoreError(f"{self.address}: {name} is not a valid Parquet file: {error}") from error
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """Writes a Parquet file."""
+        """Write a Parquet file."""
         with self.new_file(name) as temporary:
             pq.write_table(table, temporary, compression="zstd")
 
     def manifest(self) -> dict[str, Any]:
-        """Reads what the store was made with.
+        """Read the record of how the store was made.
 
         Raises:
-            StoreError: there is no store here, or it has another format.
+            StoreError: the store does not exist, or has another format.
         """
         if not self.exists(MANIFEST):
             raise StoreError(f"{self.address}: not a latent store: {MANIFEST} is missing")
@@ -248,11 +248,11 @@ class Store:
         return manifest
 
     def shards(self) -> list[str]:
-        """Lists the names of the shards."""
+        """List the names of the shards."""
         return self.names(SHARDS, ".tar")
 
     def shard_index(self, shard: str) -> pa.Table:
-        """Reads a shard's index, a row for each clip.
+        """Read a shard's index, a row for each clip.
 
         Raises:
             StoreError: it is missing or damaged.
@@ -264,7 +264,7 @@ class Store:
         return table
 
     def shard_facts(self, shard: str) -> ShardFacts:
-        """Reads what a shard's index says about the shard itself.
+        """Read a shard's facts from its index.
 
         Raises:
             StoreError: it is missing or damaged.
@@ -278,31 +278,31 @@ class Store:
             raise StoreError(f"{self.address}: {name} does not describe its shard: {error!r}") from error
 
     def write_shard_index(self, shard: str, rows: Sequence[dict[str, Any]], facts: ShardFacts) -> None:
-        """Writes a shard's index; the tar itself follows."""
+        """Write a shard's index, before the tar itself."""
         described = {"sha256": facts.sha256, "bytes": facts.bytes, "moments": facts.moments.to_json()}
         table = pa.Table.from_pylist(list(rows), INDEX_SCHEMA)
         table = table.replace_schema_metadata({_METADATA: json.dumps(described).encode()})
         self.write_table(f"{SHARDS}/{shard}.parquet", table)
 
     def index(self) -> pa.Table:
-        """Returns a row for each clip, shard by shard; also while a run is writing."""
+        """Return a row for each clip, shard by shard, even while a run is writing."""
         return self.read_table(INDEX) if self.exists(INDEX) else self.merge_indexes()
 
     def merge_indexes(self) -> pa.Table:
-        """Returns a row for each clip, from the shards' own indexes."""
+        """Return a row for each clip, from the shards' own indexes."""
         tables = [self.shard_index(shard) for shard in self.shards()]
         return pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
 
     def read_tensors(self, row: dict[str, Any]) -> dict[str, Tensor]:
-        """Reads the tensors of the entry that a row of the index describes."""
+        """Read the tensors of the entry described by a row of the index."""
         data, place = self._read_member(row, "")
         return read_tensors(data, f"{place}.{TENSORS}")
 
     def read_entry(self, row: dict[str, Any]) -> StoreEntry:
-        """Reads the entry that a row of the index describes, without its thumbnail.
+        """Read the entry described by a row of the index, without its thumbnail.
 
         Raises:
-            StoreError: the shard does not hold what the index says.
+            StoreError: the shard does not match the index.
         """
         data, place = self._read_member(row, "facts_")
         return StoreEntry(parse_facts(data, f"{place}.{FACTS}"), self.read_tensors(row))
@@ -313,7 +313,7 @@ class Store:
         return self.read(name, start, start + row[f"{prefix}bytes"]), f"{self.address}: {name}: {row['key']}"
 
     def sources(self) -> dict[str, SourceRecord]:
-        """Returns the finished sources by id; of a source noted twice, the note that it could be used counts."""
+        """Return the finished sources by id; if one is recorded twice, the record of a usable source counts."""
         records: dict[str, SourceRecord] = {}
         for name in self.names(SOURCES, ".parquet"):
             for row in self.read_table(f"{SOURCES}/{name}.parquet").to_pylist():
@@ -323,17 +323,17 @@ class Store:
         return records
 
     def write_sources(self, name: str, records: Sequence[SourceRecord]) -> None:
-        """Notes finished sources."""
+        """Record finished sources."""
         table = pa.Table.from_pylist([asdict(record) for record in records], SOURCE_SCHEMA)
         self.write_table(f"{SOURCES}/{name}.parquet", table)
 
     def next_number(self, writer: str) -> int:
-        """Returns the number of a writer's next shard."""
+        """Return the number of a writer's next shard."""
         names = [*self.shards(), *self.names(SOURCES, ".parquet")]
         return 1 + max((int(name.rpartition("-")[2]) for name in names if name.startswith(f"{writer}-")), default=-1)
 
     def remove_leftovers(self) -> None:
-        """Removes what a run that was killed left behind; call it only while no run is writing."""
+        """Remove the remains of a killed run; call this only while no run is writing."""
         shards = set(self.shards())
         for shard in self.names(SHARDS, ".parquet"):
             if shard not in shards:

@@ -1,4 +1,4 @@
-"""Checking of a store: every byte of its shards, every row of its index, and a sample of clips against the sources."""
+"""Verification of a store: the bytes of its shards, the rows of its index, and sample clips against their sources."""
 
 import hashlib
 import io
@@ -31,20 +31,20 @@ _SAME_TIME = 2e-3  # seconds
 def verify_store(
     address: str | Path, checkpoint: str | Path | None = None, num_samples: int = 8, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Reads a whole store again, and decodes some of its clips to compare them with their sources.
+    """Read a whole store again, and decode some of its clips to compare them with their sources.
 
     Args:
         address: path or fsspec address of the store.
-        checkpoint: what it was encoded with; without it, no clip is decoded.
-        num_samples: clips to decode, spread evenly over the store.
-        device: where the model runs.
+        checkpoint: the checkpoint that it was encoded with; None decodes no clip.
+        num_samples: number of clips to decode, spread evenly over the store.
+        device: device of the model.
 
     Returns:
-        `problems`, a line each; `clips` and `shards` that were read; `samples`, each with `key`, `source` and `psnr` in
-        decibels (None where infinite).
+        `problems`, a line each; the numbers of `clips` and `shards` read; `samples`, each with `key`, `source` and
+        `psnr` in decibels (None if infinite).
 
     Raises:
-        StoreError: there is no store, or the checkpoint is another one.
+        StoreError: the store does not exist, or was encoded with another checkpoint.
     """
     store = Store(address)
     manifest = store.manifest()
@@ -86,7 +86,7 @@ def verify_store(
 
 
 def _check_shard(store: Store, shard: str, index: pa.Table, manifest: dict[str, Any]) -> Iterator[str]:
-    """Yields in what a shard is not what its index says.
+    """Yield the differences between a shard and its index.
 
     Raises:
         StoreError: the tar is not the one that was written; its clips do not count.
@@ -113,7 +113,7 @@ def _check_shard(store: Store, shard: str, index: pa.Table, manifest: dict[str, 
 
 
 def _check_entry(row: dict[str, Any], shard: bytes, manifest: dict[str, Any]) -> Iterator[str]:
-    """Yields what is wrong with an entry."""
+    """Yield the problems of an entry."""
     try:
         tensors = read_tensors(shard[row["offset"] : row["offset"] + row["bytes"]], TENSORS)
         facts = parse_facts(shard[row["facts_offset"] : row["facts_offset"] + row["facts_bytes"]], FACTS)
@@ -122,7 +122,7 @@ def _check_entry(row: dict[str, Any], shard: bytes, manifest: dict[str, Any]) ->
         return
     for name, tensor in tensors.items():
         if list(tensor.shape) != row["latent_shape"] or str(tensor.dtype) != f"torch.{manifest['dtype']}":
-            yield f"{name} is {tuple(tensor.shape)} {tensor.dtype}, {row['latent_shape']} {manifest['dtype']} expected"
+            yield f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {row['latent_shape']} {manifest['dtype']}"
         if not tensor.isfinite().all():
             yield f"{name} is not finite"
     for name in SHARED_COLUMNS:
@@ -133,9 +133,9 @@ def _check_entry(row: dict[str, Any], shard: bytes, manifest: dict[str, Any]) ->
 
 
 def _check_index(store: Store, merged: pa.Table | None) -> Iterator[str]:
-    """Compares the store's index with what the shards' own indexes make together, if all of them can be read."""
+    """Compare the store's index with those of the shards, if all of them can be read."""
     if not store.exists(INDEX):
-        yield f"{INDEX} is missing: the run that was to write it has not ended; start it again"
+        yield f"{INDEX} is missing: the run that writes it has not ended; start it again"
         return
     try:
         index = store.read_table(INDEX)
@@ -147,7 +147,7 @@ def _check_index(store: Store, merged: pa.Table | None) -> Iterator[str]:
 
 
 def _check_sources(store: Store, num_clips: Counter[str]) -> Iterator[str]:
-    """Compares the clips by source with what was noted when each source was done."""
+    """Compare the number of clips by source with the source's record."""
     try:
         records = store.sources()
     except StoreError as error:
@@ -159,7 +159,7 @@ def _check_sources(store: Store, num_clips: Counter[str]) -> Iterator[str]:
 
 
 def _spread(index: pa.Table, number: int) -> list[dict[str, Any]]:
-    """Rows that are spread evenly over an index."""
+    """Return rows spread evenly over an index."""
     places = np.linspace(0, index.num_rows - 1, min(number, index.num_rows)).round().astype(int)
     return index.take(places).to_pylist()
 
@@ -167,7 +167,7 @@ def _spread(index: pa.Table, number: int) -> list[dict[str, Any]]:
 def _compare_samples(
     store: Store, manifest: dict[str, Any], coder: FrameCoder, rows: list[dict[str, Any]], problems: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Decodes clips and measures them against their sources; adds those for which that is impossible to `problems`."""
+    """Decode clips and measure them against their sources; add the impossible ones to `problems`."""
     rule = ClipRule.model_validate(manifest["rule"])
     for row in rows:
         try:
@@ -179,7 +179,7 @@ def _compare_samples(
 
 
 def _psnr(coder: FrameCoder, entry: StoreEntry, rule: ClipRule) -> float | None:
-    """Mean PSNR in decibels over a clip's frames; None where infinite."""
+    """Compute the mean PSNR in decibels over a clip's frames; None if infinite."""
     originals = _source_frames(entry.facts, ClipRequest(rule, frames_per_latent(coder.vae)))
     decoded = (frame for frames in decode_entry(coder, entry) for frame in frames.cpu().split(1))
     values = [
@@ -191,22 +191,22 @@ def _psnr(coder: FrameCoder, entry: StoreEntry, rule: ClipRule) -> float | None:
 
 
 def _source_frames(facts: dict[str, Any], request: ClipRequest) -> Iterator[NDArray[np.uint8]]:
-    """Yields the frames of an entry's clip as its source gives them now.
+    """Yield the frames of an entry's clip, decoded again from its source.
 
     Raises:
-        StoreError: the source cannot be read any more, or gives other frames than when it was encoded.
+        StoreError: the source can no longer be read, or has changed since it was encoded.
     """
     source = find_source(facts["source"], facts["start"], facts["end"])
     changed = f"{source.name}: has changed since it was encoded"
     times = facts["times"]
     for result in decode_source(source, request):
         if isinstance(result, Rejected):
-            raise StoreError(f"{source.name}: cannot be read any more: {result.reason}")
+            raise StoreError(f"{source.name}: can no longer be read: {result.reason}")
         if not isinstance(result, Piece) or result.first != facts["first_frame"]:
             continue
         if list(result.source_size) != facts["source_size"]:
             now, before = ("x".join(map(str, reversed(size))) for size in (result.source_size, facts["source_size"]))
-            raise StoreError(f"{changed}: its pictures are {now}, and were {before}")
+            raise StoreError(f"{changed}: its frames are {now}, and were {before}")
         expected, times = times[: len(result.times)], times[len(result.times) :]
         same = len(expected) == len(result.times) and np.allclose(result.times, expected, rtol=0, atol=_SAME_TIME)
         if not same or (result.ends and times):
@@ -218,10 +218,10 @@ def _source_frames(facts: dict[str, Any], request: ClipRequest) -> Iterator[NDAr
 
 
 def store_info(address: str | Path) -> dict[str, Any]:
-    """What a store holds: counts, shapes, reasons of skipped sources, and the latents' statistics.
+    """Describe a store: counts, shapes, reasons of skipped sources, and the latents' statistics.
 
     Raises:
-        StoreError: there is no store.
+        StoreError: the store does not exist.
     """
     store = Store(address)
     manifest = store.manifest()

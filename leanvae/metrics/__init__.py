@@ -1,1 +1,1 @@
-"""What is measured of frames and clips: PSNR and its kin, artefacts, Frechet distances."""
+"""Measures of frames and clips: PSNR and similar ones, artefacts, Fréchet distances."""

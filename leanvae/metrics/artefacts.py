@@ -1,6 +1,6 @@
-"""Artefacts in time and space, read off the error e = reconstruction - reference and its steps between neighbours.
+"""Artefacts in time and space, measured by steps of the error e = reconstruction - reference between neighbours.
 
-Steps of the error, not of the picture: an edge of the content is no artefact.
+Steps of the picture would count edges of the content as artefacts.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-WINDOW = 64  # pixels a side of the crop that shows block artefacts
+WINDOW = 64  # side in pixels of the crop that shows block artefacts
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Profile:
     """Sums of absolute steps of the error along one axis.
 
     Attributes:
-        sums: for each step its sum over pixels, colours and, in space, frames; step i lies between i and i + 1.
+        sums: sum of each step over pixels, colours and, in space, frames; step i lies between i and i + 1.
         count: values in each sum.
     """
 
@@ -28,14 +28,14 @@ class Profile:
 
 
 def border_score(profiles: Iterable[tuple[Profile, Collection[int]]]) -> float | None:
-    """Mean absolute step of the error at borders over that elsewhere: 1 where borders do not show.
+    """Return the error's mean absolute step at borders over that elsewhere: 1 if borders are invisible.
 
     Args:
-        profiles: of each axis, with the indices that a part begins with.
+        profiles: profile of each axis, with the indices where parts begin.
 
     Returns:
-        The ratio; 1 where the error has no steps at all, None where there is no border, nothing else, or all steps
-        are at borders.
+        The ratio; 1 if the error has no steps; None without borders, without anything else, or if all steps are at
+        borders.
     """
     sums, counts = [0.0, 0.0], [0, 0]
     for profile, begins in profiles:
@@ -52,16 +52,16 @@ def border_score(profiles: Iterable[tuple[Profile, Collection[int]]]) -> float |
 
 
 def grid_lines(size: int, period: int) -> set[int]:
-    """Indices that a patch begins with, the first left out."""
+    """Return the first index of each patch, except the first patch's."""
     return set(range(period, size, period))
 
 
 @dataclass
 class BlockWindow:
-    """The part of a clip where its blocks stand out most.
+    """The part of a clip where blocks are most visible.
 
     Attributes:
-        excess: mean absolute step of the error across the patch grid less that elsewhere, within the window.
+        excess: mean absolute step of the error across the patch grid minus that elsewhere, within the window.
         frame: index of its frame.
         top, left: its corner in pixels.
         reference, output: `(3, h, w)` in [0, 1].
@@ -76,11 +76,11 @@ class BlockWindow:
 
 
 class ErrorSteps:
-    """Steps of the error of a clip, summed up frame by frame in constant memory.
+    """Steps of a clip's error, summed frame by frame in constant memory.
 
     Args:
-        height, width: of the frames.
-        period: side in pixels of the patches whose grid may show.
+        height, width: size of the frames.
+        period: side in pixels of the patches whose grid may be visible.
     """
 
     def __init__(self, height: int, width: int, period: int) -> None:
@@ -92,7 +92,7 @@ class ErrorSteps:
         self.blocks = BlockWindow()
 
     def update(self, output: Tensor, reference: Tensor) -> None:
-        """Adds frames, the next ones of the clip.
+        """Add the next frames of the clip.
 
         Args:
             output: `(N, 3, H, W)` in [0, 1].
@@ -109,7 +109,7 @@ class ErrorSteps:
         self._num_frames += len(error)
 
     def _find_blocks(self, down: Tensor, across: Tensor, output: Tensor, reference: Tensor) -> None:
-        """Keeps the window where the grid stands out most, if these frames hold it."""
+        """Keep the window where the grid is most visible, if it lies in these frames."""
         height, width = self._size
         sides = (min(WINDOW, height), min(WINDOW, width))
         if min(height, width) <= self._period:
@@ -125,7 +125,7 @@ class ErrorSteps:
             self.blocks = BlockWindow(value, self._num_frames + frame, top, left, *crops)
 
     def flicker(self) -> float | None:
-        """Mean absolute difference of the temporal differences of reconstruction and reference; None of one frame.
+        """Return the mean absolute difference of the temporal differences; None for a single frame.
 
         It is the mean over time, pixels and colours of |(y_t - y_(t-1)) - (x_t - x_(t-1))|, in units of [0, 1].
         """
@@ -133,17 +133,17 @@ class ErrorSteps:
         return sum(self._frames) / (len(self._frames) * 3 * height * width) if self._frames else None
 
     def block_score(self) -> float | None:
-        """`border_score` of the patch grid."""
+        """Return the `border_score` of the patch grid."""
         height, width = self._size
         lines = [grid_lines(size, self._period) for size in (height, width)]
         return border_score(zip(self._in_space(), lines, strict=True))
 
     def tile_seam(self, rows: Collection[int], columns: Collection[int]) -> float | None:
-        """`border_score` of tiles, by the rows and columns that they begin with."""
+        """Return the `border_score` of tiles, given the rows and columns where they begin."""
         return border_score(zip(self._in_space(), [rows, columns], strict=True))
 
     def chunk_seam(self, frames: Collection[int]) -> float | None:
-        """`border_score` of chunks, in time, by the frames that they begin with."""
+        """Return the `border_score` of chunks in time, given the frames where they begin."""
         height, width = self._size
         return border_score([(Profile(self._frames, 3 * height * width), frames)])
 
@@ -158,7 +158,7 @@ def _stride(side: int) -> int:
 
 
 def _pooled_excess(steps: Tensor, axis: int, period: int, sides: tuple[int, int]) -> Tensor:
-    """Mean step across the grid's lines less that elsewhere, of windows half overlapping.
+    """Return the mean step across the grid's lines minus that elsewhere, in half-overlapping windows.
 
     Args:
         steps: `(N, h, w)`, a row or a column shorter than the frame along `axis`, 1 or 2.

@@ -1,4 +1,4 @@
-"""What is measured of one clip or image, frame by frame, in memory that does not grow with its length."""
+"""Measures of one clip or image, frame by frame, in memory that does not grow with its length."""
 
 import math
 import zlib
@@ -19,20 +19,20 @@ from litevae.pixels import to_bytes
 
 FRAME_MEASURES = ("psnr", "ssim", "ms_ssim", "lpips")  # means over frames
 _MIN_LPIPS_SIDE = 16  # pixels
-_CLIP_SIDE = 224  # pixels that I3D takes
+_CLIP_SIDE = 224  # pixels of I3D's input
 _LATENTS_PER_CALL, _LATENTS_PER_CLIP = 64, 256  # positions whose latents are kept for MMD
 _NO_NETWORKS = FeatureNetworks(None, None, None, [])
 _ERROR_GAIN = 4.0
-_FRAMES_AT_ONCE = 4  # what LPIPS keeps of them takes the most memory
+_FRAMES_AT_ONCE = 4  # for LPIPS, whose features take the most memory
 
 
 class ClipMeasures:
     """Measures of a reconstruction, in the units of the report.
 
     Args:
-        height, width: of the frames.
+        height, width: size of the frames.
         period: side of the model's patches in pixels.
-        networks: what LPIPS and the features are computed with.
+        networks: networks for LPIPS and the features.
     """
 
     def __init__(self, height: int, width: int, period: int, networks: FeatureNetworks) -> None:
@@ -42,7 +42,7 @@ class ClipMeasures:
         self._values: dict[str, list[float]] = {name: [] for name in FRAME_MEASURES}
 
     def update(self, output: Tensor, reference: Tensor) -> None:
-        """Adds frames, `(N, 3, H, W)` in [0, 1] both."""
+        """Add frames and their references, both `(N, 3, H, W)` in [0, 1]."""
         measured = {name: measure(output, reference) for name, measure in _MEASURES.items()}
         if self._lpips is not None:
             measured["lpips"] = self._lpips(2 * output - 1, 2 * reference - 1)
@@ -54,10 +54,10 @@ class ClipMeasures:
     def row(
         self, rows: Collection[int] = (), columns: Collection[int] = (), frames: Collection[int] = ()
     ) -> dict[str, Any]:
-        """The measures by name, None where one is infinite or not defined.
+        """Return the measures by name; None if one is infinite or undefined.
 
         Args:
-            rows, columns, frames: what the parts begin with that the model worked in, 0 left out.
+            rows, columns, frames: where the model's tiles and chunks begin, without 0.
         """
         scores = {
             "flicker": self.steps.flicker(),
@@ -84,7 +84,7 @@ def _finite(value: float | None) -> float | None:
 
 
 class ClipFeatures:
-    """Features of frames for rFID, and of each 16 frames in turn for rFVD; frames that are left over have none."""
+    """Features of frames for rFID, and of each 16 consecutive frames for rFVD; the remaining frames have none."""
 
     def __init__(self, networks: FeatureNetworks) -> None:
         self._networks = networks
@@ -93,7 +93,7 @@ class ClipFeatures:
         self._waiting: list[Tensor] = []
 
     def update(self, frames: Tensor) -> None:
-        """Adds frames, `(N, 3, H, W)` in [0, 1]."""
+        """Add frames, `(N, 3, H, W)` in [0, 1]."""
         if self._networks.image is not None:
             self._images.append(self._networks.image(frames).float().cpu())
         if self._networks.video is not None:
@@ -105,16 +105,16 @@ class ClipFeatures:
                 self._videos.append(self._networks.video(clip).float().cpu())
 
     def tensors(self) -> dict[str, Tensor]:
-        """`image` `(frames, D)` and `video` `(windows, D)`, where there are any."""
+        """Return `image` `(frames, D)` and `video` `(windows, D)`, if there are any."""
         found = {"image": self._images, "video": self._videos}
         return {name: torch.cat(features) for name, features in found.items() if features}
 
 
 class LatentStatistics:
-    """Sums over a clip's latents, the posterior's means, and some of them for MMD.
+    """Sums over a clip's latents, the posterior's means, and a sample of them for MMD.
 
     Args:
-        name: the clip's, which decides on the positions that are kept.
+        name: name of the clip, which decides on the sampled positions.
     """
 
     def __init__(self, name: str) -> None:
@@ -125,7 +125,7 @@ class LatentStatistics:
         self.shown: Tensor | None = None
 
     def observe(self, latent: Tensor) -> None:
-        """Adds a latent `(Z, T', H', W')`; of the first its middle frame is kept in `shown`."""
+        """Add a latent `(Z, T', H', W')`; the first one's middle frame is kept in `shown`."""
         if self.shown is None:
             self.shown = latent[:, latent.shape[1] // 2].float().cpu()
         vectors = latent.flatten(1).double().cpu()  # Z (T' H' W')
@@ -137,7 +137,9 @@ class LatentStatistics:
             self._samples.append(vectors[:, chosen].T.float())
 
     def tensors(self) -> dict[str, Tensor]:
-        """`latent_sums` `(2, Z)` of values and squares, `latent_count` `()`, `latent_samples` `(N, Z)`; or nothing."""
+        """Return `latent_sums` `(2, Z)` of values and squares, `latent_count` `()`, `latent_samples` `(N, Z)`; or
+        nothing.
+        """
         if self._sums is None:
             return {}
         return {
@@ -150,20 +152,20 @@ class LatentStatistics:
 def measure_clip(
     output: Tensor, reference: Tensor, period: int, networks: FeatureNetworks = _NO_NETWORKS
 ) -> dict[str, Any]:
-    """The measures of `leanvae evaluate` of one clip or image.
+    """Return the measures of `leanvae evaluate` for one clip or image.
 
     Args:
         output: reconstruction, `(3, T, H, W)` or `(3, H, W)` in [0, 1].
         reference: the same shape and range.
         period: side of the model's patches in pixels.
-        networks: what LPIPS is computed with.
+        networks: networks for LPIPS.
 
     Returns:
-        `psnr`, `ssim`, `ms_ssim`, `lpips`, `flicker`, `block_score`, `frame_psnr` and others of a line of `clips.csv`;
-        None where one is infinite or not defined.
+        `psnr`, `ssim`, `ms_ssim`, `lpips`, `flicker`, `block_score`, `frame_psnr` and other columns of `clips.csv`;
+        None if one is infinite or undefined.
 
     Raises:
-        ValueError: the shapes differ or are no clip or image.
+        ValueError: the shapes differ, or are not those of clips or images.
     """
     frames, target = _as_frames(output, reference)
     measures = ClipMeasures(frames.shape[2], frames.shape[3], period, networks)
@@ -173,17 +175,17 @@ def measure_clip(
 
 
 def picture_row(output: Tensor, reference: Tensor) -> NDArray[np.uint8]:
-    """Reference, reconstruction and their absolute difference, four times as strong, side by side.
+    """Draw reference, reconstruction and their absolute difference, amplified by 4, side by side.
 
     Args:
         output: reconstruction, `(3, T, H, W)` or `(3, H, W)` in [0, 1].
         reference: the same shape and range.
 
     Returns:
-        `(H, W', 3)`: of an image the three pictures, of a clip those of its first, middle and last frame.
+        `(H, W', 3)`: the three pictures of an image, or those of a clip's first, middle and last frame.
 
     Raises:
-        ValueError: the shapes differ or are no clip or image.
+        ValueError: the shapes differ, or are not those of clips or images.
     """
     frames, target = _as_frames(output, reference)
     pieces = []
@@ -194,7 +196,7 @@ def picture_row(output: Tensor, reference: Tensor) -> NDArray[np.uint8]:
 
 
 def _as_frames(output: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float32 `(T, 3, H, W)`."""
+    """Return both as float32 `(T, 3, H, W)`."""
     if output.shape != reference.shape or output.ndim not in (3, 4) or output.shape[0] != 3:
         raise ValueError(
             f"expected two clips (3, T, H, W) or images (3, H, W) of one shape;"

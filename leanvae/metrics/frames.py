@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool2d
 from litevae.errors import extra
 from litevae.torchvision_compat import prepare_torchvision
 
-prepare_torchvision()  # torchmetrics imports torchvision wherever it is installed
+prepare_torchvision()  # torchmetrics imports torchvision if it is installed
 
 with extra("video"):
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -19,12 +19,12 @@ with extra("video"):
 SSIM_SIGMA = 1.5
 SSIM_WINDOW = 11  # pixels: 3.5 sigma to either side of the centre
 _SSIM_STRIP = 2**18  # pixels at once, about 200 MiB
-MS_SSIM_SIDE = 161  # pixels that the window still fits into after four halvings, by torchmetrics' rule
+MS_SSIM_SIDE = 161  # pixels, so that the window still fits after four halvings, by torchmetrics' rule
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # from fine to coarse
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each frame, 10 log10(1 / mean squared error over its pixels and colours).
+    """Compute each frame's peak signal-to-noise ratio, 10 log10(1 / mean squared error over its pixels and colours).
 
     Args:
         x: images `(N, C, H, W)` or clips `(B, C, T, H, W)` in [0, 1], not quantised.
@@ -41,9 +41,9 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity of each frame (Wang et al., 2004), the mean over its pixels and colours.
+    """Compute each frame's structural similarity (Wang et al., 2004), the mean over its pixels and colours.
 
-    Gaussian window of sigma 1.5 over 11 pixels, population covariance, K1 = 0.01, K2 = 0.03; only pixels whose
+    The window is Gaussian with sigma 1.5 over 11 pixels; population covariance, K1 = 0.01, K2 = 0.03. Only pixels whose
     window lies inside the frame count.
 
     Args:
@@ -51,7 +51,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
         y: what `x` is compared with, of the same shape.
 
     Returns:
-        `(N,)` or `(B * T,)` values up to 1; NaN for frames with a side under 11 pixels, where it is not defined.
+        `(N,)` or `(B * T,)` values up to 1; NaN for frames with a side under 11 pixels, for which it is undefined.
 
     Raises:
         ValueError: the shapes differ or are no images or clips.
@@ -63,9 +63,9 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ssim_of_frame(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM, a scalar, of two images `(1, C, H, W)`, over the pixels whose window lies inside.
+    """Compute the SSIM, a scalar, of two images `(1, C, H, W)`, over the pixels whose window lies inside.
 
-    torchmetrics' own mean takes in a mirrored border too.
+    torchmetrics' own mean includes a mirrored border.
     """
     margin = SSIM_WINDOW // 2
     total = x.new_zeros(())
@@ -78,7 +78,7 @@ def _ssim_of_frame(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _contrast_of_frame(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM without its luminance term, a scalar, of two images `(1, C, H, W)`."""
+    """Compute the SSIM without its luminance term, a scalar, of two images `(1, C, H, W)`."""
     total = x.new_zeros(())
     for strip in _strips(x):
         a, b = x[:, :, strip], y[:, :, strip]
@@ -90,9 +90,10 @@ def _contrast_of_frame(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _strips(x: Tensor) -> Iterator[slice]:
-    """Rows of `(1, C, H, W)` to work on at a time, since the arithmetic takes some sixty times the memory of its input.
+    """Yield rows of `(1, C, H, W)` to process at a time, because the arithmetic takes about 60 times its input's
+    memory.
 
-    They overlap by a window less a row, so that each window lies in one of them.
+    They overlap by a window minus a row, so that each window lies in one of them.
     """
     overlap = SSIM_WINDOW - 1
     rows = max(1, _SSIM_STRIP // x.shape[3])
@@ -101,15 +102,16 @@ def _strips(x: Tensor) -> Iterator[slice]:
 
 
 def _num_windows(x: Tensor) -> int:
-    """How many windows lie inside `(1, C, H, W)`."""
+    """Count the windows inside `(1, C, H, W)`."""
     overlap = SSIM_WINDOW - 1
     return x.shape[1] * (x.shape[2] - overlap) * (x.shape[3] - overlap)
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Multi-scale structural similarity of each frame (Wang et al., 2003), over five scales with the paper's weights.
+    """Compute each frame's multi-scale structural similarity (Wang et al., 2003), over five scales with the paper's
+    weights.
 
-    Windows are those of `ssim`; terms below 0 count as 0. torchmetrics' own function takes in a mirrored border at the
+    Windows are those of `ssim`; terms below 0 count as 0. torchmetrics' own function includes a mirrored border at the
     last scale, which changes the fourth decimal.
 
     Args:
@@ -117,7 +119,7 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
         y: what `x` is compared with, of the same shape.
 
     Returns:
-        `(N,)` or `(B * T,)` values up to 1; NaN for frames with a side under 161 pixels, where it is not defined.
+        `(N,)` or `(B * T,)` values up to 1; NaN for frames with a side under 161 pixels, for which it is undefined.
 
     Raises:
         ValueError: the shapes differ or are no images or clips.
@@ -138,7 +140,7 @@ def _ms_ssim_of_frame(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _as_frames(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Checks a pair and brings it to `(N, C, H, W)` in float32 or wider."""
+    """Check a pair and convert it to `(N, C, H, W)` in float32 or wider."""
     if x.shape != y.shape or x.ndim not in (4, 5) or 0 in x.shape:
         raise ValueError(
             f"expected two batches of one shape, (N, C, H, W) or (B, C, T, H, W);"
@@ -165,7 +167,7 @@ class FrameMetrics:
     ssim_sum: float = 0.0
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Adds frames; arguments as of :func:`psnr`."""
+        """Add frames, with the arguments of :func:`psnr`."""
         psnr_values, ssim_values = psnr(x, y), ssim(x, y)
         self.num_frames += len(psnr_values)
         self.psnr_sum += psnr_values.double().sum().item()
@@ -173,12 +175,12 @@ class FrameMetrics:
 
     @property
     def psnr(self) -> float | None:
-        """Mean PSNR over frames in decibels; None where it is infinite or there are no frames."""
+        """Mean PSNR over frames in decibels; None if it is infinite or there are no frames."""
         return _finite_mean(self.psnr_sum, self.num_frames)
 
     @property
     def ssim(self) -> float | None:
-        """Mean SSIM over frames; None where a frame was too small for it or there are no frames."""
+        """Mean SSIM over frames; None if a frame was too small or there are no frames."""
         return _finite_mean(self.ssim_sum, self.num_frames)
 
 

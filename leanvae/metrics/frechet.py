@@ -1,4 +1,4 @@
-"""The Fréchet distance of two sets of features, and how sure it and other means are."""
+"""The Fréchet distance of two sets of features, and confidence intervals."""
 
 from collections.abc import Sequence
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 RESAMPLES = 1000  # for means
 FRECHET_RESAMPLES = 50
-_COVERED = (2.5, 97.5)  # percentiles of the resamples: an interval of 95%
+_COVERED = (2.5, 97.5)  # percentiles of the resamples, for an interval of 95%
 _SEED = 0
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Squared Fréchet distance of the normal distributions with the means and covariances of two samples.
+    """Compute the squared Fréchet distance of the normal distributions with two samples' means and covariances.
 
     |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)) (Heusel et al., "GANs trained by a two time-scale update rule",
     2017, Equation 6), with the unbiased covariances S = R^T R. The last trace is the sum of the singular values of
-    R_x R_y^T, which needs no root of a matrix and is exact also where samples are fewer than features.
+    R_x R_y^T, which needs no root of a matrix and is exact even with fewer samples than features.
 
     Args:
         x: `(N, D)`, at least two samples.
@@ -42,20 +42,20 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 def _root_of_covariance(sample: Tensor) -> Tensor:
-    """R with R^T R = covariance of `(N, D)`, of no more rows than needed."""
+    """Return R with R^T R = covariance of `(N, D)`, with no more rows than needed."""
     centred = (sample - sample.mean(0)) / (len(sample) - 1) ** 0.5
     return torch.linalg.qr(centred, mode="r").R if len(sample) > sample.shape[1] else centred
 
 
 def mean_interval(values: Sequence[float], weights: Sequence[float]) -> list[float] | None:
-    """95% bootstrap interval (Efron, 1979; percentiles) of a weighted mean.
+    """Compute the 95% bootstrap interval (Efron, 1979; percentiles) of a weighted mean.
 
     Args:
-        values: of each clip.
-        weights: of each clip, which go with it whenever it is drawn.
+        values: value of each clip.
+        weights: weight of each clip, drawn together with its value.
 
     Returns:
-        The two ends; `None` of fewer than two values.
+        The two ends; `None` for fewer than two values.
     """
     if len(values) < 2:
         return None
@@ -66,13 +66,13 @@ def mean_interval(values: Sequence[float], weights: Sequence[float]) -> list[flo
 
 
 def distance_interval(clips: Sequence[tuple[Tensor, Tensor]]) -> list[float] | None:
-    """95% bootstrap interval of the Fréchet distance; a clip is drawn with all its features of both kinds.
+    """Compute the 95% bootstrap interval of the Fréchet distance; a clip is drawn with all its features of both kinds.
 
     Args:
         clips: features `(n, D)` of reference and reconstruction of each clip.
 
     Returns:
-        The two ends; `None` of fewer than two clips.
+        The two ends; `None` for fewer than two clips.
     """
     if len(clips) < 2:
         return None
@@ -85,7 +85,7 @@ def distance_interval(clips: Sequence[tuple[Tensor, Tensor]]) -> list[float] | N
 
 
 def _draws(count: int, resamples: int) -> NDArray[np.int64]:
-    """How often each of `count` clips is in each resample, `(resamples, count)`."""
+    """Count how often each of `count` clips is in each resample, `(resamples, count)`."""
     return np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), size=resamples)
 
 

@@ -12,7 +12,7 @@ CLASSES = 400
 CLIP_FRAMES = 16
 _SIDE = 224
 
-# Channels of the ways of an Inception block: 1x1; 1x1 then 3x3; 1x1 then 3x3; 1x1 after pooling.
+# Channels of an Inception block's paths: 1x1; 1x1 then 3x3; 1x1 then 3x3; 1x1 after pooling.
 _BLOCKS = {
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
     "Mixed_3c": (128, 128, 192, 32, 96, 64),
@@ -24,12 +24,12 @@ _BLOCKS = {
     "Mixed_5b": (256, 160, 320, 32, 128, 128),
     "Mixed_5c": (384, 192, 384, 48, 128, 128),
 }
-# Kernel and stride (time, then both sides) of the pooling that stands before a block.
+# Kernel and stride (time, then both sides) of the pooling before a block.
 _POOLING = {"Mixed_3b": ((1, 3), (1, 2)), "Mixed_4b": ((3, 3), (2, 2)), "Mixed_5b": ((2, 2), (2, 2))}
 
 
 def _pad_same(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Zeros round `(N, C, T, H, W)` by TensorFlow's rule SAME: as many outputs as strides, the odd zero at the end."""
+    """Pad `(N, C, T, H, W)` with zeros as TensorFlow's SAME does: an output per stride, the odd zero at the end."""
     padding: list[int] = []
     for size, window, step in zip(x.shape[2:], kernel, stride, strict=True):
         total = max(0, (-(-size // step) - 1) * step + window - size)
@@ -38,13 +38,13 @@ def _pad_same(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, i
 
 
 def _max_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int]) -> Tensor:
-    """Maxima; all that is pooled comes from a ReLU, so that zeros in the padding change nothing."""
+    """Pool by maxima; the input comes from a ReLU, so zeros in the padding change nothing."""
     size, step = (kernel[0], kernel[1], kernel[1]), (stride[0], stride[1], stride[1])
     return F.max_pool3d(_pad_same(x, size, step), size, step)
 
 
 class _Unit(nn.Module):
-    """Convolution, batch norm and ReLU; the last one has a bias instead of the norm, and no ReLU."""
+    """Convolution, batch norm and ReLU; the last unit has a bias instead of the norm, and no ReLU."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, last: bool = False
@@ -73,7 +73,7 @@ class _Block(nn.Module):
 
 
 class I3D(nn.Module):
-    """Clips to the logits of Kinetics-400, which FVD compares."""
+    """A network from clips to the logits of Kinetics-400, which FVD compares."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class I3D(nn.Module):
         self.logits = _Unit(width, CLASSES, last=True)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Logits of clips.
+        """Return the logits of clips.
 
         Args:
             clips: `(N, 3, T, H, W)` in [0, 1], T at least 9; resized to 224x224 bilinearly, frame by frame.

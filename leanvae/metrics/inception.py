@@ -1,7 +1,7 @@
 """Inception v3 (Szegedy et al., 2016) as the Fréchet inception distance uses it, for the weights of 2015-12-05.
 
-Names of weights are torchvision's. The network that FID is defined with differs from torchvision's: averages leave out
-the padding, the last block pools by maxima, and there are 1008 classes.
+Weights have torchvision's names. FID's network differs from torchvision's: averages exclude the padding, the last block
+pools by maxima, and there are 1008 classes.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class _ConvBlock(nn.Module):
 
 
 class _Block(nn.Module):
-    """Ways of convolutions side by side, and a pooled one; ways may share their first convolutions by name."""
+    """Parallel paths of convolutions and a pooled one; paths may share their first convolutions by name."""
 
     def __init__(
         self, in_channels: int, ways: Sequence[Sequence[_Conv]], pooled_channels: int | None, pool: str = "average"
@@ -133,7 +133,7 @@ def _block_e(in_channels: int, pool: str) -> _Block:
 
 
 class InceptionV3(nn.Module):
-    """Images to the features that FID compares; the names of its weights are torchvision's."""
+    """A network from images to the features that FID compares; its weights have torchvision's names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,14 +153,13 @@ class InceptionV3(nn.Module):
         self.Mixed_7a = _block_d()
         self.Mixed_7b = _block_e(1280, "average")
         self.Mixed_7c = _block_e(2048, "maximum")
-        self.fc = nn.Linear(FEATURES, _CLASSES)  # of the file; FID stops before it
+        self.fc = nn.Linear(FEATURES, _CLASSES)  # in the file, but not used by FID
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of images.
+        """Return the features of images.
 
         Args:
-            images: `(N, 3, H, W)` in [0, 1]; rounded to 8 bits, as files of images are, and resized to 299x299
-                bilinearly.
+            images: `(N, 3, H, W)` in [0, 1]; rounded to 8 bits, as in image files, and resized to 299x299 bilinearly.
 
         Returns:
             `(N, 2048)`, averages over positions.

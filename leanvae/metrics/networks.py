@@ -1,4 +1,4 @@
-"""Pretrained networks that metrics need; their weights are read from local files, never downloaded or left random."""
+"""Pretrained networks for metrics; their weights are read from local files, never downloaded or left random."""
 
 import logging
 from collections.abc import Callable
@@ -18,12 +18,12 @@ logger = logging.getLogger("leanvae")
 
 @dataclass(frozen=True)
 class _File:
-    """The weights that a metric needs.
+    """The weights file of a metric.
 
     Attributes:
-        metric: the metric, as tables call it.
-        content: whose weights they are.
-        name: what the file is called.
+        metric: name of the metric in tables.
+        content: name of the network.
+        name: name of the file.
         url: where it is published.
     """
 
@@ -50,7 +50,7 @@ _I3D = _File(
 
 @dataclass
 class FeatureNetworks:
-    """The networks whose weights were found; None of the others.
+    """The networks whose weights were found; None for the others.
 
     Attributes:
         lpips: distance of pairs of images in [-1, 1].
@@ -65,24 +65,25 @@ class FeatureNetworks:
     missing: list[str]
 
     def names(self) -> list[str]:
-        """The metrics that there are networks for."""
+        """Return the metrics for which there are networks."""
         networks = {"lpips": self.lpips, "rfid": self.image, "rfvd": self.video}
         return [name for name, network in networks.items() if network is not None]
 
 
 def load_feature_networks(folder: str | Path | None = None, device: str | torch.device = "cpu") -> FeatureNetworks:
-    """Loads what is there: VGG16 for LPIPS, Inception v3 for rFID, I3D for rFVD.
+    """Load the available networks: VGG16 for LPIPS, Inception v3 for rFID, I3D for rFVD.
 
     Args:
-        folder: holds the files under their published names; None takes torch's cache, `$TORCH_HOME/hub/checkpoints`.
-        device: where the networks go.
+        folder: folder of the files, under their published names; None uses torch's cache,
+            `$TORCH_HOME/hub/checkpoints`.
+        device: device of the networks.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: a file holds other weights than it should.
+        FileNotFoundError: the folder does not exist.
+        ValueError: a file holds other weights.
     """
     if folder is not None and not Path(folder).is_dir():
-        raise MissingFile(f"no folder at {folder}: it should hold the weights of feature networks")
+        raise MissingFile(f"{folder}: no such folder; expected one with the weights of feature networks")
     home = Path(torch.hub.get_dir()) / "checkpoints" if folder is None else Path(folder)
     missing: list[str] = []
 
@@ -108,18 +109,18 @@ def load_feature_networks(folder: str | Path | None = None, device: str | torch.
 
 
 def _load(network: Callable[[], nn.Module], path: Path) -> nn.Module:
-    """A network with the tensors of a file that `torch.save` wrote; nothing else is unpickled, nothing executed."""
+    """Load a network with the tensors of a file written by `torch.save`; nothing else is unpickled or executed."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a file that is not what it should be
-        reason = str(error).split(". ")[0].splitlines()[0]  # torch goes on to advise unsafe loading
+    except Exception as error:  # torch raises half a dozen kinds for a wrong file
+        reason = str(error).split(". ")[0].splitlines()[0]  # the rest advises unsafe loading
         raise InvalidInput(f"{path}: cannot be read as tensors saved by torch.save: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InvalidInput(f"{path}: expected a dictionary of tensors")
     with torch.device("meta"):
         module = network()
     for name, tensor in module.state_dict().items():
-        if name.endswith("num_batches_tracked"):  # files from before torch 0.4.1 lack it, and inference has no use
+        if name.endswith("num_batches_tracked"):  # missing in files older than torch 0.4.1; inference does not need it
             state.setdefault(name, torch.zeros_like(tensor, device="cpu"))
     try:
         module.load_state_dict(state, strict=True, assign=True)

@@ -1,1 +1,1 @@
-"""Other people's autoencoders beside ours: what they take, how they are made, and how frames go through them."""
+"""Other projects' autoencoders: the sizes they take, how to build them, and how to run them over frames."""

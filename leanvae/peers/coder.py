@@ -1,4 +1,4 @@
-"""Frames through other people's autoencoders, and through ours as far as these are in the list of models."""
+"""A `Reconstructor` for other projects' autoencoders, and for ours in the registry."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -29,12 +29,12 @@ from litevae.model import LiteVAE
 
 
 class PeerCoder:
-    """A model of this list as a `Reconstructor`. It has no lossless streams: each chunk is coded on its own.
+    """A registry model as a `Reconstructor`. It has no lossless streams: each chunk is coded independently.
 
     Args:
-        model: what the module is.
+        model: the module's entry.
         vae: the module, in evaluation mode.
-        chunk: most frames at a time; None takes clips whole, and images four at a time.
+        chunk: most frames at a time; None takes clips whole, and four images at a time.
     """
 
     def __init__(self, model: Model, vae: nn.Module, chunk: int | None = None) -> None:
@@ -43,14 +43,14 @@ class PeerCoder:
         self._chunk = chunk if model.kind == "video" else min(IMAGES_AT_ONCE, chunk or IMAGES_AT_ONCE)
 
     def seams(self, frames: int, height: int, width: int) -> Seams:
-        """Says where chunks of a clip meet."""
+        """Say where chunks of a clip meet."""
         if self._model.kind == "image" or self._chunk is None:
             return Seams()
         return Seams.between((frames, height, width), first=self._chunk, chunk=self._chunk)
 
     @torch.inference_mode()
     def reconstruct(self, frames: Iterable[Frame]) -> Iterator[Reconstruction]:
-        """Encodes and decodes frames of one size, padded by replication to what the model takes, and cropped back.
+        """Encode and decode frames of one size, padded by replication to what the model takes, and cropped back.
 
         Raises:
             NotFinite: the decoder's output is infinite or NaN.
@@ -69,7 +69,7 @@ class PeerCoder:
                 fresh = None
 
     def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels `(T, 3, H, W)` and latent `(Z, T', H', W')` of a clip `(1, 3, T, H, W)` that fits the model."""
+        """Return pixels `(T, 3, H, W)` and latent `(Z, T', H', W')` of a clip `(1, 3, T, H, W)` that fits the model."""
         if self._model.kind == "video":
             latent = encode(self._model, self._vae, x)
             return decode(self._vae, latent)[0].transpose(0, 1), latent[0]
@@ -78,36 +78,36 @@ class PeerCoder:
 
 
 def make_reconstructor(model: Model, vae: nn.Module) -> Reconstructor:
-    """The way to reconstruct with a model with weights: in streams where it is ours."""
+    """Return the `Reconstructor` of a model with weights; ours runs in streams."""
     return FrameCoder(vae) if isinstance(vae, LeanVAE | LiteVAE) else PeerCoder(model, vae)
 
 
 def is_of_diffusers(spec: str) -> bool:
-    """Whether a specification is `MODEL=WEIGHTS`, and no path that has the sign in it."""
+    """Tell whether a specification is `MODEL=WEIGHTS`, and not a path that contains the sign."""
     return "=" in spec and not Path(spec).exists()
 
 
 def load_of_diffusers(spec: str, device: str | torch.device, dtype: torch.dtype | None) -> tuple[Model, nn.Module]:
-    """Loads a VAE of diffusers.
+    """Load a VAE of diffusers.
 
     Args:
-        spec: `MODEL=WEIGHTS`: a name of the registry or a class of diffusers, and the folder, or name on the hub, of
-            its weights.
-        device: where it runs.
-        dtype: its type; as stored if None.
+        spec: `MODEL=WEIGHTS`: a name of the registry or a class of diffusers, and its weights' folder or name on the
+            hub.
+        device: device of the model.
+        dtype: type of the model; None uses the stored one.
 
     Returns:
         Its entry, whose `source` names class and weights, and the module in evaluation mode.
 
     Raises:
-        MissingFile: the weights are not there.
+        MissingFile: the weights do not exist.
         MissingPackage: diffusers is not installed, or has no such class.
         InvalidInput: the model is one of this project.
     """
     name, _, weights = spec.partition("=")
     known = REGISTRY.get(name)
     if known is not None and not known.source.startswith("diffusers."):
-        raise InvalidInput(f"{spec}: {name} is a model of this project: give the path of its checkpoint alone")
+        raise InvalidInput(f"{spec}: {name} is a model of this project: give only the path of its checkpoint")
     class_name = known.source.partition(";")[0].removeprefix("diffusers.") if known else name
     vae: Any = _from_pretrained(diffusers_class(class_name), weights).to(device, dtype).eval()
     if known and known.tiled_only:
@@ -116,7 +116,7 @@ def load_of_diffusers(spec: str, device: str | torch.device, dtype: torch.dtype 
 
 
 def _entry_of(name: str, vae: nn.Module) -> Model:
-    """The entry of a VAE of diffusers, by what it says of itself."""
+    """Make the entry of a diffusers VAE from its configuration."""
     config: Any = vae.config
     is_video = any(isinstance(module, nn.Conv3d) for module in vae.modules())
     blocks = getattr(config, "block_out_channels", None) or (0,) * 4
@@ -128,10 +128,10 @@ def _entry_of(name: str, vae: nn.Module) -> Model:
 
 
 def _from_pretrained(cls: Any, weights: str) -> nn.Module:
-    """Weights of a local folder, or of `OWNER/NAME[/SUBFOLDER]` on the hub; safetensors alone.
+    """Load safetensors of a local folder, or of `OWNER/NAME[/SUBFOLDER]` on the hub.
 
     Raises:
-        MissingFile: they are not there.
+        MissingFile: they do not exist.
     """
     folder, subfolder = weights, ""
     is_local = Path(weights).is_dir()

@@ -1,4 +1,4 @@
-"""A model as the benchmark and the evaluation use it: what it takes, and how it encodes and decodes."""
+"""Models as benchmark and evaluation use them: the sizes they take, and how they encode and decode."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ class Size:
 class Lengths:
     """The lengths `first`, `first + step`, `first + 2 step`, ... that a model takes along an axis.
 
-    Of each it gives `lead` less back, which a user has to put in front.
+    Its output is `lead` shorter; a user has to prepend that much.
     """
 
     first: int
@@ -46,13 +46,13 @@ class Lengths:
     lead: int = 0
 
     def fit(self, length: int) -> int:
-        """The smallest of them that gives `length` back: what a user has to pad to."""
+        """Return the smallest length that gives back `length`, which a user has to pad to."""
         return self.first + max(0, -(-(length + self.lead - self.first) // self.step)) * self.step
 
 
 ANY_LENGTH, EIGHTS = Lengths(1, 1), Lengths(8, 8)
-# A convolution of diffusers' CogVideoX and Mochi that splits large inputs in time, at 1080p into parts shorter than its
-# kernel, which fails (0.42). It is counted as the convolution that it computes where that works.
+# diffusers' CogVideoX and Mochi (0.42) have a convolution that splits large inputs in time; at 1080p the parts are
+# shorter than its kernel, and it fails. It is counted as the convolution that it computes at other sizes.
 _SPLITTING_CONV = "CogVideoXSafeConv3d"
 
 
@@ -61,17 +61,17 @@ class Model:
     """A model to measure.
 
     Attributes:
-        name: what it is called on the command line.
+        name: its name on the command line.
         kind: whether it encodes images `(B, 3, H, W)` or clips `(B, 3, T, H, W)`.
-        build: makes it, with random weights where none are its own.
-        source: where its configuration stands.
-        config: what that says beyond the defaults of its class.
+        build: makes the module, with random weights if it has no others.
+        source: where its configuration is published.
+        config: fields that differ from the defaults of its class.
         frames, height, width: the lengths that it takes; others are padded up to them.
-        encode: pixels to latent, given the module, if not by `encode` below.
-        tiled_only: whether it works in tiles of its smallest size alone, which overlap by their steps.
-        is_ours: whether it is of this project.
-        has_weights: whether its weights mean something, so that its reconstructions can be judged.
-        note: what a reader of its figures should know.
+        encode: pixels to latent, given the module, instead of `encode` below.
+        tiled_only: whether it works only in tiles of its smallest size, which overlap by their steps.
+        is_ours: whether it is part of this project.
+        has_weights: whether its weights are trained, so that its reconstructions are meaningful.
+        note: a remark on its figures.
     """
 
     name: str
@@ -89,47 +89,47 @@ class Model:
     note: str = ""
 
     def fit(self, size: Size) -> Size:
-        """The size that is worked on for `size`: one frame for image models, and padded to what the model takes."""
+        """Return the size used for `size`: one frame for image models, and padded to what the model takes."""
         frames = 1 if self.kind == "image" else self.frames.fit(size.frames)
         return Size(frames, self.height.fit(size.height), self.width.fit(size.width))
 
     def num_tiles(self, size: Size) -> int:
-        """Tiles that a size which it takes is cut into; 1 for models that work on the whole."""
+        """Return the number of tiles for a size that the model takes; 1 for models without fixed tiles."""
         if not self.tiled_only:
             return 1
         axes = ((self.frames, size.frames), (self.height, size.height), (self.width, size.width))
         return math.prod((length - lengths.first) // lengths.step + 1 for lengths, length in axes)
 
     def pixels_shape(self, size: Size, batch: int = 1) -> tuple[int, ...]:
-        """Shape of its input at a size that it takes."""
+        """Return the shape of its input at a size that it takes."""
         area = (size.height, size.width)
         return (batch, 3, *area) if self.kind == "image" else (batch, 3, size.frames, *area)
 
     def build_on_meta(self) -> nn.Module:
-        """The model without weights, for counting."""
+        """Build the model without weights, for counting."""
         with torch.device("cpu" if self.has_weights else "meta"):
             vae = self.build()
         for module in vae.modules():
             if type(module).__name__ == _SPLITTING_CONV:
                 module.__class__ = nn.Conv3d
-        return vae.to("meta").eval()  # some tensors are made on the CPU whatever the default device
+        return vae.to("meta").eval()  # some tensors ignore the default device
 
 
 def encode(model: Model, vae: nn.Module, x: Tensor, **options: Any) -> Tensor:
-    """The most likely latent of pixels, by whatever name the model's `encode` returns it."""
+    """Return the most likely latent of pixels, under any name that the model's `encode` uses."""
     if model.encode is not None:
         return model.encode(vae, x)
     return latent_of(vae.encode(x, **options))  # pyright: ignore[reportCallIssue]
 
 
 def decode(vae: nn.Module, latent: Tensor, **options: Any) -> Tensor:
-    """Pixels of a latent, padded to what the model takes."""
+    """Decode a latent to pixels, padded to what the model takes."""
     decoded: Any = vae.decode(latent, **options)  # pyright: ignore[reportCallIssue]
     return decoded if isinstance(decoded, Tensor) else decoded.sample
 
 
 def latent_of(encoded: Any) -> Tensor:
-    """The latent in what an encoder returns: a tensor, a posterior, or one of diffusers' outputs."""
+    """Return the latent from an encoder's output: a tensor, a posterior, or an output of diffusers."""
     for name in ("latent_dist", "latents", "latent"):
         if hasattr(encoded, name):
             encoded = getattr(encoded, name)

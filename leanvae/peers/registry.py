@@ -1,8 +1,8 @@
-"""The models that the benchmark knows, each with its configuration and where that was published.
+"""The registry of models, each with its configuration and the place where that was published.
 
-Weights are random: cost does not depend on them. The configurations of other people's models are those of the
-`config.json` beside their published weights, on huggingface.co under the name in `source`; fields that are the defaults
-of the diffusers class are left out.
+Weights are random, because cost does not depend on them. The configurations of other projects' models are from the
+`config.json` beside their published weights, on huggingface.co under the name in `source`; defaults of the diffusers
+class are left out.
 """
 
 import difflib
@@ -48,7 +48,7 @@ def _lite(name: str, preset: str, note: str = "") -> Model:
 
 
 def _encode_in_default_layout(vae: nn.Module, x: Tensor) -> Tensor:
-    """The SD-VAE's encoder on contiguous images, as most of its users run it."""
+    """Run the SD-VAE's encoder on contiguous images, as most of its users do."""
     mean, _ = vae.after_encoder(vae.encoder(x)).chunk(2, dim=1)  # pyright: ignore[reportCallIssue]
     return mean
 
@@ -73,14 +73,14 @@ def _diffusers(name: str, kind: Kind, class_name: str, source: str, **fields: An
 
 
 def diffusers_class(name: str) -> Any:
-    """A model class of diffusers.
+    """Return a model class of diffusers.
 
     Raises:
         MissingPackage: diffusers is not installed, or has no such class.
     """
     from litevae.torchvision_compat import prepare_torchvision
 
-    prepare_torchvision()  # several modules of diffusers import it wherever it is installed
+    prepare_torchvision()  # several modules of diffusers import it if it is installed
     with extra("bench"):
         diffusers = importlib.import_module("diffusers")
     if not hasattr(diffusers, name):
@@ -169,7 +169,7 @@ REGISTRY: dict[str, Model] = {
             "cogvideox",
             "video",
             "AutoencoderKLCogVideoX",
-            "THUDM/CogVideoX-5b, vae: the class's defaults but for the scale of the latents",
+            "THUDM/CogVideoX-5b, vae: the class's defaults except for the scale of the latents",
             frames=_FOUR,
         ),
         _diffusers(
@@ -196,7 +196,7 @@ REGISTRY: dict[str, Model] = {
             frames=Lengths(24, 16),
             height=Lengths(320, 200),
             width=Lengths(320, 240),
-            note="works in tiles of 24x320x320 alone; smaller clips are padded to one",
+            note="works only in tiles of 24x320x320; smaller clips are padded to one",
         ),
         _diffusers(
             "cosmos",
@@ -217,10 +217,10 @@ REGISTRY: dict[str, Model] = {
 
 
 def find_model(name: str) -> Model:
-    """A model of the registry, a checkpoint that `load_vae` reads, or one that `package.module:factory` makes.
+    """Return a model of the registry, a checkpoint that `load_vae` reads, or the result of `package.module:factory`.
 
     Raises:
-        ValueError: it is none of these, or the factory is missing; the message lists the registry or says which.
+        ValueError: it is none of these, or the factory is missing; the message lists the registry or names the factory.
     """
     if name in REGISTRY:
         return REGISTRY[name]
@@ -237,21 +237,21 @@ def find_model(name: str) -> Model:
 
 
 def choose(kind: str, name: str, known: Iterable[str]) -> str:
-    """`name` if it is one of `known`.
+    """Return `name` if it is one of `known`.
 
     Raises:
-        ValueError: it is not; the message lists what there is, and the nearest one.
+        ValueError: it is not; the message lists all, and the nearest one.
     """
     known = list(known)
     if name in known:
         return name
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise InvalidInput(f"{kind} {name!r} is not known{hint}: there are {', '.join(known)}")
+    raise InvalidInput(f"{kind} {name!r} is unknown{hint}: expected one of {', '.join(known)}")
 
 
 def _find_factory(name: str, module: str, factory: str) -> Callable[[], nn.Module]:
-    """What makes a user's model. What goes wrong inside the module itself keeps its traceback."""
+    """Return the factory of a user's model; errors inside its module keep their traceback."""
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -266,20 +266,20 @@ def _find_factory(name: str, module: str, factory: str) -> Callable[[], nn.Modul
 
 
 def _users_model(name: str, build: Callable[[], nn.Module], source: str, kind: Kind) -> Model:
-    """A model that is not in the registry."""
+    """Make the entry of a model that is not in the registry."""
     return Model(name, kind, build, source, frames=_FOUR if kind == "video" else ANY_LENGTH, has_weights=True)
 
 
-# What models say of a shape that they do not take. Anything else is a fault of theirs, and not caught.
+# What models raise for a shape that they do not take. Anything else is a bug in the model, and not caught.
 _REFUSALS = (ValueError, RuntimeError, IndexError, AssertionError)
 
 
 @torch.inference_mode()
 def _kind_of(name: str, vae: nn.Module) -> Kind:
-    """Tells whether a user's model takes clips or images, by encoding a small clip, and an image if that is refused.
+    """Tell whether a user's model takes clips or images: try a small clip, then, if that is refused, an image.
 
     Raises:
-        InvalidInput: it takes neither, or clips of one frame and no longer ones; the message has its reasons.
+        InvalidInput: it takes neither, or only clips of one frame; the message has its reasons.
     """
     like = next(vae.parameters(), torch.empty(0))
     vae.eval()
@@ -295,11 +295,13 @@ def _kind_of(name: str, vae: nn.Module) -> Kind:
     if of_clip is None:
         return "video"
     if refusal(1, 64, 64) is None:
-        raise InvalidInput(f"model {name!r} takes a clip of 1 frame and not one of 5: {of_clip}") from of_clip
+        raise InvalidInput(f"model {name!r} takes a clip of 1 frame but not of 5: {of_clip}") from of_clip
     of_image = refusal(64, 64)
     if of_image is not None:
         raise InvalidInput(
             f"model {name!r} takes neither a clip (1, 3, 5, 64, 64): {of_clip}; nor an image (1, 3, 64, 64): {of_image}"
         ) from of_clip
-    logger.info("model %s is taken for one of images: of a clip it says: %s", name, str(of_clip).partition("\n")[0])
+    logger.info(
+        "model %s: treated as an image model, because it refuses clips: %s", name, str(of_clip).partition("\n")[0]
+    )
     return "image"

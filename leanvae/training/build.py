@@ -1,4 +1,4 @@
-"""What a run starts with: its files, its networks under their engines, its perceptual losses."""
+"""The start of a run: its files, its networks under their engines, its perceptual losses."""
 
 import json
 import logging
@@ -52,7 +52,7 @@ def check_passes(config: TrainConfig, world_size: int) -> None:
     passes = config.curriculum.all_passes(world_size)
     if config.gan and config.gan.weighting == "adaptive" and max(passes) > 1:
         raise ConfigError(
-            "gan.weighting is adaptive: its weight depends on the whole batch, which takes one pass; "
+            "gan.weighting is adaptive: the weight depends on the whole batch, which needs a single pass; "
             "leave training.micro_batch_size out, or make the weight constant"
         )
 
@@ -65,7 +65,7 @@ def count_items(items: Sequence[Item]) -> str:
 
 
 def find_items(data: DataConfig) -> tuple[list[Item], list[Item]]:
-    """List the sources' clips or images, the same on all ranks, and split the held-out ones off.
+    """List the sources' clips or images, the same on all ranks, and split off the held-out ones.
 
     Raises:
         SourceError: a source is missing, empty or wrongly written.
@@ -85,7 +85,7 @@ def find_items(data: DataConfig) -> tuple[list[Item], list[Item]]:
 
 
 def make_schedule(config: TrainConfig, items: Sequence[Item], kept: Path | None = None) -> Schedule:
-    """Return what each step draws, the same on all ranks; measure files first if there are buckets to choose from.
+    """Return the schedule of draws, the same on all ranks; measure files first if there are several buckets.
 
     Args:
         kept: file of a run that keeps the measured shapes; a file that breaks later must not change the order.
@@ -160,11 +160,11 @@ def build_networks(
 ) -> tuple[TrainingStep, dict[str, Tensor]]:
     """Build both networks under their engines, and the averaged weights.
 
-    The main rank keeps the average up; with the LDL loss, whose reference it gives, every rank does.
+    Only the main rank updates the average, unless the LDL loss needs it on every rank.
 
     Args:
         config: the run's configuration.
-        device: where they go.
+        device: device of the networks.
         resumes: whether a checkpoint's weights will replace these, so that initial ones need not be loaded.
         start: of a new run; None means random or initial weights.
     """
@@ -182,7 +182,7 @@ def build_networks(
     if config.losses.ldl.weight:
         with torch.device("meta"):
             average_model = build_vae(config.model)
-        # The same tensors: what the average becomes, the model has.
+        # The model shares the average's tensors.
         average_model.load_state_dict(average, strict=True, assign=True)
         average_model.requires_grad_(False)
     vae = build_engine(networks[0], config, device, config.curriculum.freeze)
@@ -219,7 +219,7 @@ def build_autoencoder(config: TrainConfig, resumes: bool) -> LeanVAE | LiteVAE:
     if training.freeze:
         share = freeze(model, training.freeze)
         if rank() == 0:
-            logger.info("training.freeze: %.1f %% of the autoencoder's numbers stay as they are", 100 * share)
+            logger.info("training.freeze: %.1f %% of the autoencoder's parameters are frozen", 100 * share)
     if training.activation_checkpointing:
         recompute_activations(model)
     if training.compile:
@@ -228,10 +228,10 @@ def build_autoencoder(config: TrainConfig, resumes: bool) -> LeanVAE | LiteVAE:
 
 
 def load_perceptual(losses: LossConfig, device: torch.device) -> Perceptual:
-    """Load the networks of the perceptual terms that have a weight, as `losses.perceptual` says.
+    """Load the networks of the perceptual terms that have a weight, according to `losses.perceptual`.
 
     Raises:
-        MissingFile, ImportError: a backbone or package that the configuration insists on is missing.
+        MissingFile, ImportError: a backbone or package that the configuration requires is missing.
     """
     kinds: dict[str, tuple[Backbone, str | None, Callable[[str | None], Any]]] = {
         "lpips": ("vgg16", losses.lpips_backbone, load_lpips),
@@ -254,9 +254,9 @@ def load_perceptual(losses: LossConfig, device: torch.device) -> Perceptual:
 
 
 def load_held_out_lpips(losses: LossConfig, perceptual: Perceptual, device: torch.device) -> PerceptualDistance | None:
-    """Return LPIPS to measure held-out files with: the loss's own, or else one whose weights are found.
+    """Return LPIPS for held-out files: the loss's own, or one whose weights are found.
 
-    None if they are not, or if `losses.perceptual` is `none`.
+    Return None if they are not found, or if `losses.perceptual` is `none`.
     """
     if isinstance(distance := perceptual.get("lpips"), PerceptualDistance):
         return distance

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: complete ones only, and `latest` always names one."""
+"""A run's checkpoint folder, in which every checkpoint is complete, and `latest` always names one."""
 
 import errno
 import json
@@ -25,10 +25,10 @@ BEST = "best"
 STATE_FILE = "trainer.json"
 RESOLVED_CONFIG = "train.yaml"
 MANIFEST_FILE = "manifest.json"
-FIGURES_FILE = "held_out.json"  # of the averaged weights, where they were evaluated
+FIGURES_FILE = "held_out.json"  # of the averaged weights, if they were evaluated
 _BLOCK = 2**24  # bytes read at a time
 _ALMOST_NOTHING = 2**20  # bytes free on a full disk
-# What torch (whose writers raise RuntimeError) and safetensors say.
+# Messages of torch, whose writers raise RuntimeError, and safetensors.
 _OF_WRITING = re.compile(
     r"inline_container\.cc|PytorchStreamWriter|iostream error|write\(\): fd |I/O error|"
     r"Parent directory .* does not exist"
@@ -37,7 +37,7 @@ _NAME = re.compile(r"step_(\d{8,})(?:_(\d+))?")
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Return a run's checkpoints by age; a folder has such a name only once all of it is on the disk."""
+    """Return a run's checkpoints by age; a folder gets its name only when all of it is on disk."""
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         if (match := _NAME.fullmatch(path.name)) and path.is_dir():
@@ -60,12 +60,12 @@ def temporary_folder(folder: Path) -> Path:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Remove what was written of a checkpoint if writing fails, and say where and why.
+    """If writing a checkpoint fails, remove its parts, and say where and why.
 
-    Errors of another kind, as of a GPU or of another rank, keep their type.
+    Other errors, such as of a GPU or another rank, keep their type.
 
     Raises:
-        OSError: with the checkpoint's folder; torch and safetensors have errors of their own for a full disk.
+        OSError: with the checkpoint's folder, also for torch's and safetensors' own errors about a full disk.
     """
     try:
         yield
@@ -80,7 +80,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _is_of_writing(error: Exception) -> bool:
-    """Return whether the error says that a file could not be written."""
+    """Return whether the error means that a file could not be written."""
     if isinstance(error, OSError):
         return not isinstance(error, ConnectionError)  # with another rank
     return _OF_WRITING.search(str(error)) is not None
@@ -109,7 +109,7 @@ def commit(folder: Path, keep: int, keep_every: int | None = None) -> None:
     flush_to_disk(root)
     for old in complete_checkpoints(root)[:-keep]:
         if old not in (folder, best) and not (keep_every and _step(old) and _step(old) % keep_every == 0):
-            # If this is killed half-way, the rest must not have a complete checkpoint's name.
+            # Renamed first, so that a kill half-way leaves nothing with a complete checkpoint's name.
             shutil.rmtree(old.rename(temporary_folder(old)))
 
 
@@ -162,7 +162,7 @@ def size_and_sum(path: Path) -> tuple[int, int]:
 
 
 def damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files; None if they are as the run wrote them.
+    """Return what is wrong with a checkpoint's files; None if they are unchanged.
 
     Statistics of latents, which `encode_clips --update-checkpoint` puts into `config.json`, do not count. Checkpoints
     older than manifests are assumed intact.
@@ -185,7 +185,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _sum_as_trained(folder: Path) -> tuple[int, int] | None:
-    """Return length and CRC-32 that `config.json` had before statistics were put into it; None if unknown."""
+    """Return the length and CRC-32 of `config.json` before statistics were added; None if unknown."""
     try:
         tree = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         trained = yaml.safe_load((folder / RESOLVED_CONFIG).read_text(encoding="utf-8"))["model"]
@@ -197,21 +197,21 @@ def _sum_as_trained(folder: Path) -> tuple[int, int] | None:
 
 
 def clean(root: Path) -> None:
-    """Remove what a run left behind when it was killed while writing."""
+    """Remove the remains of a run that was killed while writing."""
     for path in root.glob(".step_*.tmp"):
         shutil.rmtree(path)
 
 
 def find_checkpoint(root: Path, resume: str) -> Path | None:
-    """Return the checkpoint to go on from; None to begin.
+    """Return the checkpoint to resume from; None to begin.
 
     Args:
         root: folder of the run's checkpoints.
-        resume: `auto` takes the run's newest checkpoint that is not damaged, if there is one, and warns of damaged
-            ones; `none` begins; anything else is a checkpoint's path.
+        resume: `auto` takes the run's newest intact checkpoint, if there is one, and warns of damaged ones; `none`
+            begins a new run; anything else is a checkpoint's path.
 
     Raises:
-        InvalidInput: `none`, but there are checkpoints, which a new run would overwrite; or `auto`, but all are
+        InvalidInput: `none`, although there are checkpoints, which a new run would overwrite; or `auto`, and all are
             damaged.
         MissingFile: the path is not a training checkpoint.
     """
@@ -220,7 +220,7 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
         if existing:
             raise InvalidInput(
                 f"{root} holds checkpoints already (newest: {existing[-1].name}): "
-                "go on with --resume auto, or choose another --output"
+                "continue with --resume auto, or choose another --output"
             )
         return None
     if resume == "auto":
@@ -228,9 +228,9 @@ def find_checkpoint(root: Path, resume: str) -> Path | None:
             reason = damage(folder)
             if reason is None:
                 return folder
-            logger.warning("%s is damaged (%s): the one before it is tried", folder, reason)
+            logger.warning("%s is damaged (%s): trying the previous one", folder, reason)
         if existing:
-            raise InvalidInput(f"{root}: every checkpoint is damaged, the newest in that {damage(existing[-1])}")
+            raise InvalidInput(f"{root}: every checkpoint is damaged, the newest because {damage(existing[-1])}")
         return None
     folder = Path(resume)
     if not (folder / STATE_FILE).is_file():

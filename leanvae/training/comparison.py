@@ -22,9 +22,9 @@ class Comparison:
     """A held-out file and its reconstruction.
 
     Attributes:
-        name: of the file.
-        frames: uint8 `(T, H, 2W, 3)`, the file's on the left and the reconstruction's on the right; T = 1 of an image.
-        rate: frames a second; None for an image.
+        name: name of the file.
+        frames: uint8 `(T, H, 2W, 3)`, the file's on the left and the reconstruction's on the right; T = 1 for an image.
+        rate: frames per second; None for an image.
         row: uint8 `(H, W', 3)`; see `leanvae.metrics.clips.picture_row`.
     """
 
@@ -35,14 +35,14 @@ class Comparison:
 
 
 def picture(comparisons: Sequence[Comparison]) -> NDArray[np.uint8]:
-    """Return all of them as uint8 `(H', W', 3)`, a row each."""
+    """Return all comparisons as uint8 `(H', W', 3)`, a row each."""
     rows = [comparison.row for comparison in comparisons]
     width = max(row.shape[1] for row in rows)
     return np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
 
 
 def animation(clip: Comparison) -> bytes:
-    """Return a clip as an animated GIF that plays for ever."""
+    """Return a clip as an endlessly repeated GIF."""
     assert clip.rate
     first, *others = (Image.fromarray(frame) for frame in clip.frames)
     file = io.BytesIO()
@@ -51,7 +51,7 @@ def animation(clip: Comparison) -> bytes:
 
 
 def write_comparisons(root: Path, step: int, comparisons: Sequence[Comparison]) -> list[Path]:
-    """Write an mp4 file of each clip and a PNG of each image, and remove those of all but the last few steps.
+    """Write an mp4 file of each clip and a PNG of each image, and remove all except the last few steps' files.
 
     Args:
         root: gets a folder for the step.

@@ -1,4 +1,4 @@
-"""Configuration of a training run: one YAML file."""
+"""The configuration of a training run, read from one YAML file."""
 
 from typing import Any, ClassVar, Literal, Self
 
@@ -54,25 +54,25 @@ def _term(weight: float) -> LossTerm:
 class LossConfig(StrictConfig):
     """Terms of the reconstruction loss, for pixels in [-1, 1]; each a weight, or `{weight: ..., start_step: ...}`.
 
-    The defaults are the published recipe's of LeanVAE, whose data are in [-0.5, 0.5], rescaled.
+    The defaults are those of LeanVAE's published recipe, rescaled, because its data are in [-0.5, 0.5].
 
     Attributes:
         l1: mean absolute error of pixels.
         l2: mean squared error of pixels, to which PSNR answers.
         lpips: LPIPS; of a clip's first frame and one group of frames.
         vgg: features of VGG19 before the activation (ESRGAN; LiteVAE, Table 14), of the same frames.
-        low_bands: mean absolute error of the low Haar bands (whatever the model's wavelet), image frame plus
-            video frames.
-        high_bands: the same of the high bands.
+        low_bands: mean absolute error of the low Haar bands (for any wavelet of the model), image frame plus video
+            frames.
+        high_bands: the same for the high bands.
         wavelet: Charbonnier loss of the high Haar bands of each frame (LiteVAE, Table 9).
-        gaussian: mean absolute error of what a Gaussian blur takes away, of each frame (LiteVAE, Table 9).
-        ldl: locally discriminative learning, of each frame (LiteVAE, Table 15); takes another pass, of the averaged
+        gaussian: mean absolute error of what a Gaussian blur removes, of each frame (LiteVAE, Table 9).
+        ldl: locally discriminative learning, of each frame (LiteVAE, Table 15); needs another pass, with the averaged
             weights.
         kl: KL divergence to a standard normal, summed over the latent.
         perceptual: `auto` uses the perceptual terms whose backbone's weights are found and warns of the others;
             `required` insists on them; `none` leaves them out.
-        lpips_backbone: file of VGG16's weights; without it the torch cache is searched.
-        vgg_backbone: file of VGG19's weights, likewise.
+        lpips_backbone: file of VGG16's weights; None searches torch's cache.
+        vgg_backbone: file of VGG19's weights; None searches torch's cache.
     """
 
     l1: LossTerm = _term(2.0)
@@ -123,7 +123,7 @@ class FaultConfig(StrictConfig):
 
 
 class WandbConfig(StrictConfig):
-    """Where Weights & Biases shows a run; `WANDB_MODE=offline` keeps it in the run's folder.
+    """The place where Weights & Biases shows a run; `WANDB_MODE=offline` keeps it in the run's folder.
 
     Attributes:
         project: its project.
@@ -140,14 +140,14 @@ class TrainingConfig(StrictConfig):
     """The course of a run.
 
     Attributes:
-        max_steps: optimizer steps in all; with phases, where to stop before their end.
-        batch_size: clips or images a step, over all ranks and passes.
+        max_steps: total optimizer steps; with phases, where to stop before their end.
+        batch_size: clips or images per step, over all ranks and passes.
         micro_batch_size: clips or images that a rank takes in one pass; the gradients of several passes are
-            accumulated. Without it a rank takes its whole share at once. It bounds memory and changes no result.
-        tokens_per_batch: instead of `batch_size`, most latent tokens a step, so that buckets of small samples get
+            accumulated. None takes a rank's whole share at once. It bounds memory and changes no result.
+        tokens_per_batch: instead of `batch_size`, most latent tokens per step, so that buckets of small samples get
             larger batches.
-        batch_multiple: what batch sizes by tokens are rounded down to a multiple of; the numbers of ranks that a run
-            may have must divide it.
+        batch_multiple: batch sizes by tokens are rounded down to a multiple of this; the number of ranks must divide
+            it.
         tokens_per_micro_batch: instead of `micro_batch_size`, most latent tokens that a rank takes in one pass (at
             least one sample).
         gradient_clipping: highest norm of each network's gradient; 0 turns clipping off.
@@ -170,10 +170,10 @@ class TrainingConfig(StrictConfig):
         log_every: steps between log lines.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         keep_checkpoints: newest checkpoints kept.
-        keep_every: checkpoints after a multiple of so many steps are kept for good.
+        keep_every: checkpoints after a multiple of this number of steps are never removed.
         validate_every: steps between evaluations on held-out data; also before the first step and at the end.
-        validation_clips: held-out clips evaluated, and images likewise.
-        wandb: shows the run in Weights & Biases too (`pip install 'leanvae[wandb]'`).
+        validation_clips: held-out clips to evaluate, and as many images.
+        wandb: shows the run in Weights & Biases, too (`pip install 'leanvae[wandb]'`).
         output: folder of the run, unless the command line names one.
     """
 
@@ -217,12 +217,12 @@ class TrainingConfig(StrictConfig):
 
 
 class TrainConfig(StrictConfig):
-    """What every run's YAML file may say.
+    """The fields of every run's YAML file.
 
     Attributes:
-        model, data, losses, gan, optimizer, training: see there; `gan: null` trains without a discriminator.
-        phases: a curriculum of shapes, batch sizes and trained parts (LiteVAE, Section 4.3), one after the other;
-            without it the run has one phase, as `data` and `training` say.
+        model, data, losses, gan, optimizer, training: see their classes; `gan: null` trains without a discriminator.
+        phases: a curriculum of shapes, batch sizes and trained parts (LiteVAE, Section 4.3), one after the other; if
+            empty, the run has one phase, given by `data` and `training`.
         deepspeed: DeepSpeed's own configuration (`zero_optimization`, `bf16`, ...), used for both networks.
     """
 
@@ -262,7 +262,7 @@ class TrainConfig(StrictConfig):
         return self.data.shapes_at(phase.resolution) if phase.resolution else self.data.shapes
 
     def batch_rule(self, phase: PhaseConfig) -> BatchRule:
-        """Return how large the batches of a phase are."""
+        """Return the rule for a phase's batch sizes."""
         training = self.training
         return BatchRule(
             patch_size=self.patch_size,
@@ -275,13 +275,13 @@ class TrainConfig(StrictConfig):
 
     @property
     def curriculum(self) -> Curriculum:
-        """What depends only on the number of a step."""
+        """The part of the run that depends only on the step number."""
         rules, shapes = map(self.batch_rule, self.stretches), map(self.shapes, self.stretches)
         return lay_out(self.stretches, list(rules), list(shapes), self.training.max_steps)
 
 
 class TrainVideoConfig(TrainConfig):
-    """Everything that `scripts/train_video.py` reads from its YAML file."""
+    """The YAML file of `scripts/train_video.py`."""
 
     model: LeanVAEConfig = LeanVAEConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     data: ClipDataConfig = ClipDataConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -306,12 +306,12 @@ class TrainVideoConfig(TrainConfig):
         _check_resolutions(self, tuple(patch), "model.patch_size")
         if self.gan and self.gan.looks_at_gradients:
             field = "weighting" if self.gan.weighting == "adaptive" else "log_gradient_ratio"
-            raise ValueError(f"gan.{field}: the video model has no single last layer to look at; for images alone")
+            raise ValueError(f"gan.{field}: the video model has no single last layer; only for images")
         return self
 
 
-# What differs for images: the paper's rates, batch and discriminator, and LDM's hinge loss. The paper gives no weights
-# for the losses: pixels count once and the GAN waits for a quarter of the default steps, which are ours.
+# Defaults for images: the paper's rates, batch and discriminator, and LDM's hinge loss. The paper gives no loss
+# weights; that pixels count once and the GAN starts after a quarter of the default steps is our choice.
 
 
 class ImageLossConfig(LossConfig):
@@ -340,7 +340,7 @@ class ImageTrainingConfig(TrainingConfig):
 
 
 class TrainImageConfig(TrainConfig):
-    """Everything that `scripts/train_image.py` reads from its YAML file.
+    """The YAML file of `scripts/train_image.py`.
 
     Defaults that differ from those of the blocks are LiteVAE's: Adam at a constant 1e-4, batches of 16, a UNet
     discriminator (Appendix F).

@@ -1,4 +1,4 @@
-"""What a run's steps depend on: phases of shapes, batch sizes and trained parts; rates, weights and seeds of a step.
+"""Pure functions of a run's step number: phases of shapes, batch sizes and trained parts; rates, weights and seeds.
 
 All of these are pure functions of the step's number.
 """
@@ -19,17 +19,17 @@ from litevae.config import StrictConfig
 
 
 class PhaseConfig(StrictConfig):
-    """A stretch of a run; fields that are left out are as in `data` and `training`.
+    """A stretch of a run; missing fields are as in `data` and `training`.
 
     Attributes:
         steps: optimizer steps.
         resolution: (height, width) in pixels, or one number for both.
-        buckets: shapes of the samples, in place of a resolution; see `data.buckets`.
-        batch: samples a step, over all ranks and passes.
+        buckets: shapes of the samples, instead of a resolution; see `data.buckets`.
+        batch: samples per step, over all ranks and passes.
         micro_batch: samples that a rank takes in one pass.
-        tokens_per_batch: latent tokens a step, in place of `batch`.
+        tokens_per_batch: latent tokens per step, instead of `batch`.
         gan: whether the discriminator may train and count; phases without it come first.
-        freeze: patterns of the autoencoder's parameters that stay as they are, such as `[encoder.*]`.
+        freeze: patterns of the autoencoder's parameters that stay unchanged, such as `[encoder.*]`.
     """
 
     steps: PositiveInt
@@ -53,11 +53,11 @@ class BatchRule:
 
     Attributes:
         patch_size: pixels (frames, height, width) of a latent token.
-        batch: samples a step, unless tokens count.
+        batch: samples per step, unless tokens count.
         micro_batch: samples that a rank takes in one pass; None takes its whole share.
-        tokens_per_batch: most latent tokens a step.
-        multiple: what batch sizes by tokens are rounded down to a multiple of.
-        tokens_per_micro_batch: most latent tokens that a rank takes in one pass, but one sample at least.
+        tokens_per_batch: most latent tokens per step.
+        multiple: batch sizes by tokens are rounded down to a multiple of this.
+        tokens_per_micro_batch: most latent tokens that a rank takes in one pass, but at least one sample.
     """
 
     patch_size: tuple[int, int, int]
@@ -122,11 +122,11 @@ class Curriculum:
     """The phases of a run, one after the other.
 
     Attributes:
-        phases: what the data loader needs of them.
+        phases: the phases' data, for the loader.
         rules: batch sizes and passes, by phase.
-        freeze: patterns of parameters that stay as they are, by phase.
+        freeze: patterns of parameters that stay unchanged, by phase.
         gan_from: first step of a phase with the discriminator.
-        max_steps: steps in all.
+        max_steps: total steps.
     """
 
     phases: tuple[Phase, ...]
@@ -158,7 +158,7 @@ def lay_out(
     shapes: Sequence[Sequence[Shape]],
     max_steps: int | None,
 ) -> Curriculum:
-    """Lay phases one after the other, up to `max_steps`.
+    """Chain phases, up to `max_steps`.
 
     Raises:
         ConfigError: phases without a discriminator after one with it, or none with it.
@@ -169,7 +169,7 @@ def lay_out(
     phases = phases_of((stretch.steps, sizes) for stretch, sizes in zip(stretches, batches, strict=True))
     flags = [stretch.gan for stretch in stretches]
     if flags != sorted(flags) or not flags[-1]:
-        raise ConfigError("phases: gan may be false in the first phases alone; to train without one write gan: null")
+        raise ConfigError("phases: gan may be false only in the first phases; to train without one write gan: null")
     steps = sum(stretch.steps for stretch in stretches)
     return Curriculum(
         phases=phases,
@@ -201,7 +201,7 @@ def ramp(step: int, start_step: int, warmup_steps: int) -> float:
 
 
 def ema_decay(step: int, highest: float) -> float:
-    """Return the decay of the averaged weights, which rises to `highest` so that the first weights soon fade."""
+    """Return the decay of the averaged weights, which rises to `highest`, so that the first weights fade soon."""
     return min(highest, (1.0 + step) / (10.0 + step))
 
 
@@ -210,7 +210,7 @@ def sample_generator(purpose: str, seed: int, step: int, index: int) -> np.rando
 
     Args:
         purpose: keeps different uses apart.
-        seed: of the run.
+        seed: seed of the run.
         step: training step.
         index: place in the global batch.
     """
@@ -228,11 +228,11 @@ def posterior_noise(shape: tuple[int, ...], seed: int, step: int, indices: list[
 
 
 def perceptual_frames(num_frames: int, group: int, seed: int, step: int, indices: list[int]) -> Tensor:
-    """Draw the frames that the perceptual loss sees of each sample: the first and one aligned group.
+    """Draw each sample's frames for the perceptual loss: the first and one aligned group.
 
     Args:
         num_frames: T = group * n + 1.
-        group: frames a latent frame.
+        group: frames per latent frame.
 
     Returns:
         int64 `(len(indices), 1 + group)`, or `(len(indices), 1)` for images.

@@ -1,6 +1,6 @@
-"""One network with its optimizer under DeepSpeed, and DeepSpeed's checkpoint files.
+"""A network with its optimizer under DeepSpeed, and DeepSpeed's checkpoint files.
 
-Everything that DeepSpeed wants done its way is in this file.
+Everything specific to DeepSpeed is in this file.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class DeepSpeedEngine:
 
         training = config.training
         settings = {
-            "zero_force_ds_cpu_optimizer": False,  # ours is fused, also on CPUs
+            "zero_force_ds_cpu_optimizer": False,  # ours is fused, even on CPUs
             **config.deepspeed,
             "train_micro_batch_size_per_gpu": 1,  # of the first phase, told before the first step
             "gradient_accumulation_steps": 1,
@@ -59,7 +59,7 @@ class DeepSpeedEngine:
         self.dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
         self._masters: dict[int, Tensor] = {}
         if self.dtype != torch.float32 and not self._stage:
-            # Without ZeRO, the parameters do not know the float32 weights that the optimizer keeps of them.
+            # Without ZeRO, parameters have no link to the optimizer's float32 weights.
             wrapped = self._engine.optimizer
             for halves, masters in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
                 self._masters.update(zip(map(id, halves), masters, strict=True))
@@ -70,7 +70,7 @@ class DeepSpeedEngine:
     def set_batch(self, batch: int, passes: int) -> None:
         self._engine.set_train_micro_batch_size(batch // (dist.get_world_size() * passes))
         self._engine.set_train_batch_size(batch)
-        self._engine.micro_steps = 0  # by which the engine knows the last pass of a step
+        self._engine.micro_steps = 0  # tells the engine which pass is a step's last
         if _is_sharded(self._engine):
             self._engine.optimizer.gradient_accumulation_steps = passes  # ZeRO's copy
 
@@ -87,19 +87,19 @@ class DeepSpeedEngine:
         self._forget_gradients()
 
     def skip_update(self) -> None:
-        # DeepSpeed's step clears the gradients, wherever a ZeRO stage keeps them. With an optimizer that does nothing,
-        # it copies the same float32 weights to where they came from.
+        # DeepSpeed's step clears the gradients at every ZeRO stage. With an optimizer that does nothing, it only copies
+        # the unchanged float32 weights back.
         optimizer = self._engine.basic_optimizer
         optimizer.step = lambda *_, **__: None
         try:
             self._engine.step()
         finally:
-            del optimizer.step  # which hid the method of its class
+            del optimizer.step  # restores the method of its class
         self._forget_gradients()
 
     def _forget_gradients(self) -> None:
-        # ZeRO-3, and ZeRO-1 and 2 when offloaded, write each gradient over that of the step before, which weights that
-        # a step does not use would get.
+        # ZeRO-3, and offloaded ZeRO-1 and 2, overwrite the previous step's gradients. Weights that a step does not use
+        # would keep them.
         if not _is_sharded(self._engine):
             return
         kept = [group.grad for group in getattr(self._engine.optimizer, _GROUPS[self._stage])]
@@ -122,7 +122,7 @@ class DeepSpeedEngine:
         return {name: self._full_weight(parameter) for name, parameter in self._groups.named}
 
     def _full_weight(self, parameter: nn.Parameter) -> Tensor:
-        """Return a weight in float32, whole also under ZeRO-3; in bfloat16, the optimizer's precise copy."""
+        """Return a weight in float32: whole under ZeRO-3; in bfloat16, the optimizer's precise copy."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         if self._stage == 3 or (self._stage and self.dtype != torch.float32):
@@ -138,7 +138,7 @@ class DeepSpeedEngine:
         if not self._stage or ranks == dist.get_world_size():
             self._load(folder)
             return
-        # The shards of other ranks: DeepSpeed's universal checkpoints hold whole tensors, which each rank slices.
+        # Another number of ranks: DeepSpeed's universal checkpoints hold whole tensors, which each rank slices.
         converted = temporary_folder(folder.parent.with_name(f"{folder.parent.name}_{folder.name}"))
         on_main(lambda: convert_to_universal(folder / self._TAG, converted / self._TAG))
         self._engine._config.load_universal_checkpoint = True
@@ -165,19 +165,19 @@ _GROUPS = {
 
 
 def _is_sharded(engine: Any) -> bool:
-    """Return whether ZeRO's own optimizer is at work; with float32 sums (`data_types`) at stage 1 it is not."""
+    """Return whether ZeRO's own optimizer is in use; at stage 1 with float32 sums (`data_types`) it is not."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
     return engine.zero_optimization_stage() > 0 and not isinstance(engine.optimizer, BF16_Optimizer)
 
 
 def check_attributes(engine: Any) -> None:
-    """Check that DeepSpeed has the private attributes that this file uses at the engine's ZeRO stage.
+    """Check that DeepSpeed has the private attributes used here at the engine's ZeRO stage.
 
     A missing one would otherwise be noticed days into a run, or never.
 
     Raises:
-        MissingPackage: this version of DeepSpeed has not.
+        MissingPackage: this version of DeepSpeed lacks one.
     """
     import deepspeed
 
@@ -202,7 +202,7 @@ def check_attributes(engine: Any) -> None:
 
 
 def convert_to_universal(source: Path, target: Path) -> None:
-    """Join the shards of all ranks to whole tensors, which any number of ranks can load, by DeepSpeed's own program.
+    """Join all ranks' shards to whole tensors for any number of ranks, by DeepSpeed's own program.
 
     Args:
         source: folder of one engine's files, of ZeRO stage 1, 2 or 3.
@@ -228,7 +228,7 @@ def convert_to_universal(source: Path, target: Path) -> None:
 def refusing_code() -> Iterator[None]:
     """Let DeepSpeed unpickle tensors, plain containers and a few classes of its own, but no code.
 
-    It tells torch.load to unpickle everything, which an environment variable of torch's overrides.
+    DeepSpeed makes torch.load unpickle everything, which an environment variable of torch overrides.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -1,9 +1,9 @@
-"""What a configuration may tell DeepSpeed itself."""
+"""Checks of a configuration's `deepspeed` block."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# What DeepSpeed also wants to be told, and the field of ours that tells it.
+# Settings that DeepSpeed also takes, and our fields that set them.
 _KEYS_OF_OURS = {
     "train_batch_size": "training.batch_size",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
@@ -14,7 +14,7 @@ _KEYS_OF_OURS = {
     "activation_checkpointing": "training.activation_checkpointing",
 }
 _EXAMPLES = {"bf16": "{enabled: true}", "zero_optimization": "{stage: 2}"}
-# The other top-level keys of DeepSpeed's configuration; it takes unknown ones for nothing, which hides misspelt ones.
+# The other top-level keys of DeepSpeed's configuration. It ignores unknown keys, which hides misspelt ones.
 _DEEPSPEED_KEYS = frozenset(
     """aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile
     csv_monitor data_types disable_allgather dump_state elasticity flops_profiler gradient_predivide_factor
@@ -25,7 +25,7 @@ _DEEPSPEED_KEYS = frozenset(
 
 
 def check_block(block: Mapping[str, Any], compiles: bool) -> None:
-    """Refuse what DeepSpeed would misunderstand.
+    """Refuse settings that DeepSpeed would misunderstand.
 
     Args:
         block: the configuration's block `deepspeed`.
@@ -46,8 +46,8 @@ def check_block(block: Mapping[str, Any], compiles: bool) -> None:
         raise ValueError(f"deepspeed.zero_optimization.stage is {stage!r}: it must be 0, 1, 2 or 3")
     if compiles and stage == 3:
         raise ValueError(
-            "training.compile: torch.compile does not see the weights that ZeRO-3 gathers on its way through the "
-            "network: use a lower deepspeed.zero_optimization.stage"
+            "training.compile: torch.compile cannot see the weights that ZeRO-3 gathers during a pass: use a lower "
+            "deepspeed.zero_optimization.stage"
         )
     if unknown := sorted(block.keys() - _DEEPSPEED_KEYS):
         raise ValueError(f"deepspeed.{unknown[0]}: unknown key; DeepSpeed's are {', '.join(sorted(_DEEPSPEED_KEYS))}")

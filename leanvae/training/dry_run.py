@@ -1,4 +1,4 @@
-"""What a run would do, without running: its configuration, first steps, parameters, and memory on each rank."""
+"""A dry run: a run's configuration, first steps, parameters, and memory on each rank."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -22,12 +22,12 @@ NUM_STEPS = 20
 
 
 def run_summary(config: TrainConfig, world_size: int) -> str:
-    """Return the resolved configuration, the first steps, and estimates for each of `world_size` ranks, as text.
+    """Describe a run as text: resolved configuration, first steps, and estimates for each of `world_size` ranks.
 
-    The data sources are listed, and their files measured if there are buckets to choose from, as in the run.
+    The data sources are listed and, if there are several buckets, their files measured, as in the run.
 
     Raises:
-        InvalidInput, MissingFile: as the run would.
+        InvalidInput, MissingFile: as in the run.
     """
     check_passes(config, world_size)
     train, _ = find_items(config.data)
@@ -84,7 +84,7 @@ def _memory(config: TrainConfig, world_size: int) -> Iterator[str]:
         for bucket, samples in _passes(config, world_size)
     )
     yield f"activations: {_gib(worst[0])} in a pass of {worst[2]} of {worst[1]}, perceptual networks not counted"
-    yield f"in all: {_gib(total + average + worst[0])} on the first rank"
+    yield f"total: {_gib(total + average + worst[0])} on the first rank"
 
 
 def _passes(config: TrainConfig, world_size: int) -> set[tuple[Shape, int]]:
@@ -101,13 +101,13 @@ def state_bytes(count: int, stage: int, is_half: bool, world_size: int) -> dict[
     """Return the bytes of a network's state on each rank (ZeRO, Section 5), sharded from stage 1, 2 and 3 on.
 
     Args:
-        count: its parameters.
-        stage: of ZeRO.
+        count: number of its parameters.
+        stage: ZeRO's stage.
         is_half: whether it computes in bfloat16, with float32 weights in the optimizer.
         world_size: number of ranks.
     """
     width = 2 if is_half else 4
-    keeps_copy = is_half or stage > 0  # of the weights in float32, beside Adam's two moments
+    keeps_copy = is_half or stage > 0  # a float32 copy of the weights, beside Adam's two moments
     sizes = {"optimizer": (1, 12 if keeps_copy else 8), "gradients": (2, width), "weights": (3, width)}
     return {
         part: count * size / (world_size if stage >= first else 1) for part, (first, size) in reversed(sizes.items())
@@ -117,7 +117,7 @@ def state_bytes(count: int, stage: int, is_half: bool, world_size: int) -> dict[
 def activation_bytes(
     vae: nn.Module, discriminator: nn.Module | None, bucket: Shape, samples: int, is_half: bool
 ) -> float:
-    """Return the bytes that a forward pass keeps for its backward pass, counted on the meta device.
+    """Return the bytes that a forward pass saves for its backward pass, counted on the meta device.
 
     Args:
         vae, discriminator: on the meta device.
@@ -137,7 +137,8 @@ def activation_bytes(
     if discriminator is not None:
         images = as_images(pixels)
         network = discriminator.to(dtype)
-        # The autoencoder's pass keeps those of the reconstruction; the discriminator's own, of both, comes after it.
+        # The autoencoder's pass saves the discriminator's activations for the reconstruction; the discriminator's own
+        # pass, for both inputs, comes later.
         kept = max(
             kept + _saved_bytes(lambda: network(images.requires_grad_())), 2 * _saved_bytes(lambda: network(images))
         )
@@ -145,7 +146,7 @@ def activation_bytes(
 
 
 def _saved_bytes(work: Callable[[], Any]) -> float:
-    """Return the bytes of the tensors that autograd keeps, each storage once, parameters aside."""
+    """Return the bytes of the tensors that autograd saves, each storage once, without parameters."""
     storages: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One network with its optimizer: what the training step needs of it, and plain torch in a single process.
+"""A network with its optimizer: the interface for the training step, and plain torch in a single process.
 
 The two networks of a GAN each have their own engine.
 """
@@ -17,7 +17,7 @@ from litevae.errors import InvalidInput
 
 
 class Engine(Protocol):
-    """What the training step needs of a network and its optimizer."""
+    """The interface of a network and its optimizer for the training step."""
 
     module: nn.Module
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class Engine(Protocol):
         """Set the samples of all ranks in the next steps, and the passes over which gradients are accumulated."""
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one pass's mean loss; the weights stay as they are."""
+        """Accumulate the gradients of a pass's mean loss, without changing the weights."""
 
     def gradient_size(self) -> Tensor:
         """Return the sum of the norms of this rank's gradients; it is finite only if all of them are."""
@@ -39,20 +39,20 @@ class Engine(Protocol):
         """Update the weights after the last backward pass of a step; all ranks together."""
 
     def skip_update(self) -> None:
-        """Drop the gradients instead; weights and optimizer state stay as they are."""
+        """Drop the gradients instead, without changing weights and optimizer state."""
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next update."""
 
     def set_frozen(self, patterns: Sequence[str]) -> None:
-        """Keep the parameters that match a phase's patterns as they are in the next steps."""
+        """Freeze the parameters that match a phase's patterns, in the next steps."""
 
     def training(self) -> AbstractContextManager[None]:
         """Open a block for forward and backward passes, in which frozen parameters are out of the graph."""
         ...
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Return all weights that are trained, in float32, the same on every rank; all ranks together."""
+        """Return all trained weights in float32, the same on every rank; all ranks together."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -66,8 +66,8 @@ class Engine(Protocol):
 def frozen(module: nn.Module) -> Iterator[None]:
     """Take the parameters out of the graph, so that a pass through them leaves their gradients alone.
 
-    Under ZeRO it has to happen before the forward pass, and the pass must go through the bare module: its engine
-    would expect a backward pass of its own.
+    Under ZeRO this must happen before the forward pass, and the pass must use the bare module, because its engine would
+    expect a backward pass.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trainable:
@@ -87,7 +87,7 @@ def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 class Groups:
     """A network's trained parameters in groups that every phase freezes or trains as a whole.
 
-    A frozen group has no gradient and a rate of 0: the optimizer's state goes on, the weights stay to the last bit.
+    A frozen group has no gradient and a rate of 0: the optimizer's state continues, the weights stay to the last bit.
     """
 
     def __init__(self, module: nn.Module, freeze: Sequence[Sequence[str]]) -> None:
@@ -111,7 +111,9 @@ class Groups:
 
     @contextmanager
     def out_of_graph(self) -> Iterator[None]:
-        """Take the frozen groups out of the graph, but not for good: DeepSpeed saves what needs no gradient apart."""
+        """Take the frozen groups out of the graph during a block; DeepSpeed saves parameters without gradient
+        separately.
+        """
         frozen = [p for group, off in zip(self.parameters, self._frozen, strict=True) if off for p in group]
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -152,7 +154,7 @@ class GradientWatch:
 
 
 class PlainEngine:
-    """Plain torch in float32, one process. What DeepSpeed does is tested against it."""
+    """Plain torch in float32 and one process, the reference for tests of DeepSpeed."""
 
     dtype = torch.float32
 

@@ -1,8 +1,8 @@
-"""What a run does about steps whose loss or gradient is not finite: pure functions of what has happened so far.
+"""A run's reaction to steps whose loss or gradient is not finite: pure functions of the past steps.
 
-A step's number never goes back: data, rates and noise depend on it. A bad step updates nothing. After several in a row
-the networks go back to an older checkpoint while the numbers go on, so only the updates in between are lost. The GAN,
-the most frequent cause, counts less from then on.
+The step number never goes back, because data, rates and noise depend on it. A bad step updates nothing. After several
+in a row the networks go back to an older checkpoint while the numbers continue, so only the updates in between are
+lost. The GAN, the most frequent cause, counts less from then on.
 """
 
 import math
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FaultRecord:
-    """What a run has met; kept in its checkpoints.
+    """The faults of a run, kept in its checkpoints.
 
     Attributes:
-        updates: updates that the weights have had.
-        bad_in_a_row: bad steps since the last good one or the last roll-back.
+        updates: number of updates of the weights.
+        bad_in_a_row: bad steps since the last good one or the last rollback.
         skipped: numbers, from 1, of all bad steps.
-        lost: first and last step of each stretch whose updates a roll-back took back.
+        lost: first and last step of each stretch whose updates a rollback undid.
         gan_factor: factor applied to the weight of the adversarial loss.
     """
 
@@ -36,7 +36,7 @@ class FaultRecord:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> "FaultRecord":
-        """Read what `to_json` made."""
+        """Read the output of `to_json`."""
         return cls(**{**tree, "skipped": tuple(tree["skipped"]), "lost": tuple(map(tuple, tree["lost"]))})
 
     def to_json(self) -> dict[str, Any]:
@@ -55,13 +55,13 @@ class FaultRecord:
         return replace(self, bad_in_a_row=0, updates=self.updates + 1)
 
     def rolled_back(self, restored: "FaultRecord", restored_step: int, step: int, gan_factor: float) -> "FaultRecord":
-        """Return the record after a roll-back.
+        """Return the record after a rollback.
 
         Args:
             restored: the record in the checkpoint that the networks went back to.
             restored_step: number of that checkpoint's step.
             step: number of the last step taken, which stays.
-            gan_factor: factor applied to the GAN's weight from now on, beside the earlier ones.
+            gan_factor: factor applied to the GAN's weight from now on, in addition to earlier ones.
         """
         return replace(
             self,
@@ -73,7 +73,7 @@ class FaultRecord:
 
 
 def bad_values(logs: Mapping[str, float]) -> str:
-    """Return what is wrong with a bad step, in words."""
+    """Describe what is wrong with a bad step."""
     values = [f"{name} is {value}" for name, value in logs.items() if not math.isfinite(value)]
     return ", ".join(values) or "a gradient is not finite"
 
@@ -87,7 +87,7 @@ def reason_to_go_back(
         config: how many bad steps in a row are too many.
         record: the record after the step.
         step: its number, from 1.
-        files: of the bad steps in a row.
+        files: files of the bad steps in a row.
     """
     if record.bad_in_a_row < config.max_bad_steps:
         return None
@@ -96,21 +96,21 @@ def reason_to_go_back(
 
 
 def check_roll_back(config: FaultConfig, record: FaultRecord, reason: str) -> None:
-    """Raise `TrainingDiverged`, with the reason for going back, if the run has done so as often as it may."""
+    """Raise `TrainingDiverged`, with the reason for going back, if no rollback is left."""
     if record.roll_backs >= config.max_rollbacks:
         raise TrainingDiverged(
-            f"{reason}; the run has gone back {record.roll_backs} times already, as often as "
-            f"training.faults.max_rollbacks allows, and stops. Its checkpoints are from before: look at the files, "
-            "lower optimizer.learning_rate or gan.weight, and go on with --resume auto"
+            f"{reason}; the run stops, because it has gone back {record.roll_backs} times already, the limit in "
+            "training.faults.max_rollbacks. Its checkpoints are older than these steps: look at the files, lower "
+            "optimizer.learning_rate or gan.weight, and continue with --resume auto"
         )
 
 
 def checkpoint_to_restore(newest_first: Iterable[tuple[T, int]], updates: int) -> T | None:
-    """Return the newest checkpoint whose weights are older than the present ones; else the newest as old as those.
+    """Return the newest checkpoint whose weights are older than the present ones; else the newest of the same age.
 
     Args:
-        newest_first: checkpoints and the updates that their weights have had.
-        updates: those of the present weights, which bad steps leave alone.
+        newest_first: checkpoints and the number of updates of their weights.
+        updates: updates of the present weights, which bad steps do not change.
     """
     as_old = None
     for checkpoint, its_updates in newest_first:

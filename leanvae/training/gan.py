@@ -1,4 +1,4 @@
-"""Configuration of the adversarial loss."""
+"""The configuration of the adversarial loss."""
 
 from typing import Annotated, Literal
 
@@ -14,17 +14,17 @@ class GANConfig(StrictConfig):
     """The adversarial loss, on single frames.
 
     Attributes:
-        weight: of the generator's adversarial loss.
-        weighting: `constant`, or `adaptive`: the weight is multiplied with the ratio of the gradients' norms of the
-            reconstruction loss and the adversarial one at the decoder's last layer (LiteVAE, Equation 2, in which it
-            is 1/2); of the image model alone.
-        loss: of the discriminator.
+        weight: weight of the generator's adversarial loss.
+        weighting: `constant`, or `adaptive` (only for the image model): the weight is multiplied by the ratio of the
+            reconstruction and adversarial losses' gradient norms at the decoder's last layer (LiteVAE, Equation 2,
+            where the weight is 1/2).
+        loss: loss of the discriminator.
         generator_loss: `non_saturating`, mean softplus(-logits), or `hinge`, -mean(logits).
         start_step: first step in which the discriminator trains and counts.
-        warmup_steps: steps from then on in which the weight rises linearly from 0.
+        warmup_steps: steps after `start_step` during which the weight rises linearly from 0.
         lecam: weight of the LeCam regularisation of the discriminator.
         lecam_decay: decay of its running averages of the logits.
-        learning_rate: of the discriminator.
+        learning_rate: rate of the discriminator.
         log_gradient_ratio: whether logged steps measure the gradients' ratio, weight included (LiteVAE, Figure 7).
         discriminator: its architecture.
     """

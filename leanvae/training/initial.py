@@ -1,4 +1,4 @@
-"""Fine-tuning: a new run that starts from trained weights, and parameters that it leaves as they are."""
+"""Fine-tuning: a new run that starts from trained weights, and frozen parameters."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from litevae.model import LiteVAE
 
 @dataclass(frozen=True)
 class Fit:
-    """What a model took of a file's weights.
+    """The weights that a model took from a file.
 
     Attributes:
-        loaded: names of the weights that were taken.
-        share: share of the model's numbers in those weights.
-        new: name and reason for each weight of the model that starts anew.
-        unused: likewise for the file's weights that the model has no place for.
+        loaded: names of these weights.
+        share: their share of the model's parameters.
+        new: reason for each of the model's weights that starts fresh.
+        unused: reason for each of the file's weights that the model cannot use.
         differences: settings of the two architectures that differ, as `field: there -> here`.
     """
 
@@ -38,22 +38,22 @@ class Fit:
         return not (self.new or self.unused or self.differences)
 
     def __str__(self) -> str:
-        lines = [f"{100 * self.share:.1f} % of the model's numbers are loaded"]
+        lines = [f"{100 * self.share:.1f} % of the model's parameters are loaded"]
         lines += [f"  other architecture: {difference}" for difference in self.differences]
-        lines += [f"  {name} starts anew: {reason}" for name, reason in self.new.items()]
+        lines += [f"  {name} starts fresh: {reason}" for name, reason in self.new.items()]
         lines += [f"  {name} is not used: {reason}" for name, reason in self.unused.items()]
         return "\n".join(lines)
 
 
 def load_initial(model: LeanVAE | LiteVAE, path: str | Path) -> Fit:
-    """Take over the weights of a file that have the name, shape and kind of one in the model.
+    """Load the weights of a file that match one of the model in name, shape and kind.
 
-    Nothing is cut to size. Weights of self-modulated and of plain maps are not exchanged, since they mean different
-    things. Weights of the model that find no match stay as they were initialised.
+    Nothing is cut to size. Weights of self-modulated and plain maps are not exchanged, because their meanings differ.
+    Weights of the model without a match keep their initial values.
 
     Args:
-        model: with fresh weights.
-        path: whatever `load_vae` reads.
+        model: the model, with fresh weights.
+        path: anything that `load_vae` reads.
 
     Raises:
         ConfigError: the file cannot be read, has a weight that is not finite, or nothing in it fits.
@@ -122,7 +122,7 @@ def frozen_names(model: nn.Module, patterns: Sequence[str], field: str = "traini
     Args:
         model: the network.
         patterns: see `matches_any`.
-        field: of the configuration, that errors name.
+        field: field of the configuration, for errors.
 
     Returns:
         The names in the model's order.
@@ -142,7 +142,7 @@ def frozen_names(model: nn.Module, patterns: Sequence[str], field: str = "traini
 
 
 def check_freeze(model: nn.Module, always: Sequence[str], phases: Sequence[Sequence[str]]) -> None:
-    """Check before a run that every phase leaves something to train; otherwise it would fail when it begins.
+    """Check before a run that every phase leaves something to train; otherwise it would fail later.
 
     Args:
         model: the network.
@@ -162,16 +162,16 @@ def check_freeze(model: nn.Module, always: Sequence[str], phases: Sequence[Seque
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> float:
-    """Keep parameters as they are: no gradient is computed for them, and no optimizer takes them.
+    """Freeze parameters: no gradient is computed for them, and no optimizer takes them.
 
-    This must happen before the model goes under its engine.
+    This must happen before the model gets its engine.
 
     Args:
         model: the network.
         patterns: see `frozen_names`.
 
     Returns:
-        Share of the model's numbers that is frozen.
+        Frozen share of the model's parameters.
     """
     frozen = [model.get_parameter(name).requires_grad_(False) for name in frozen_names(model, patterns)]
     return _count(frozen) / _count(model.parameters())

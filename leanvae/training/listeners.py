@@ -1,4 +1,4 @@
-"""Who watches a run: the metrics file, TensorBoard, Weights & Biases and the console. None of them steers it."""
+"""Observers of a run: the metrics file, TensorBoard, Weights & Biases and the console. None of them controls it."""
 
 import importlib
 import importlib.util
@@ -35,15 +35,15 @@ _STEPS_BEFORE_ESTIMATE = 4
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did.
+    """The results of a step.
 
     Attributes:
-        step: steps taken, this one included.
-        values: losses and rates, without those that are not finite.
+        step: steps taken, including this one.
+        values: finite losses and rates.
         figures: these, and times, sizes and counts: a line of `metrics.jsonl`.
         bucket: shape of its samples.
         times: seconds that it took.
-        is_logged: whether it is one of the steps that the boards show; see `training.log_every`.
+        is_logged: whether the boards show this step; see `training.log_every`.
     """
 
     step: int
@@ -55,9 +55,9 @@ class StepReport:
 
 
 class Listener(Protocol):
-    """Someone who watches a run; called on the main rank only. What it raises ends the run.
+    """An observer of a run, called only on the main rank. An exception in it ends the run.
 
-    A subclass needs to write only the methods that it wants.
+    A subclass defines only the methods that it needs.
     """
 
     def started(self, root: Path, config: TrainConfig, step: int | None) -> None:
@@ -66,8 +66,8 @@ class Listener(Protocol):
         Args:
             root: the run's folder.
             config: its configuration.
-            step: steps taken by the checkpoint that the run goes on from; None if it begins. Later steps, which this
-                listener may have seen, are taken again.
+            step: steps taken by the checkpoint that the run resumes from; None if it begins. Later steps, which this
+                listener may have seen, are repeated.
         """
 
     def stepped(self, report: StepReport) -> None:
@@ -83,11 +83,11 @@ class Listener(Protocol):
         """
 
     def closed(self) -> None:
-        """Called at the end, also after an error, if `started` has returned."""
+        """Called at the end, even after an error, if `started` has returned."""
 
 
 def default_listeners(config: TrainConfig) -> list[Listener]:
-    """Return those of every run."""
+    """Return the listeners of every run."""
     listeners: list[Listener] = [MetricsFile(), TensorBoard()]
     if config.training.wandb:
         listeners.append(WandbRun(config.training.wandb))
@@ -152,7 +152,7 @@ class TensorBoard:
             self._board.add_scalar(name, value, step)
 
     def _add_animation(self, name: str, clip: Comparison, step: int) -> None:
-        """Put an animated GIF among TensorBoard's images, which play it; its own add_video needs moviepy."""
+        """Add an animated GIF to TensorBoard's images, which play it; its own add_video needs moviepy."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         height, width = clip.frames.shape[1:3]
@@ -162,25 +162,25 @@ class TensorBoard:
 
 
 def check_wandb(config: WandbConfig | None) -> None:
-    """Raise `ConfigError` if Weights & Biases is asked for and not installed."""
+    """Raise `ConfigError` if Weights & Biases is requested but not installed."""
     if config and importlib.util.find_spec("wandb") is None:
         raise ConfigError("training.wandb needs the package wandb: pip install 'leanvae[wandb]', or leave it out")
 
 
 class WandbRun:
-    """Figures and reconstructions for Weights & Biases; a run that resumes goes on in the same W&B run.
+    """Figures and reconstructions for Weights & Biases; a resumed run continues its W&B run.
 
-    Steps that a resumed run takes again are sent again, with the same values.
+    Steps that a resumed run repeats are sent again, with the same values.
 
     Args:
-        config: where to.
+        config: its project and name.
     """
 
     def __init__(self, config: WandbConfig) -> None:
         self._config = config
 
     def started(self, root: Path, config: TrainConfig, step: int | None) -> None:
-        """Open the W&B run, whose name the run's folder keeps."""
+        """Open the W&B run, whose name is kept in the run's folder."""
         self._wandb: Any = importlib.import_module("wandb")
         id_file = root / ID_FILE
         if not id_file.exists():
@@ -194,7 +194,7 @@ class WandbRun:
             dir=str(root),
             config=config.model_dump(mode="json"),
         )
-        # W&B's own counter takes nothing for a step that it has seen, as a resumed run sends.
+        # W&B's own counter would drop steps that a resumed run repeats.
         self._run.define_metric("*", step_metric="step")
 
     def stepped(self, report: StepReport) -> None:
@@ -233,7 +233,7 @@ class Console:
         self._bar = tqdm(total=self._num_steps, initial=step or 0, unit="step", disable=None)
 
     def stepped(self, report: StepReport) -> None:
-        """Move the bar; say now and then how the run is doing, and early how long it takes."""
+        """Move the bar; report progress now and then, and early how long the run takes."""
         self._taken += 1
         self._seconds += report.times.whole
         mean_seconds = self._seconds / self._taken
@@ -242,10 +242,10 @@ class Console:
             self._say_how_it_goes(report, left)
         long = left > _LONG_RUN_SECONDS and not torch.cuda.is_available()
         if self._taken == (1 if long else _STEPS_BEFORE_ESTIMATE):
-            logger.info("%.2f s a step, about %s in all", mean_seconds, duration(self._num_steps * mean_seconds))
+            logger.info("%.2f s per step, about %s in total", mean_seconds, duration(self._num_steps * mean_seconds))
             if long:
                 small = self._config.small_config
-                logger.warning("this is a run for GPUs; %s is made for a machine without one", small)
+                logger.warning("this configuration is meant for GPUs; without one, use %s", small)
         self._bar.update()
         self._bar.set_postfix(loss=f"{report.values.get('loss', float('nan')):.4f}")
 
@@ -261,16 +261,16 @@ class Console:
         logger.info("%s: %s; %s; about %s left", step, shown, speed, duration(left))
 
     def validated(self, step: int, results: ValidationResults, files: Sequence[Path]) -> None:
-        """Say what held-out files measure."""
+        """Print the figures of held-out files."""
         logger.info("step %d: held-out %s", step, results)
 
     def closed(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in words: `3 d 4 h`, `2 h 5 min`, `3 min 20 s` or `45 s`."""
+    """Format a duration: `3 d 4 h`, `2 h 5 min`, `3 min 20 s` or `45 s`."""
     whole = round(seconds)
     for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
         if whole >= size:
@@ -279,7 +279,7 @@ def duration(seconds: float) -> str:
 
 
 def write_summary(root: Path) -> str:
-    """Write and return what training has done to each held-out file; empty if there are none.
+    """Write and return each held-out file's change by training; empty if there are none.
 
     Args:
         root: the run's folder.
@@ -304,7 +304,7 @@ def _change(before: float | None, after: float | None) -> str:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Remove the lines of later steps from a JSON-lines file, and a last line that was cut off."""
+    """Remove the lines of later steps, and a truncated last line, from a JSON-lines file."""
     if not path.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""The course of a run: opens it, counts steps, validates, saves, goes back, and tells its listeners."""
+"""The course of a run: open it, count steps, validate, save, go back, and tell the listeners."""
 
 import errno
 import logging
@@ -75,23 +75,23 @@ def train(
     resume: str = "auto",
     listeners: Sequence[Listener] = (),
 ) -> int:
-    """Train an autoencoder as a YAML file says.
+    """Train an autoencoder with a YAML file's configuration.
 
     Args:
-        config_class: what the file is read as: `TrainVideoConfig` or `TrainImageConfig`.
+        config_class: class of the configuration: `TrainVideoConfig` or `TrainImageConfig`.
         config: the YAML file.
         overrides: dotted `key.path=value` settings.
-        output: folder of the run; None takes `training.output`.
+        output: folder of the run; None uses `training.output`.
         resume: `auto`, `none` or a checkpoint folder; see `find_checkpoint`.
-        listeners: more of them, beside those that write the run's files; called on the main rank.
+        listeners: additional listeners, called on the main rank.
 
     Returns:
-        Exit status: 0 when done or stopped by SIGTERM (after saving), 130 when interrupted by SIGINT.
+        Exit status: 0 if done or stopped by SIGTERM (after saving), 130 if interrupted by SIGINT.
 
     Raises:
         InvalidInput, MissingFile, MissingPackage: the configuration, the data or the checkpoint is wrong.
         TooManyBadClips: the share of unusable files is too large.
-        TrainingDiverged: steps go on being not finite.
+        TrainingDiverged: steps are still not finite after the last rollback.
         OSError: the disk is full; the newest checkpoint is intact.
     """
     settings = load_config(config_class, config, overrides)
@@ -122,14 +122,14 @@ def train(
 def open_run(
     config: TrainConfig, root: Path, device: torch.device, resume: str, listeners: Sequence[Listener] = ()
 ) -> Iterator["Run"]:
-    """Find a run's files, build its networks, and go on from its checkpoint or begin; all ranks together.
+    """Find a run's files, build its networks, and resume from its checkpoint or begin; all ranks together.
 
     Args:
         config: the run's configuration.
         root: its output folder.
         device: this rank's device.
         resume: see `find_checkpoint`.
-        listeners: beside `default_listeners`.
+        listeners: in addition to `default_listeners`.
 
     Raises:
         ConfigError: a batch does not divide among the ranks and passes, or the checkpoint does not fit.
@@ -148,7 +148,7 @@ def open_run(
     if rank() == 0:
         lpips = load_held_out_lpips(config.losses, take_step.perceptual, device)
         validation = Validation(config, read_validation_samples(config, held_out), lpips, device)
-    barrier()  # here, and not in DeepSpeed's group, the others wait while the main rank decodes
+    barrier()  # the others wait for the main rank's decoding here, because DeepSpeed's group would give up
     step, faults = 0, FaultRecord()
     if checkpoint:
         check_same_run(checkpoint, config, take_step, digest)
@@ -186,20 +186,20 @@ def open_run(
 
 @dataclass(eq=False)
 class Run:
-    """A run that is open. Every rank has one; they take the same steps.
+    """An open run. Every rank has one, and all take the same steps.
 
     Attributes:
         config, root, device: as for `open_run`.
-        take_step: the networks and how they are trained.
+        take_step: the networks and their training.
         average: averaged weights, kept on the main rank.
         loader: gives this rank's part of each batch.
         validation: evaluates held-out files; on the main rank only.
-        listeners: who watches; on the main rank only.
+        listeners: the run's listeners; on the main rank only.
         step: steps taken.
         faults: bad steps so far.
         is_new: whether the run begins.
         items_digest: short hash of the list of training files.
-        num_files: how many they are.
+        num_files: number of training files.
         bad_clips: unusable files, with the reason.
         start: what the closed-form start promised, if there was one.
     """
@@ -229,7 +229,7 @@ class Run:
         if self.is_new:
             self._validate()
         if on_main(lambda: not complete_checkpoints(self.root / CHECKPOINTS)):
-            # What a first roll-back goes to; it also shows now, not in an hour, whether checkpoints can be written.
+            # For a first rollback; it also shows at once whether checkpoints can be written.
             self._save()
         batches = iter(self.loader)
         with StepTrace(self.root / f"trace.rank{rank()}.json", training.profile) as trace, requests.listening():
@@ -250,7 +250,7 @@ class Run:
                 self.step += 1
                 self._meet_faults(logs, batch.paths)
                 self._report(logs, batch, StepTimes(waited - started, stepped - waited, time.monotonic() - started))
-                # In this order a kill in between repeats the validation instead of leaving it out.
+                # In this order, a kill in between repeats the validation instead of omitting it.
                 last = self.step == max_steps
                 improved = (last or self.step % training.validate_every == 0) and self._validate()
                 if last or improved or self.step % training.checkpoint_every == 0:
@@ -267,7 +267,7 @@ class Run:
             update_average(self.average, weights, ema_decay(self.step, self.config.training.ema_decay))
 
     def _meet_faults(self, logs: Mapping[str, float], paths: list[str]) -> None:
-        """Note whether a step was bad, name its files, and go back if there are too many in a row."""
+        """Record whether a step was bad, name its files, and go back if there are too many in a row."""
         bad = bool(logs["skipped"])
         self.faults = self.faults.after(self.step, bad)
         if not bad:
@@ -280,7 +280,7 @@ class Run:
             self._roll_back(reason)
 
     def _roll_back(self, reason: str) -> None:
-        """Set the networks back to an older checkpoint; the numbers of the steps go on.
+        """Set the networks back to an older checkpoint; step numbers continue.
 
         Raises:
             TrainingDiverged: the run has gone back as often as it may.
@@ -298,7 +298,7 @@ class Run:
         self.take_step.gan_factor = self.faults.gan_factor
         if rank() == 0:
             logger.warning(
-                "%s. Back to the weights of %s (roll-back %d of %d); the data go on with step %d; GAN weight x %g",
+                "%s. Back to the weights of %s (rollback %d of %d); the data continue with step %d; GAN weight x %g",
                 reason,
                 folder,
                 self.faults.roll_backs,
@@ -306,11 +306,11 @@ class Run:
                 self.step + 1,
                 self.faults.gan_factor,
             )
-        self._saved_step = None  # what may have been written of this step is of the weights from before
-        self._save()  # else a run killed now would take the lost steps again
+        self._saved_step = None  # a checkpoint of this step would hold the old weights
+        self._save()  # a run killed now would otherwise take the lost steps again
 
     def _agree(self, requests: StopRequests, batch: Batch) -> int:
-        """Tell all ranks what one has met: requests to stop and broken files.
+        """Share what any rank has met: requests to stop and broken files.
 
         Returns:
             The signal that stops the run, or 0.
@@ -329,7 +329,7 @@ class Run:
         return stop
 
     def _report(self, logs: Mapping[str, float], batch: Batch, times: StepTimes) -> None:
-        """Tell the listeners of a step."""
+        """Report a step to the listeners."""
         if not self.listeners:
             return
         values = {name: value for name, value in logs.items() if math.isfinite(value)}

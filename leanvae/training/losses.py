@@ -1,4 +1,4 @@
-"""Terms of the reconstruction loss, of clips `(B, 3, T, H, W)` and images `(B, 3, H, W)` in [-1, 1] alike."""
+"""Terms of the reconstruction loss, for clips `(B, 3, T, H, W)` and images `(B, 3, H, W)` in [-1, 1]."""
 
 from collections.abc import Callable, Mapping
 
@@ -31,10 +31,10 @@ def reconstruction_terms(
         losses: weights and first steps.
         step: number of the step, from 0.
         prediction: the decoder's output, float32.
-        target: what it should be.
-        posterior: of the latents.
+        target: the true pixels.
+        posterior: posterior of the latents.
         perceptual: available perceptual networks, by term.
-        perceptual_frames: frames of each clip that they see, `(B, n)`; None for images.
+        perceptual_frames: frames of each clip for these networks, `(B, n)`; None for images.
         average_prediction: gives the output of the averaged weights for the same latents (LDL's reference).
 
     Returns:
@@ -65,15 +65,15 @@ _TERMS = ("l1", "l2", "kl", "low_bands", "high_bands", "lpips", "vgg", "wavelet"
 
 
 def weighted_sum(terms: Mapping[str, tuple[float, Tensor]]) -> Tensor:
-    """Add up weighted terms; returns a scalar."""
+    """Add up weighted terms to a scalar."""
     return torch.stack([weight * value for weight, value in terms.values()]).sum()
 
 
 def band_l1(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the mean absolute error of the low and of the high Haar bands (published recipe of LeanVAE).
 
-    Each is the mean over the image frame's bands plus the mean over the video frames' bands, in the published
-    scale of the bands.
+    Each is the mean over the image frame's bands plus the mean over the video frames' bands, in the bands' published
+    scale.
 
     Args:
         prediction: clip `(B, 3, T, H, W)`, T odd, or image `(B, 3, H, W)`; H and W even.

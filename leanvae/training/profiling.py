@@ -1,4 +1,4 @@
-"""What a run's steps cost: time, memory, and traces for chrome://tracing or Perfetto."""
+"""The cost of a run's steps: time, memory, and traces for chrome://tracing or Perfetto."""
 
 import logging
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class StepTimes:
     """Seconds that a step took.
 
     Attributes:
-        wait: for its data, of all ranks.
+        wait: waiting for data, of all ranks.
         step: forward and backward passes and updates.
         whole: both, and everything else.
     """
@@ -41,7 +41,7 @@ class StepTrace:
         self._profile: profile | None = None
 
     def begin(self, step: int) -> None:
-        """Start before the first of the steps and end after the last; called before each step, with its number."""
+        """Start before the first recorded step and end after the last; call this before each step, with its number."""
         if self._steps is None:
             return
         first, last = self._steps
@@ -67,13 +67,13 @@ class StepTrace:
 
 
 def step_costs(bucket: Shape, size: int, times: StepTimes, device: torch.device) -> dict[str, float]:
-    """Return a step's times, sizes, rates and memory, by the names that they have in `metrics.jsonl`.
+    """Return a step's times, sizes, rates and memory, by their names in `metrics.jsonl`.
 
     Args:
         bucket: shape of its samples.
-        size: their number, over all ranks.
+        size: number of samples, over all ranks.
         times: seconds that it took.
-        device: this rank's.
+        device: this rank's device.
     """
     return {
         "seconds_per_step": times.whole,
@@ -89,7 +89,7 @@ def step_costs(bucket: Shape, size: int, times: StepTimes, device: torch.device)
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Return bytes: the most that torch has had on a GPU so far, or what this process has in memory now."""
+    """Return a GPU's peak bytes so far, or this process's present ones."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import psutil

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and whether a run can go on from it."""
+"""A checkpoint's record of a run, and whether a run can resume from it."""
 
 import hashlib
 import json
@@ -41,19 +41,19 @@ from litevae.pretrained import WEIGHTS_FILE, save_pretrained
 
 logger = logging.getLogger("leanvae")
 
-# Errors that say nothing about the files that were being read.
+# Errors that are not about the files being read.
 _OF_MACHINES = (torch.OutOfMemoryError, dist.DistError, ConnectionError)
 _SAID_BY_MACHINES = r"CUDA error|NCCL|gloo/|DefaultCPUAllocator"
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Small facts in a checkpoint, beside weights and optimizers (`trainer.json`).
+    """Small facts in a checkpoint (`trainer.json`), beside weights and optimizers.
 
     Attributes:
         step: steps taken.
-        perceptual: the perceptual terms that were trained with, `lpips` and `vgg`.
-        clips: digest of the list of training files, on which the order of the data depends.
+        perceptual: the perceptual terms in use, of `lpips` and `vgg`.
+        clips: digest of the list of training files, which decides on the order of the data.
         world_size: ranks that wrote the engines' state.
         lecam: running averages of the discriminator's logits.
         torch: version.
@@ -94,7 +94,7 @@ def save_run(
     figures: Mapping[str, float | None] | None,
     start: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint: averaged weights, both engines, and where the run stands; all ranks together.
+    """Write a checkpoint: averaged weights, both engines, and the run's state; all ranks together.
 
     Args:
         root: folder of the checkpoints.
@@ -108,8 +108,8 @@ def save_run(
         start: what the closed-form start promised.
 
     Raises:
-        NotFinite: nothing is written then.
-        OSError: it cannot be written, as on a full disk; earlier checkpoints are intact.
+        NotFinite: an averaged weight is not finite; nothing is written.
+        OSError: the checkpoint cannot be written, as on a full disk; earlier ones are intact.
     """
     on_main(lambda: _check_finite(average, step))
 
@@ -148,7 +148,7 @@ def save_run(
 
 
 def read_state(folder: Path) -> RunState:
-    """Return where a run stood when it wrote a checkpoint."""
+    """Return the run's state when it wrote a checkpoint."""
     with _naming(folder / STATE_FILE):
         return RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
 
@@ -161,7 +161,7 @@ def updates_of_checkpoints(root: Path) -> Iterator[tuple[Path, int]]:
 
 
 def check_same_run(folder: Path, config: TrainConfig, take_step: TrainingStep, clips: str) -> None:
-    """Refuse a checkpoint that does not fit, and warn of everything else that has changed.
+    """Refuse a checkpoint that does not fit, and warn of all other changes.
 
     Args:
         folder: the checkpoint.
@@ -190,7 +190,7 @@ def check_same_run(folder: Path, config: TrainConfig, take_step: TrainingStep, c
 
 
 def restore(folder: Path, take_step: TrainingStep, average: dict[str, Tensor]) -> RunState:
-    """Set networks, optimizers and averages to what a checkpoint holds; all ranks together.
+    """Set networks, optimizers and averages to a checkpoint's content; all ranks together.
 
     Args:
         folder: the checkpoint, of any number of ranks.
@@ -198,7 +198,7 @@ def restore(folder: Path, take_step: TrainingStep, average: dict[str, Tensor]) -
         average: gets the averaged weights.
 
     Returns:
-        Where the run stood.
+        The run's state.
 
     Raises:
         ConfigError: the checkpoint is damaged.
@@ -218,7 +218,7 @@ def restore(folder: Path, take_step: TrainingStep, average: dict[str, Tensor]) -
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name the part of a checkpoint that cannot be read; errors of a device or of another rank stay as they are."""
+    """Name the unreadable part of a checkpoint; errors of a device or another rank stay the same."""
     try:
         yield
     except (

@@ -38,8 +38,8 @@ class LeCamAverages:
     """Running means of the discriminator's logits over all ranks (LeCam regularisation).
 
     Attributes:
-        real: of real images, one number an output of the discriminator; empty before the first step.
-        fake: of reconstructions, likewise.
+        real: means for real images, by output of the discriminator; empty before the first step.
+        fake: means for reconstructions, in the same form.
     """
 
     real: list[float] = field(default_factory=list)
@@ -50,7 +50,7 @@ class LeCamAverages:
         return (self.real[output], self.fake[output]) if self.real else (0.0, 0.0)
 
     def update(self, real: Sequence[float], fake: Sequence[float], decay: float) -> None:
-        """Take in a step's means by output, which must already be those of all ranks."""
+        """Add a step's means by output, which must already be averaged over ranks."""
         self.real = _moved(self.real, real, decay)
         self.fake = _moved(self.fake, fake, decay)
 
@@ -61,14 +61,14 @@ def _moved(averages: Sequence[float], values: Sequence[float], decay: float) -> 
 
 
 class LastLayer:
-    """What a decoder's last convolution read in its last pass, from which its weight's gradients follow.
+    """The last input of a decoder's final convolution, from which its weight's gradients follow.
 
-    The losses are differentiated at the pixels; the weight's gradient follows from that and from what the convolution
-    read (LiteVAE, Equation 2). So no pass goes back through the network, which DeepSpeed would take for the step's own,
-    and no weight is read, which ZeRO-3 keeps in parts.
+    The losses are differentiated at the pixels. The weight's gradient follows from that and from the convolution's
+    input (LiteVAE, Equation 2). So there is no backward pass through the network, which DeepSpeed would take for the
+    step's own, and no weight is read, which ZeRO-3 keeps in parts.
 
     Args:
-        decoder: of the image autoencoder.
+        decoder: decoder of the image autoencoder.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -80,7 +80,7 @@ class LastLayer:
         self._input = inputs[0].detach()
 
     def forget(self) -> None:
-        """Free what was read."""
+        """Free the stored input."""
         self._input = None
 
     def weight_gradient(self, pixel_gradient: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class LastLayer:
         return conv2d_weight(read, shape, bands, padding=1)
 
     def _finish_backward(self, pixel_gradient: Tensor, read: Tensor) -> Tensor:
-        """Return the gradient at the convolution's output; what follows is linear, so that any output serves."""
+        """Return the gradient at the convolution's output; the rest is linear, so its position does not matter."""
         height, width = read.shape[2:]
         factor = pixel_gradient.shape[2] // height
         output = read.new_zeros(len(read), 3 * factor**2, height, width, requires_grad=True)
@@ -106,18 +106,18 @@ class LastLayer:
 
 
 class TrainingStep:
-    """The training of autoencoder and discriminator, a step at a time.
+    """The training of autoencoder and discriminator, one step per call.
 
-    A step depends on the weights, the global batch and its number alone: noise and chosen frames are seeded by
-    (seed, step, place in the global batch), so that it is the same on any number of ranks.
+    A step depends only on the weights, the global batch and the step number: noise and chosen frames are seeded by
+    (seed, step, place in the global batch), so a step is the same on any number of ranks.
 
     Args:
         config: the run's configuration.
         vae: engine of the autoencoder.
         discriminator: engine of the discriminator; None without a GAN.
-        perceptual: networks of the perceptual losses, by the name of their term.
-        average: the autoencoder with the averaged weights; needed for the LDL loss.
-        device: where to compute.
+        perceptual: networks of the perceptual losses, by term.
+        average: the autoencoder with the averaged weights, for the LDL loss.
+        device: device to compute on.
 
     Attributes:
         lecam: LeCam's averages.
@@ -153,14 +153,14 @@ class TrainingStep:
         """Update both networks.
 
         Args:
-            pixels: this rank's part of the batch, uint8 clips `(n, 3, T, H, W)` or images `(n, 3, H, W)`; images are
-                clips of one frame to a video model.
+            pixels: this rank's part of the batch, uint8 clips `(n, 3, T, H, W)` or images `(n, 3, H, W)`; a video model
+                gets images as clips of one frame.
             indices: places of these samples in the global batch.
             step: number of the step, from 0.
 
         Returns:
             Losses and rates, averaged over all ranks. `skipped` is 1 if a loss or a gradient was not finite on any
-            rank. In that case neither network was updated, nor LeCam's averages.
+            rank; then neither the networks nor LeCam's averages were updated.
         """
         size = self._set_batch(pixels, step)
         rates = self._set_learning_rates(step)
@@ -191,7 +191,7 @@ class TrainingStep:
         return {**{name: means[name] for name in values}, **rates, "skipped": float(not finite)}
 
     def _set_batch(self, pixels: Tensor, step: int) -> int:
-        """Tell the engines what this step trains and how large it is; return how many samples go into a pass."""
+        """Tell the engines the step's frozen parts and batch size; return the samples of a pass."""
         phase = self.curriculum.number_at(step)
         if phase != self._phase:
             self._phase = phase
@@ -209,7 +209,7 @@ class TrainingStep:
     def _train_on(
         self, pixels: Tensor, indices: list[int], step: int, gan_weight: float, logs: dict[str, list[Tensor]]
     ) -> None:
-        """Accumulate both networks' gradients over a micro-batch, of which nothing but figures is kept."""
+        """Accumulate both networks' gradients over a micro-batch, and keep only figures."""
         target = self._to_pixels(pixels)
         # The autoencoder's pass through the discriminator must leave no gradients there.
         with frozen(self.discriminator.module) if self.discriminator else nullcontext(), self.vae.training():
@@ -252,7 +252,7 @@ class TrainingStep:
         for name, value in values.items():
             logs.setdefault(name, []).append(value.detach())
         if at_pixels is not None:
-            # The same gradients for the network: of the pixels as found already, and of the KL term.
+            # Gives the network the same gradients: those at the pixels, computed above, and the KL term's.
             kl_weight, divergence = terms["kl"]
             loss = (prediction * at_pixels).sum() + kl_weight * divergence
         if self._last_layer:
@@ -284,7 +284,7 @@ class TrainingStep:
     ) -> tuple[Tensor | float, Tensor]:
         """Return the adversarial loss's weight and both losses' gradient at the pixels; record the gradients' ratio.
 
-        Norms are those of the gradient's mean over all ranks, so that each of them finds the same.
+        Norms are those of the gradients averaged over all ranks, so that every rank gets the same.
         """
         assert self._last_layer is not None
         at_pixels = [torch.autograd.grad(loss, pixels)[0] for loss in (reconstruction, adversarial)]

@@ -1,4 +1,4 @@
-"""Held-out clips and images during training: measures and pictures of what the averaged weights make of them."""
+"""Held-out clips and images during training: measures and pictures of the averaged weights' reconstructions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from litevae.errors import NotFinite
 from litevae.perceptual import PerceptualDistance
 from litevae.pixels import from_bytes, to_bytes
 
-_NUM_SHOWN = 8  # reconstructions that are kept of one evaluation
-METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "flicker")  # of `leanvae evaluate`, that training shows
-_DEFAULT_RATE = 25.0  # frames a second, where a file's timestamps tell none
+_NUM_SHOWN = 8  # reconstructions to keep per evaluation
+METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "flicker")  # those of `leanvae evaluate` that training shows
+_DEFAULT_RATE = 25.0  # frames per second, if a file's timestamps give none
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class ValidationResults:
     """Figures of one evaluation.
 
     Attributes:
-        figures: by metric (of `METRICS`; `lpips` where its weights are to be had) and file; `None` where one is not
-            finite or not defined.
+        figures: figures by metric (of `METRICS`; `lpips` if its weights are available) and file; `None` if one is not
+            finite or undefined.
         comparisons: the first few files beside their reconstructions.
     """
 
@@ -41,7 +41,7 @@ class ValidationResults:
     comparisons: Sequence[Comparison]
 
     def mean(self, metric: str) -> float | None:
-        """Mean over the files that have a figure; `None` if none has."""
+        """Return the mean over the files with a figure; None if none has one."""
         values = [value for value in self.figures[metric].values() if value is not None]
         return sum(values) / len(values) if values else None
 
@@ -58,10 +58,10 @@ class ValidationResults:
 
 
 def read_validation_samples(config: TrainConfig, items: Sequence[Item]) -> list[Sample]:
-    """Decodes the first usable held-out clips and images, in the largest shapes of the run's last phase.
+    """Decode the first usable held-out clips and images, in the largest shapes of the run's last phase.
 
     Args:
-        config: the run's configuration; of each kind, `training.validation_clips` are taken.
+        config: the run's configuration; `training.validation_clips` of each kind are used.
         items: the held-out clips and images.
     """
     samples = []
@@ -75,13 +75,13 @@ def read_validation_samples(config: TrainConfig, items: Sequence[Item]) -> list[
 
 
 class Validation:
-    """Evaluates weights on the same held-out samples each time, one at a time.
+    """An evaluation of weights on the same held-out samples each time, one at a time.
 
     Args:
         config: the run's configuration.
         samples: decoded held-out clips and images.
         lpips: the distance, on the device; `None` leaves it out.
-        device: where to compute.
+        device: device to compute on.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Validation:
 
     @torch.inference_mode()
     def run(self, weights: dict[str, Tensor]) -> ValidationResults | None:
-        """Reconstructs the held-out files with the given weights; `None` if there are none."""
+        """Reconstruct the held-out files with the given weights; return None if there are none."""
         if not self._samples:
             return None
         with torch.device("meta"):
@@ -114,18 +114,18 @@ class Validation:
         return ValidationResults(figures, comparisons)
 
     def _measure(self, output: Tensor, target: Tensor, patch: int) -> dict[str, float | None]:
-        """Figures of a clip or an image, `(T, 3, H, W)` in [0, 1]."""
+        """Return the figures of a clip or an image, `(T, 3, H, W)` in [0, 1]."""
         row = measure_clip(output.transpose(0, 1), target.transpose(0, 1), patch, self._networks)
         return {name: row[name] for name in METRICS if name != "lpips" or self._networks.lpips}
 
 
 def _label(item: Item) -> str:
-    """The file, and where in it the clip starts unless that is the beginning."""
+    """Return the file's name and, unless it is the beginning, the clip's start."""
     return f"{item.name} at {item.start:g} s" if item.start else item.name
 
 
 def _reconstruct(coder: FrameCoder, images: NDArray[np.uint8], target: Tensor) -> Tensor:
-    """What the model makes of frames, in the shape of `target`; NaN where it is not finite."""
+    """Reconstruct frames in the shape of `target`; NaN if the output is not finite."""
     frames = [Frame(image, None, 0.0) for image in images]
     try:
         return torch.cat([part.output for part in coder.reconstruct(frames)])
@@ -134,7 +134,7 @@ def _reconstruct(coder: FrameCoder, images: NDArray[np.uint8], target: Tensor) -
 
 
 def _compare(name: str, sample: Sample, images: NDArray[np.uint8], output: Tensor, target: Tensor) -> Comparison:
-    """A sample's frames beside their reconstruction, `(T, 3, H, W)` in [0, 1]."""
+    """Return a sample's frames beside their reconstruction, `(T, 3, H, W)` in [0, 1]."""
     frames = np.concatenate((images, to_bytes(output)), axis=2)  # (T, H, 2W, 3)
     row = picture_row(output.transpose(0, 1), target.transpose(0, 1))
     if sample.times is None:

@@ -200,7 +200,7 @@ def test_a_stream_that_runs_out_of_memory_makes_no_inexact_tiles() -> None:
 
 
 def test_memory_limits_are_checked(lean: LeanVAE) -> None:
-    with pytest.raises(InvalidInput, match="expected a number of bytes"):
+    with pytest.raises(InvalidInput, match="expected a positive number of bytes"):
         FrameCoder(lean, memory_limit="much")
-    with pytest.raises(InvalidInput, match="to reconstruct frames of 28x20 takes"):
+    with pytest.raises(InvalidInput, match="to reconstruct frames of 28x20 needs"):
         list(FrameCoder(lean, memory_limit="1MiB").reconstruct(_frames(_clip(5))))

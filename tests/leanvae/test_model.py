@@ -207,7 +207,7 @@ def test_bad_latents_and_sizes_are_refused():
 
 
 def test_chunks_of_different_sizes_are_refused():
-    with pytest.raises(ValueError, match="the ones before"):
+    with pytest.raises(ValueError, match="the previous ones"):
         list(small_vae().encode_stream([random_clip(1, 3, 1, 16, 16), random_clip(1, 3, 4, 16, 8)]))
 
 

@@ -242,7 +242,7 @@ def test_plans_take_fewer_frames_and_then_tiles_of_larger_ones() -> None:
     assert all(plan.tile is None for pair in plans for plan in pair)
     assert [plan.latent_frames for plan in plans[0]] == [16, 16]
     assert 1 <= plans[1][0].latent_frames == plans[1][1].latent_frames < 16
-    with pytest.raises(ValueError, match=r"memory_limit is 8\.00 GiB: to reconstruct frames of 3840x2160 takes about"):
+    with pytest.raises(ValueError, match=r"memory_limit is 8\.00 GiB: to reconstruct frames of 3840x2160 needs about"):
         plan_reconstruction(vae, 3840, 2160, memory_limit=8 * 2**30)
     encoding, decoding = plan_reconstruction(vae.bfloat16(), 3840, 2160, memory_limit=8 * 2**30)
     assert encoding.tile is not None
@@ -258,7 +258,7 @@ def test_chunks_of_a_clip_are_no_larger_than_asked_for() -> None:
         2,
         25,
     ]
-    with pytest.raises(ValueError, match="chunk is 0: at least one frame"):
+    with pytest.raises(ValueError, match="chunk is 0: expected at least one frame"):
         plan_reconstruction(vae, 64, 64, chunk=0)
 
 
@@ -275,7 +275,10 @@ def test_reconstruct_in_tiles_equals_whole_frames(
 
 def test_reconstruct_checks_the_memory_limit(tmp_path: Path, checkpoint: Path) -> None:
     _write_clip(tmp_path / "clip.mp4")
-    for limit, message in [("much", "expected a number of bytes"), ("1MiB", "to reconstruct frames of 52x36 takes")]:
+    for limit, message in [
+        ("much", "expected a positive number of bytes"),
+        ("1MiB", "to reconstruct frames of 52x36 needs"),
+    ]:
         with pytest.raises(ValueError, match=message):
             reconstruct(checkpoint, tmp_path / "clip.mp4", tmp_path / "out", memory_limit=limit)
 

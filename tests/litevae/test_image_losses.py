@@ -187,8 +187,8 @@ def test_ldl_in_float32_keeps_the_digits_of_the_variance():
     [
         ([(1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8)], 6, "kernel_size is 6: it must be odd"),
         ([(1, 3, 8, 3), (1, 3, 8, 3), (1, 3, 8, 3)], 7, "a window of 7 needs H and W of at least 4"),
-        ([(1, 3, 8, 8), (1, 1, 8, 8), (1, 3, 8, 8)], 7, r"shape \(1, 1, 8, 8\): it must be the target's"),
-        ([(1, 3, 8, 8), (1, 3, 8, 8), (2, 3, 8, 8)], 7, r"shape \(1, 3, 8, 8\): it must be the target's"),
+        ([(1, 3, 8, 8), (1, 1, 8, 8), (1, 3, 8, 8)], 7, r"shape \(1, 1, 8, 8\): expected the target's"),
+        ([(1, 3, 8, 8), (1, 3, 8, 8), (2, 3, 8, 8)], 7, r"shape \(1, 3, 8, 8\): expected the target's"),
     ],
 )
 def test_ldl_refuses_what_it_cannot_compare(shapes, kernel_size, message):
@@ -198,7 +198,7 @@ def test_ldl_refuses_what_it_cannot_compare(shapes, kernel_size, message):
 
 @pytest.mark.parametrize("loss", [losses.wavelet_charbonnier, losses.gaussian_high_frequency_l1])
 def test_image_losses_refuse_clips(loss):
-    with pytest.raises(ValueError, match=r"shape \(1, 3, 4, 8, 8\): images"):
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 4, 8, 8\): expected images"):
         loss(torch.zeros(1, 3, 4, 8, 8), torch.zeros(1, 3, 4, 8, 8))
 
 

@@ -25,9 +25,7 @@ def test_l1_is_the_mean_absolute_difference():
 
 @pytest.mark.parametrize("loss", IMAGE_LOSSES)
 def test_image_losses_refuse_shapes_that_would_broadcast(loss):
-    with pytest.raises(
-        ValueError, match=r"prediction has shape \(2, 1, 4, 4\): it must be the target's, \(2, 3, 4, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"prediction has shape \(2, 1, 4, 4\): expected the target's, \(2, 3, 4, 4\)"):
         loss(torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, 4, 4))
 
 

@@ -243,7 +243,7 @@ def test_bad_latents_and_sizes_are_refused():
 def test_bad_configurations_are_refused(fields, message):
     with pytest.raises(ValidationError, match=message):
         LiteVAEConfig(**fields)
-    with pytest.raises(ValueError, match="preset 'XL' does not exist: there are S, B"):
+    with pytest.raises(ValueError, match="preset 'XL' does not exist: expected one of S, B"):
         LiteVAEConfig.preset("XL")
 
 

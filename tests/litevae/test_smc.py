@@ -150,5 +150,5 @@ def test_all_parameters_learn(kernel):
 
 @pytest.mark.parametrize("kernel", [(), (3, 3, 3, 3)])
 def test_conv_refuses_other_numbers_of_axes(kernel):
-    with pytest.raises(ValueError, match="1, 2 or 3 are possible"):
+    with pytest.raises(ValueError, match="expected 1, 2 or 3"):
         SelfModulatedConv(4, 3, kernel)

@@ -171,7 +171,7 @@ def test_windows_put_together_what_a_local_function_computes():
 @pytest.mark.parametrize(
     ("tile", "message"),
     [
-        ((7, 8), r"tile is \(7, 8\): at least one patch of 8x8 pixels"),
+        ((7, 8), r"tile is \(7, 8\): expected at least one patch of 8x8 pixels"),
         ((8,), r"tile is \(8,\): expected two whole numbers"),
         (8, "tile is 8: expected two whole numbers"),
         ("ab", "tile is 'ab': expected two whole numbers"),
@@ -230,9 +230,9 @@ def test_results_do_not_depend_on_the_limit():
 
 
 def test_limits_that_cannot_be_kept_are_refused():
-    with pytest.raises(ValueError, match="memory_limit is '1MiB': to encode images of 135x240 latent elements takes"):
+    with pytest.raises(ValueError, match="memory_limit is '1MiB': to encode images of 135x240 latent elements needs"):
         limited(work("encode"), "1MiB")
-    with pytest.raises(ValueError, match="tiles, which would take less, are not exact, because GroupNorm"):
+    with pytest.raises(ValueError, match="tiles, which would need less, are not exact, because GroupNorm"):
         limited(work(decoder_norm="group"), "1GiB")
     assert limited(work(decoder_norm="group"), "1GiB", approximate=True).tile is not None
 
@@ -288,7 +288,7 @@ def test_sizes_are_read(text, number):
 
 @pytest.mark.parametrize("text", ["", "GiB", "6 apples", "-1GiB", "1e9", 0, -5, 1.5, None, True, "0", "6GiBs"])
 def test_other_sizes_are_refused(text):
-    with pytest.raises(ValueError, match=r"memory_limit is .*: expected a number of bytes above zero"):
+    with pytest.raises(ValueError, match=r"memory_limit is .*: expected a positive number of bytes"):
         parse_bytes(text)
 
 

@@ -25,7 +25,7 @@ def test_products_that_a_processor_has_not_are_left_out(
     monkeypatch.setattr(measure_speed, "peak_memory", lambda *_: 2**20)
     measure_speed.measure_whole((5, 16, 16), rounds=1)
     out = capsys.readouterr().out
-    assert "bare products in bfloat16: left out, since oneDNN has no packed products in it" in out
+    assert "bare products in bfloat16: left out, because oneDNN has no packed products for it" in out
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| encode")]
     over_products = {row[1]: row[4].strip(" |") for row in rows}
     assert over_products["prepared, bfloat16"] == "-"

@@ -172,10 +172,10 @@ def test_a_model_whose_output_is_not_finite_has_no_figures(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--models", "nothing"], "there are leanvae-c4, .*vidtok"),
-        (["--resolutions", "big"], "is not known: write .*1080p"),
-        (["--dtype", "float8"], "there are float32, bfloat16, float16"),
-        (["--modes", "half"], "there are whole, compiled, chunked, tiled"),
+        (["--models", "nothing"], "expected one of leanvae-c4, .*vidtok"),
+        (["--resolutions", "big"], "resolution is .*: expected .*1080p"),
+        (["--dtype", "float8"], "expected one of float32, bfloat16, float16"),
+        (["--modes", "half"], "expected one of whole, compiled, chunked, tiled"),
         (["--frames", "none"], "whole number"),
         (["--device", "nonsense"], "--device nonsense cannot be used"),
         (["--budget", "0"], "--budget"),
@@ -189,7 +189,7 @@ def test_wrong_flags_list_what_there_is(flags: list[str], message: str, tmp_path
 
 def test_a_report_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a\.json: no report"):
+    with pytest.raises(ValueError, match=r"a\.json: not a report"):
         read_report(tmp_path / "a.json")
 
 

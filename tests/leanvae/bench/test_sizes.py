@@ -17,7 +17,7 @@ def test_resolutions_are_read(text: str, area: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "12q", "0", "256x0", "x256", "-5", "2k"])
 def test_unknown_resolutions_list_what_there_is(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is not known: write .*HEIGHTxWIDTH.*480p, 720p, 1080p, 4k"):
+    with pytest.raises(ValueError, match=r": expected .*HEIGHTxWIDTH.*480p, 720p, 1080p, 4k"):
         parse_resolution(text)
 
 
@@ -40,5 +40,5 @@ def test_sizes_are_written_with_frames_first() -> None:
 
 def test_unknown_names_list_what_there_is_and_the_nearest() -> None:
     assert choose("dtype", "float32", ["float32", "bfloat16"]) == "float32"
-    with pytest.raises(ValueError, match=r"dtype 'float23' .*did you mean float32.*there are float32, bfloat16"):
+    with pytest.raises(ValueError, match=r"dtype 'float23' .*did you mean float32.*expected one of float32, bfloat16"):
         choose("dtype", "float23", ["float32", "bfloat16"])

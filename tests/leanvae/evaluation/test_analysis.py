@@ -172,7 +172,7 @@ def test_broken_images_are_listed_and_the_others_done(tmp_path: Path, folder: Pa
 
 def test_images_that_cannot_be_analysed_are_errors(tmp_path: Path, folder: Path) -> None:
     models = {"model": _lite()}
-    with pytest.raises(ValueError, match="none of the 4 images is as large"):
+    with pytest.raises(ValueError, match="none of the 4 images is that large"):
         analyse_models(models, folder, tmp_path / "out", Study(resolutions=(16,), size=512))
     with pytest.raises(ValueError, match="output folder"):
         analyse_models(models, folder, folder, STUDY)

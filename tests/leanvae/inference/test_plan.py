@@ -80,7 +80,7 @@ def test_what_was_asked_for_stays_within_the_limit_too():
     assert plan(work(), chunk=4, memory_limit="6GiB") == ClipPlan(work(), 1)
     assert plan(work(), tile=(256, 512), memory_limit="6GiB") == ClipPlan(work(), None, (32, 64))
     with pytest.raises(
-        ValueError, match=r"memory_limit is '1GiB': to decode 5 latent frames of 1x135x240 tokens takes"
+        ValueError, match=r"memory_limit is '1GiB': to decode 5 latent frames of 1x135x240 tokens needs"
     ):
         plan(work(), chunk=4, memory_limit="1GiB")
 
@@ -89,7 +89,7 @@ def test_limits_that_cannot_be_kept_are_refused():
     with pytest.raises(ValueError, match="memory_limit is 1000: to encode 5 latent frames"):
         plan(work("encode"), memory_limit=1000)
     db2 = work(config=LeanVAEConfig(wavelet="db2"))
-    with pytest.raises(ValueError, match="tiles, which would take less, are not exact, because the wavelet 'db2'"):
+    with pytest.raises(ValueError, match="tiles, which would need less, are not exact, because the wavelet 'db2'"):
         plan(db2, memory_limit="1GiB")
     assert plan(db2, memory_limit="1GiB", approximate=True).blend
     assert not plan(work(), memory_limit="1GiB", approximate=True).blend

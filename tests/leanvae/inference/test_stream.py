@@ -157,9 +157,9 @@ def test_two_streams_do_not_disturb_each_other(vae):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        (torch.zeros(1, 3, 4, 16, 8, dtype=torch.float64), "the ones before have"),
-        (torch.zeros(2, 3, 4, 16, 16, dtype=torch.float64), "the ones before have"),
-        (torch.zeros(1, 3, 4, 16, 16), "the ones before have"),
+        (torch.zeros(1, 3, 4, 16, 8, dtype=torch.float64), "the previous ones have"),
+        (torch.zeros(2, 3, 4, 16, 16, dtype=torch.float64), "the previous ones have"),
+        (torch.zeros(1, 3, 4, 16, 16), "the previous ones have"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.float64), "chunk has shape"),
     ],
 )
@@ -171,7 +171,7 @@ def test_chunks_that_do_not_continue_the_clip_are_refused(vae, second, message):
 def test_latents_that_do_not_continue_the_clip_are_refused(vae):
     first = noise(1, 4, 1, 2, 2)
     for second in (noise(1, 4, 1, 2, 3), noise(2, 4, 1, 2, 2), first.float()):
-        with pytest.raises(ValueError, match=r"latent has shape .* the ones before have"):
+        with pytest.raises(ValueError, match=r"latent has shape .* the previous ones have"):
             list(vae.decode_stream([first, second]))
     with pytest.raises(ValueError, match=r"expected \(B, 4"):
         list(vae.decode_stream([noise(1, 5, 1, 2, 2)]))

@@ -220,7 +220,7 @@ def test_cost_counts_what_convolutions_read_of_their_neighbours():
 @pytest.mark.parametrize(
     ("cut", "message"),
     [
-        ({"tile": (4, 64)}, r"tile is \(4, 64\): at least one patch of 8x8 pixels is needed"),
+        ({"tile": (4, 64)}, r"tile is \(4, 64\): expected at least one patch of 8x8 pixels"),
         ({"tile": 64}, "tile is 64: expected two whole numbers"),
         ({"tile": (64, 64, 64)}, "expected two whole numbers"),
         ({"tile": (64.5, 64)}, "expected two whole numbers"),

@@ -18,7 +18,7 @@ def test_clips_touch_unless_told_otherwise():
 
 
 def test_whole_files_have_no_distance_between_clips():
-    with pytest.raises(ValidationError, match="give the frames of a clip too"):
+    with pytest.raises(ValidationError, match="also give the frames of a clip"):
         ClipRule(every=4)
 
 

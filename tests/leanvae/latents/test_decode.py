@@ -101,7 +101,7 @@ def test_single_entries_become_clips(store, checkpoint, tmp_path):
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "some" / name).read_bytes()
     (tmp_path / "taken" / f"{keys[0]}.json").unlink()
     assert main([*flags, "--output", str(tmp_path / "none")], command="decode_latents") == 2
-    with pytest.raises(StoreError, match="there is no entry 'other'"):
+    with pytest.raises(StoreError, match="no entry 'other'"):
         decode_latents(checkpoint, store, tmp_path / "some", keys=["other"])
 
 
@@ -186,7 +186,7 @@ def damage_sources(store):
         (remove_index, "index.parquet is missing"),
         (shorten_index, "index.parquet is not what the shards' own indexes make together"),
         (copy_shard, "2 times in the store"),
-        (change_shard_index, "mean is (4, 2, 4, 4) torch.float16, [4, 2, 4, 5] float16 expected"),
+        (change_shard_index, "mean is (4, 2, 4, 4) torch.float16, expected [4, 2, 4, 5] float16"),
     ],
 )
 def test_damage_is_found(store, capsys, harm, message):
@@ -231,13 +231,13 @@ def remove(path, write_clip):
 @pytest.mark.parametrize(
     ("harm", "rule", "message"),
     [
-        (make_larger, None, "has changed since it was encoded: its pictures are 96x64, and were 64x48"),
+        (make_larger, None, "has changed since it was encoded: its frames are 96x64, and were 64x48"),
         (make_longer, ClipRule(), "has changed since it was encoded: it has other frames from number 0 on"),
         (make_shorter, ClipRule(), "has changed since it was encoded: it has other frames from number 0 on"),
         (make_shorter, None, "has changed since it was encoded: it has no clip from frame 8 on"),
         (make_faster, None, "has changed since it was encoded: it has other frames from number 0 on"),
-        (break_off, None, "cannot be read any more: cannot be decoded"),
-        (remove, None, "cannot be read any more: no such file"),
+        (break_off, None, "can no longer be read: cannot be decoded"),
+        (remove, None, "can no longer be read: no such file"),
     ],
 )
 def test_changed_sources_are_listed_and_the_rest_is_compared(

@@ -24,7 +24,7 @@ def test_transformer_learns_on_a_store_and_its_sample_decodes(store, checkpoint,
     command = [sys.executable, str(EXAMPLE), *flags, "--steps", "60"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, last = map(float, re.search(r"loss ([\d.]+) at first, ([\d.]+) at last", done.stdout).groups())
+    first, last = map(float, re.search(r"loss ([\d.]+) at the start, ([\d.]+) at the end", done.stdout).groups())
     assert last < first
     frames = list(iter_frames(tmp_path / "sample.mp4"))
     assert [frame.image.shape for frame in frames] == [(32, 32, 3)] * 5

@@ -35,7 +35,7 @@ def test_items_are_samples_of_the_posterior(store):
     assert item["size"].tolist() == [5, 32, 32]
     assert (item["fps"], item["caption"], item["flipped"]) == (25.0, "", False)
     assert clips.facts(2)["key"] == item["key"] == clips[-3]["key"]
-    with pytest.raises(IndexError, match="there is no number 5"):
+    with pytest.raises(IndexError, match="index 5: the store holds"):
         clips[5]
 
 

@@ -110,7 +110,7 @@ def test_networks_without_files_are_named_with_where_to_put_them(tmp_path, monke
         assert "https://" in sentence
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     assert str(tmp_path / "home" / "hub" / "checkpoints") in load_feature_networks().missing[0]
-    with pytest.raises(FileNotFoundError, match="no folder at"):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
         load_feature_networks(tmp_path / "none")
 
 

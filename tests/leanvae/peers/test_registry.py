@@ -59,7 +59,7 @@ def test_models_give_back_what_they_took(name: str) -> None:
 
 
 def test_unknown_models_list_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"model 'wan' is not known.*wan-2\.1.*package\.module:factory"):
+    with pytest.raises(ValueError, match=r"model 'wan' is unknown.*wan-2\.1.*package\.module:factory"):
         find_model("wan")
     with pytest.raises(ValueError, match="cannot be made: No module named 'nowhere'"):
         find_model("nowhere.at_all:make")
@@ -167,7 +167,7 @@ def test_models_of_users_are_tried_on_a_clip_and_an_image(name: str, kind: str) 
     [
         ("WrongType", TypeError, "unsupported operand"),
         ("WrongName", AttributeError, "no_such_method"),
-        ("WrongOnlyAfterTheFirstFrame", InvalidInput, "takes a clip of 1 frame and not one of 5: The size of tensor"),
+        ("WrongOnlyAfterTheFirstFrame", InvalidInput, "takes a clip of 1 frame but not of 5: The size of tensor"),
         ("WrongChannels", InvalidInput, r"neither a clip \(1, 3, 5, 64, 64\): .*; nor an image .*to have 3 channels"),
     ],
 )

@@ -86,7 +86,7 @@ def test_another_latent_width_starts_the_latents_anew_and_nothing_else(save):
     assert set(fit.loaded) == before.keys() - fit.new.keys()
     assert all(torch.equal(model.get_parameter(name), trained.get_parameter(name)) for name in fit.loaded)
     text = str(fit)
-    assert "bottleneck.phi starts anew: 4x24 in the file, 16x24 here" in text
+    assert "bottleneck.phi starts fresh: 4x24 in the file, 16x24 here" in text
     assert "latent_channels: 4 -> 16" in text
 
 
@@ -199,8 +199,8 @@ def test_a_run_that_resumes_needs_no_initial_weights(save, tmp_path, write_clip,
 
     with caplog.at_level("INFO", logger="leanvae"):
         assert run(f"training.initial_weights={folder}") == 0
-    assert "bottleneck.phi starts anew: 2x24 in the file, 4x24 here" in caplog.text
-    assert "numbers stay as they are" in caplog.text
+    assert "bottleneck.phi starts fresh: 2x24 in the file, 4x24 here" in caplog.text
+    assert "parameters are frozen" in caplog.text
     (folder / "model.safetensors").unlink()
     assert run(f"training.initial_weights={folder}", "training.max_steps=3") == 0
     with pytest.raises(ConfigError, match=r"another training\.freeze"):

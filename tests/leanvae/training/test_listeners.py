@@ -181,7 +181,7 @@ def test_lines_are_for_few_steps_and_the_estimate_for_the_fourth(tmp_path, caplo
     with caplog.at_level("INFO", logger="leanvae"):
         write_all(tmp_path, config, [("stepped", each) for each in reports], step=10)
     assert [record.getMessage() for record in caplog.records] == [
-        "1.00 s a step, about 1 min 40 s in all",
+        "1.00 s per step, about 1 min 40 s in total",
         "step 15/100 5x32x32: loss 2; 1.00 s, 10% of it waiting for data, 4 samples/s, 20 frames/s, 100 MiB; "
         "about 1 min 25 s left",
     ]

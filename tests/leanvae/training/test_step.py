@@ -320,7 +320,7 @@ def test_phases_change_shapes_the_gan_and_what_is_frozen():
     assert (curriculum.gan_from, curriculum.max_steps) == (15, 22)
     assert curriculum.freeze == ((), (), ("encoder.*",))
     phases[0]["gan"] = True
-    with pytest.raises(ConfigError, match="gan may be false in the first phases alone"):
+    with pytest.raises(ConfigError, match="gan may be false only in the first phases"):
         _ = TrainVideoConfig.model_validate({"phases": phases}).curriculum
 
 

@@ -254,5 +254,5 @@ def test_terms_wait_for_their_start_step():
 def test_adaptive_weight_refuses_several_passes():
     config = config_of(gan={"weighting": "adaptive"}, training={"micro_batch_size": 2})
     check_passes(config, 2)
-    with pytest.raises(ConfigError, match=r"gan\.weighting is adaptive: .* takes one pass"):
+    with pytest.raises(ConfigError, match=r"gan\.weighting is adaptive: .* needs a single pass"):
         check_passes(config, 1)
