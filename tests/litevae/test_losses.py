@@ -19,6 +19,10 @@ def seeded():
     torch.manual_seed(0)
 
 
+def test_l2_is_the_mean_squared_difference():
+    assert losses.l2(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, 1.0]])).item() == 2.125
+
+
 def test_l1_is_the_mean_absolute_difference():
     assert losses.l1(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, 1.0]])).item() == 1.25
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from leanvae.data.buckets import Shape
 from leanvae.data.config import ClipDataConfig, ImageDataConfig
-from leanvae.data.samples import read_sample
+from leanvae.data.samples import Cut, cut_picture, read_sample
 from leanvae.media import decord
 from leanvae.media.errors import MediaError
 from leanvae.media.image import read_image
@@ -350,3 +350,12 @@ def test_shared_images_of_awkward_kinds_look_as_pillow_shows_them():
 def test_shared_broken_images_are_refused(name):
     with pytest.raises(MediaError, match=name):
         read_picture(Item(str(SHARED / "bad" / name), "image"), (64, 64), True, None)
+
+
+def test_short_side_sets_the_scale_of_small_crops():
+    picture = np.arange(400 * 600 * 3, dtype=np.int64).reshape(400, 600, 3).astype(np.uint8)
+    whole = cut_picture(picture, (200, 300), Cut())
+    part = cut_picture(picture, (64, 96), Cut(), short_side=200)
+    np.testing.assert_array_equal(part, whole[68 : 68 + 64, 102 : 102 + 96])
+    # The crop is never larger than the picture, whatever the scale.
+    np.testing.assert_array_equal(cut_picture(picture, (200, 300), Cut(), short_side=100), whole)

@@ -27,6 +27,7 @@ SETTINGS = {
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
     "training": {"engine": "plain", "max_steps": 4, "batch_size": 2, "checkpoint_every": 2, "validate_every": 2},
 }
+SETTINGS["training"]["start_samples"] = 6
 EXACT = ("loss", "l1", "kl", "discriminator", "lecam", "logits_real", "learning_rate")
 
 
@@ -76,6 +77,40 @@ def test_run_leaves_weights_figures_and_a_list_of_bad_clips(run, tmp_path, caplo
     assert "broken.mp4" in caplog.text
     assert list((out / "tensorboard").iterdir())
     assert yaml.safe_load((out / "train.yaml").read_text())["training"]["max_steps"] == 6
+
+
+@pytest.mark.integration
+def test_new_runs_start_as_the_linear_codec_of_their_data(run, tmp_path, caplog):
+    def state(name):
+        return json.loads((tmp_path / name / "checkpoints" / "latest" / "trainer.json").read_text())
+
+    def psnr(name):
+        return [json.loads(line)["psnr"] for line in (tmp_path / name / "validation.jsonl").read_text().splitlines()]
+
+    with caplog.at_level("INFO", logger="leanvae"):
+        run("klt", "training.max_steps=2")
+    assert "start: the linear codec of 6 samples" in caplog.text
+    start = state("klt")["start"]
+    assert start["samples"] == 6
+    assert psnr("klt")[0] > 15
+    caplog.clear()
+    with caplog.at_level("INFO", logger="leanvae"):
+        run("klt")
+    assert "start: " not in caplog.text  # a resumed run has its own weights
+    assert state("klt")["step"] == 4
+    assert state("klt")["start"] == start
+    run("random", "training.start=random", "training.max_steps=1")
+    assert state("random")["start"] is None
+    assert psnr("random")[0] < 12
+    run("tuned", f"training.initial_weights={tmp_path}/klt/checkpoints/latest", "training.max_steps=1")
+    assert state("tuned")["start"] is None
+    assert psnr("tuned")[0] == pytest.approx(psnr("klt")[-1], abs=1e-4)
+
+
+@pytest.mark.integration
+def test_models_without_a_linear_skeleton_say_that_they_start_at_random(run, caplog):
+    run("out", "training.max_steps=1", "model.patch_norm=true")
+    assert "model.patch_norm leaves no linear skeleton: random weights" in caplog.text
 
 
 @pytest.mark.integration

@@ -35,7 +35,7 @@ SETTINGS = {
     "losses": {"perceptual": "none"},
     "gan": {"discriminator": {"base_channels": 8, "num_layers": 2}, "start_step": 0},
     "optimizer": {"warmup_steps": 0, "learning_rate": 5e-4},
-    "training": {"max_steps": 5, "batch_size": 4, "checkpoint_every": 1000, "validate_every": 1000},
+    "training": {"max_steps": 5, "batch_size": 4, "checkpoint_every": 1000, "validate_every": 1000, "start_samples": 8},
 }
 SAME = ("loss", "l1", "low_bands", "high_bands", "kl", "adversarial", "discriminator", "lecam")
 TIMINGS = (
