@@ -11,7 +11,7 @@ def encoder_halo(config: LiteVAEConfig) -> int:
     within an element.
     """
     if config.encoder != "wavelet":
-        return 0  # wavelet bands alone
+        return 0  # only wavelet bands
     factors = [2 ** (NUM_LEVELS - level) for level in config.levels]
     extraction = max(-(-_unet_depth(config.extraction_multipliers, config) // factor) for factor in factors)
     return extraction + _unet_depth(config.aggregation_multipliers, config)
