@@ -1,4 +1,4 @@
-"""The evaluation as a whole: real files through small models, tables, resuming, ranks and what is refused."""
+"""The whole evaluation: real files through small models, tables, resuming, ranks and refusals."""
 
 import csv
 import json
@@ -187,7 +187,7 @@ def test_rfvd_is_of_all_windows_of_16_frames(write_clip: Any, tmp_path: Path) ->
 
 
 def test_expected_figures_of_small_models(models: Path, tmp_path: Path) -> None:
-    """Figures of this very code on pictures made here; a change of them is a change of what is measured."""
+    """Figures of this code on frames made here; if they change, the measures have changed."""
     (tmp_path / "in").mkdir()
     for seed in range(3):
         noise = torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(seed))
