@@ -18,7 +18,7 @@ def encoder_halo(config: LiteVAEConfig) -> int:
 
 
 def _unet_depth(multipliers: tuple[int, ...], config: LiteVAEConfig) -> int:
-    """Count the 3x3 convolutions on the longest path: in, out, and two for each residual block, two blocks in the
+    """Count the 3x3 convolutions on the longest path: in, out, and two per residual block, with two blocks in the
     middle.
     """
     return 2 + 2 * (2 * len(multipliers) * config.num_res_blocks + 2)

@@ -1,6 +1,4 @@
-"""Every file in configs/: built on the meta device, trained for some steps at a tiny size, and as described in its
-table.
-"""
+"""Every file in configs/: built on the meta device, trained briefly at a tiny size, and as the paper describes."""
 
 import json
 from pathlib import Path

@@ -369,7 +369,7 @@ def test_a_vae_of_diffusers_is_evaluated_with_its_weights(files: Path, tmp_path:
         (["h264:60"], "CRF of 0 to 51"),
         (["bicubic:x"], "factor of 2 to 64"),
         (["wan-2.1"], "without weights"),
-        (["leanvae-c4=folder"], "path of its checkpoint alone"),
+        (["leanvae-c4=folder"], "only the path of its checkpoint"),
         (["AutoencoderKLWan=/nothing/here"], "no folder at"),
         (["nothing"], "no checkpoint at"),
         (["NoSuchClass=folder"], "has no NoSuchClass"),

@@ -139,9 +139,7 @@ def test_results_do_not_depend_on_the_limit(vae, part):
 
 
 class Failing:
-    """A substitute for a function of `leanvae.inference.stream` that runs out of memory at some calls; records the
-    plans.
-    """
+    """A substitute for a function of `leanvae.inference.stream`: runs out of memory at some calls, records plans."""
 
     def __init__(self, monkeypatch, name, fails_at):
         self._function, self._fails_at, self.plans = getattr(streaming, name), fails_at, []

@@ -170,9 +170,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, saved):
-    """All cases on two ranks except those that resume from a checkpoint, because starting ranks takes longer than a
-    case.
-    """
+    """All cases on two ranks except those that resume from a checkpoint; starting ranks takes longer than a case."""
     tree = cases(stages=True) | offloaded_cases() | bad_cases(STAGES) | half_cases() | image_cases()
     return run(tmp_path_factory.mktemp("ranks"), "ranks", tree | resume_cases(saved, "2"), 2)
 
