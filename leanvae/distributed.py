@@ -156,7 +156,7 @@ def gather(value: T) -> list[T]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Do work on the main rank alone, for as long as it takes, and return its result on every rank.
+    """Do work only on the main rank, without a time limit, and return its result on every rank.
 
     Raises:
         Exception: whatever `work` raises, on every rank; all but the main one add the note `RAISED_ON_MAIN`.

@@ -163,8 +163,7 @@ def _local_variance(x: Tensor, kernel_size: int) -> Tensor:
 
 
 def ldl(prediction: Tensor, average_prediction: Tensor, target: Tensor, kernel_size: int = 7) -> Tensor:
-    """Compute the L1 where the prediction looks like an artifact (locally discriminative learning): `mean |M * (x -
-    y)|`.
+    """Compute the L1 where the prediction looks like an artifact (locally discriminative learning), `mean |M (x - y)|`.
 
     Source: Liang et al., "Details or artifacts: a locally discriminative learning approach to realistic image
     super-resolution" (2022), Section 3. With the residuals R1 = |target - prediction| and

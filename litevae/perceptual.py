@@ -50,8 +50,7 @@ class PerceptualDistance(_FrozenDistance):
     """LPIPS of pairs of images; frozen and always in evaluation mode."""
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Compute the distance of each pair: squared differences of unit feature vectors, weighted, averaged and
-        summed.
+        """Compute each pair's distance: squared differences of unit feature vectors, weighted, averaged and summed.
 
         Source: Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric" (2018),
         Equation 1. It equals the package's own forward, whose gradient is NaN if all features of a position are zero.

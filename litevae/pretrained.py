@@ -38,7 +38,7 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: _convert(name, value, dtype) for name, value in state.items()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        temporary.write_bytes(save(weights))  # save_file would make it readable by its owner alone
+        temporary.write_bytes(save(weights))  # save_file would make it readable only by its owner
     write_text(folder / CONFIG_FILE, config_text({"model": name, **config.model_dump(mode="json")}))
 
 

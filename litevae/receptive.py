@@ -11,14 +11,14 @@ def encoder_halo(config: LiteVAEConfig) -> int:
     within an element.
     """
     if config.encoder != "wavelet":
-        return 0  # wavelet bands alone
+        return 0  # only wavelet bands
     factors = [2 ** (NUM_LEVELS - level) for level in config.levels]
     extraction = max(-(-_unet_depth(config.extraction_multipliers, config) // factor) for factor in factors)
     return extraction + _unet_depth(config.aggregation_multipliers, config)
 
 
 def _unet_depth(multipliers: tuple[int, ...], config: LiteVAEConfig) -> int:
-    """Count the 3x3 convolutions on the longest path: in, out, and two for each residual block, two blocks in the
+    """Count the 3x3 convolutions on the longest path: in, out, and two per residual block, with two blocks in the
     middle.
     """
     return 2 + 2 * (2 * len(multipliers) * config.num_res_blocks + 2)

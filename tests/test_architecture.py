@@ -1,4 +1,4 @@
-"""What the layout promises: who imports whom, what an import costs, and that nothing unsafe is unpickled."""
+"""The promises of the layout: imports between packages, the cost of an import, and safe unpickling."""
 
 import ast
 import subprocess
@@ -53,7 +53,7 @@ def parse(path: Path) -> ast.Module:
 
 
 def imported_packages(tree: ast.AST) -> set[str]:
-    """Top-level names of absolute imports, those inside functions included."""
+    """Top-level names of absolute imports, including those inside functions."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -97,7 +97,7 @@ def test_litevae_imports_no_video_files_or_processes(path):
 
 
 def unit_of(module: str) -> str:
-    """The package or top-level module of leanvae that a module is of; `litevae` for all of that."""
+    """The package or top-level module of leanvae to which a module belongs; `litevae` for all of litevae."""
     parts = module.split(".")
     return parts[0] if parts[0] == "litevae" or len(parts) == 1 else parts[1]
 
@@ -108,7 +108,7 @@ def module_of(path: Path) -> str:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Modules of ours that a file imports, inside functions and under TYPE_CHECKING too."""
+    """Our modules that a file imports, including inside functions and under TYPE_CHECKING."""
     modules = {module_of(other) for other in SOURCES}
     found = set()
     for node in ast.walk(parse(path)):
@@ -120,7 +120,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def may_import(importer: str, imported: str) -> bool:
-    """Whether the layers allow it."""
+    """Tell whether the layers allow an import."""
     if importer == imported:
         return True
     places = {}

@@ -1,4 +1,4 @@
-"""Every file in configs/: built on the meta device, trained for some steps at a tiny size, and as its table says."""
+"""Every file in configs/: built on the meta device, trained briefly at a tiny size, and as the paper describes."""
 
 import json
 from pathlib import Path
@@ -218,7 +218,7 @@ def has_two_levels(vae, base):
 
 
 def has_logistic_loss(config, base):
-    """Both losses of the first step are the logistic ones: near ln 2 each for a network that says about 0."""
+    """Check that both losses of the first step are logistic: near ln 2 each for a network that returns about 0."""
     (_, logs), (_, base_logs) = train(config, 1), train(base, 1)
     assert logs[0]["discriminator"] == pytest.approx(2 * 0.69, abs=0.2)  # two outputs
     assert base_logs[0]["discriminator"] == pytest.approx(2 * 1.0, abs=0.2)

@@ -1,4 +1,4 @@
-"""What is promised of versions is what is tested: pyproject.toml, constraints.txt, CI and README agree."""
+"""The promised versions are the tested ones: pyproject.toml, constraints.txt, CI and README agree."""
 
 import re
 import sys
@@ -59,7 +59,7 @@ def test_pinned_version_satisfies_the_requirement(requirement):
 
 
 def test_media_is_written_with_the_versions_that_are_promised():
-    """The writer uses names that PyAV has from 18 on."""
+    """The writer uses names that PyAV has since version 18."""
     (av,) = {requirement.specifier for requirement in requirements() if requirement.name == "av"}
     assert not av.contains("17.1.0")
     assert av.contains("18.0.0")

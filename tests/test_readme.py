@@ -1,4 +1,4 @@
-"""The README's commands work as they stand there (training for two steps)."""
+"""The README's commands work as written (training for two steps)."""
 
 import os
 import re

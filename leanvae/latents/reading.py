@@ -197,8 +197,8 @@ def _unpack(packed: Tensor) -> tuple[int, int]:
 class ShapeBatches(Sampler[list[Key]]):
     """Batches of clips whose latents have the same shape, for a `DataLoader`'s `batch_sampler`.
 
-    Each rank gets as many batches as the others, of the same shape at a time. An epoch has each clip once; where the
-    last batch of a shape is not full, clips of that shape come again in it.
+    Each rank gets the same number of batches, with the same shape at a time. An epoch has each clip once, except that
+    clips of a shape are repeated to fill its last batch.
 
     Args:
         clips: the data set.

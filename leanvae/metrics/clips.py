@@ -137,8 +137,8 @@ class LatentStatistics:
             self._samples.append(vectors[:, chosen].T.float())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return `latent_sums` `(2, Z)` of values and squares, `latent_count` `()`, `latent_samples` `(N, Z)`; or
-        nothing.
+        """Return `latent_sums` `(2, Z)` of values and squares, `latent_count` `()` and `latent_samples` `(N, Z)`, if
+        any.
         """
         if self._sums is None:
             return {}

@@ -90,8 +90,7 @@ def _contrast_of_frame(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _strips(x: Tensor) -> Iterator[slice]:
-    """Yield rows of `(1, C, H, W)` to process at a time, because the arithmetic takes about 60 times its input's
-    memory.
+    """Yield rows of `(1, C, H, W)` to process at a time, because SSIM takes about 60 times its input's memory.
 
     They overlap by a window minus a row, so that each window lies in one of them.
     """
@@ -108,7 +107,7 @@ def _num_windows(x: Tensor) -> int:
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Compute each frame's multi-scale structural similarity (Wang et al., 2003), over five scales with the paper's
+    """Compute each frame's multi-scale structural similarity (Wang et al., 2003), with the paper's five scales and
     weights.
 
     Windows are those of `ssim`; terms below 0 count as 0. torchmetrics' own function includes a mirrored border at the

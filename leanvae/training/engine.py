@@ -111,9 +111,7 @@ class Groups:
 
     @contextmanager
     def out_of_graph(self) -> Iterator[None]:
-        """Take the frozen groups out of the graph during a block; DeepSpeed saves parameters without gradient
-        separately.
-        """
+        """Take the frozen groups out of the graph for a block; DeepSpeed saves parameters without gradients apart."""
         frozen = [p for group, off in zip(self.parameters, self._frozen, strict=True) if off for p in group]
         for parameter in frozen:
             parameter.requires_grad_(False)

@@ -36,7 +36,7 @@ def work_long():
 
 
 def raise_on_main():
-    """Rank 0 raises an error that cannot be made again from its arguments."""
+    """Rank 0 raises an error that cannot be recreated from its arguments."""
 
     def work():
         raise Unsendable("a.py", 3)

@@ -163,7 +163,7 @@ def test_bytes_become_the_models_range_and_type(vae: VAE) -> None:
 
 
 def test_a_single_frame_takes_no_stream(lean: LeanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream keeps two frames for each convolution, which no image needs: of a large one many gigabytes."""
+    """A stream keeps two frames for each convolution, many gigabytes for a large image, which needs none."""
     monkeypatch.delattr(coder_module, "EncoderStream")
     (part,) = FrameCoder(lean).reconstruct(_frames(_clip(1)))
     assert len(part.output) == 1

@@ -1,4 +1,4 @@
-"""The model of diffusers: what diffusers' own tests ask of every autoencoder, and that it computes what ours does."""
+"""The diffusers model: it passes diffusers' own tests of autoencoders, and computes the same as ours."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What ranks do together: waiting, dying, and who is the main one."""
+"""Ranks together: waiting, dying, and the main rank."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ def start_ranks():
 @pytest.mark.distributed
 @pytest.mark.parametrize("task", ["work_long", "raise_on_main"])
 def test_ranks_wait_for_what_the_main_one_does_alone(start_ranks, task):
-    """Longer than DeepSpeed's own group would, which gives up after ten minutes."""
+    """Longer than in DeepSpeed's own group, which gives up after ten minutes."""
     for number, process in enumerate(start_ranks(task)):
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-3000:]

@@ -1,4 +1,4 @@
-"""Triton kernels against plain torch in float64: in Triton's interpreter on CPUs, compiled where there is a GPU."""
+"""Triton kernels against plain torch in float64: in Triton's interpreter on CPUs, compiled if there is a GPU."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: lines at intervals, with rates and the time that is left."""
+"""Progress without a terminal: lines at intervals, with rates and the remaining time."""
 
 import io
 import logging

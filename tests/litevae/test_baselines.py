@@ -10,7 +10,7 @@ from litevae.torchvision_compat import prepare_torchvision
 
 @pytest.fixture
 def build():
-    """A function that makes a small AutoencoderKL with random weights everywhere, also where they start at 0 or 1."""
+    """A function that makes a small AutoencoderKL with random weights, even where they start at 0 or 1."""
     prepare_torchvision()
     from diffusers import AutoencoderKL
 

@@ -1,4 +1,4 @@
-"""All discriminators: the shapes, independence and errors they share; then PatchGAN and StyleGAN's own facts."""
+"""All discriminators: their common shapes, independence and errors; then PatchGAN's and StyleGAN's properties."""
 
 import math
 
@@ -36,7 +36,7 @@ def build(kind, base_channels=8, num_layers=3, in_channels=3):
 
 
 def without_norm(discriminator):
-    """Keeps what a logit sees to its convolutions: a norm by groups reads the whole image."""
+    """Limit a logit's view to the convolutions, because a group norm reads the whole image."""
     for module in list(discriminator.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.GroupNorm):

@@ -132,7 +132,7 @@ def test_an_image_does_not_depend_on_its_batch(variant):
 
 
 def test_the_deepest_level_alone_sees_the_image_smoothed():
-    """Without levels 1 and 2, detail that the third level's bands miss cannot matter."""
+    """Without levels 1 and 2, detail missing from the third level's bands cannot matter."""
     vae = make(levels=(3,))
     x = images(1, 3, 32, 32)
     detail = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(16, 16) * 0.1

@@ -1,4 +1,4 @@
-"""Normalization of latents: the formula, and what configurations must say of it."""
+"""Normalization of latents: the formula, and the fields that it needs in configurations."""
 
 import pytest
 import torch

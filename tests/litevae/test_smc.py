@@ -1,4 +1,4 @@
-"""Self-modulated maps against Equation 3 written out in loops, and the properties they were chosen for."""
+"""Self-modulated maps against Equation 3 written out in loops, and their intended properties."""
 
 import itertools
 

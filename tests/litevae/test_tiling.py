@@ -1,4 +1,4 @@
-"""Tiles of the image autoencoder, the windows that they read, limits of memory and how they are written."""
+"""Tiles of the image autoencoder, the windows that they read, and the forms of memory limits."""
 
 import logging
 import random

@@ -34,7 +34,7 @@ FLAGS = ["--models", "leanvae-c4,litevae-s", "--resolutions", "16", "32", "--fra
 
 
 def fake_result(job: BenchRow, seconds: float, timeout: float | None) -> dict[str, Any]:
-    """What a process would find; the largest images run out of memory."""
+    """A process's result; the largest images run out of memory."""
     if job.model == "litevae-s" and job.height == 32 and job.batch == 1:
         return {"status": "out of memory", "reason": "too large", "wall_seconds": 1.0}
     pixels = job.frames * job.height * job.width

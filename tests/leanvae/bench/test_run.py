@@ -1,4 +1,4 @@
-"""Runs: what is measured in which order, budgets, interruptions, and what becomes of processes that fail."""
+"""Benchmark runs: order, budgets, interruptions, and processes that fail."""
 
 import json
 import signal
@@ -56,7 +56,7 @@ def settings(output: Path, **fields: Any) -> BenchSettings:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[BenchRow]:
-    """The jobs that a run starts, none of which really runs; the floors of the machine are made up."""
+    """The jobs that a run starts, none of which really runs; the machine's floors are invented."""
     jobs: list[BenchRow] = []
 
     def run(job: BenchRow, seconds: float, timeout: float | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(autouse=True)
 def _logger_as_before() -> Iterator[None]:
-    """Takes the handler off again that the command line puts on the package's logger."""
+    """Remove the handler that the command line adds to the package's logger."""
     logger = logging.getLogger("leanvae")
     before = (logger.handlers[:], logger.level, logger.propagate)
     yield
@@ -55,7 +55,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """Adds a subcommand `fail` that raises."""
+    """Add a subcommand `fail` that raises."""
 
     def run(_: argparse.Namespace) -> int:
         raise error
@@ -103,7 +103,7 @@ def test_main_keeps_the_traceback_of_faults(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_main_keeps_the_traceback_of_a_value_error_raised_in_our_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule that our own code breaks is a fault, not the user's input."""
+    """A rule broken by our own code is a bug, not the user's input."""
 
     def run(_: argparse.Namespace) -> int:
         from leanvae.data.order import phase_at

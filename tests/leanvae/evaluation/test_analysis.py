@@ -1,4 +1,4 @@
-"""Analysis of images with tiny random models: tables, pictures, and what becomes of unfit images."""
+"""Analysis of images with tiny random models: tables, plots, and unfit images."""
 
 import argparse
 import csv

@@ -1,4 +1,4 @@
-"""Baselines give back the frames that they get, in order, and hold few of them."""
+"""Baselines return the frames that they get, in order, and hold few of them."""
 
 import os
 import tempfile
@@ -16,7 +16,7 @@ SPECS = ["identity", "jpeg:90", "h264:10", "bicubic:2"]
 
 
 def _frames(count: int, height: int = 48, width: int = 64) -> Iterator[Frame]:
-    """A picture that moves, and whose frames differ enough to be told apart."""
+    """Frames with motion that differ enough to be told apart."""
     y, x = np.mgrid[:height, :width]
     for index in range(count):
         waves = [np.sin((x + 3 * index) / 9), np.cos((y - index) / 7), np.sin((x + y) / 11)]

@@ -1,4 +1,4 @@
-"""The evaluation as a whole: real files through small models, tables, resuming, ranks and what is refused."""
+"""The whole evaluation: real files through small models, tables, resuming, ranks and refusals."""
 
 import csv
 import json
@@ -187,7 +187,7 @@ def test_rfvd_is_of_all_windows_of_16_frames(write_clip: Any, tmp_path: Path) ->
 
 
 def test_expected_figures_of_small_models(models: Path, tmp_path: Path) -> None:
-    """Figures of this very code on pictures made here; a change of them is a change of what is measured."""
+    """Figures of this code on frames made here; if they change, the measures have changed."""
     (tmp_path / "in").mkdir()
     for seed in range(3):
         noise = torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(seed))
@@ -369,7 +369,7 @@ def test_a_vae_of_diffusers_is_evaluated_with_its_weights(files: Path, tmp_path:
         (["h264:60"], "CRF of 0 to 51"),
         (["bicubic:x"], "factor of 2 to 64"),
         (["wan-2.1"], "without weights"),
-        (["leanvae-c4=folder"], "path of its checkpoint alone"),
+        (["leanvae-c4=folder"], "only the path of its checkpoint"),
         (["AutoencoderKLWan=/nothing/here"], "no folder at"),
         (["nothing"], "no checkpoint at"),
         (["NoSuchClass=folder"], "has no NoSuchClass"),

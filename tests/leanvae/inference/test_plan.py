@@ -1,4 +1,4 @@
-"""Plans: what is asked for, what fits, what is refused, and what happens when memory runs out nevertheless."""
+"""Plans: requests, limits, refusals, and running out of memory nevertheless."""
 
 import itertools
 import logging
@@ -139,7 +139,7 @@ def test_results_do_not_depend_on_the_limit(vae, part):
 
 
 class Failing:
-    """Stands for a function of `leanvae.inference.stream` that runs out of memory at some calls; notes the plans."""
+    """A substitute for a function of `leanvae.inference.stream`: runs out of memory at some calls, records plans."""
 
     def __init__(self, monkeypatch, name, fails_at):
         self._function, self._fails_at, self.plans = getattr(streaming, name), fails_at, []
@@ -185,7 +185,7 @@ def test_running_out_of_memory_halves_the_plan_and_goes_on(vae, name, asked, fai
 
 @pytest.mark.parametrize("name", ["encode", "decode"])
 def test_work_that_runs_out_of_memory_whole_goes_on_in_parts(vae, name, monkeypatch, caplog):
-    """Without being asked for, and never where a gradient is recorded."""
+    """Without a request, but never if a gradient is recorded."""
     x = noise(1, 3, 9, 80, 96) if name == "encode" else noise(1, 4, 3, 10, 12)
 
     def run():

@@ -1,4 +1,4 @@
-"""A model prepared for inference: same results, whole graphs, and nothing left of it when the weights change."""
+"""A model prepared for inference: same results, whole graphs, and no trace after the weights change."""
 
 import copy
 from functools import partial
@@ -256,7 +256,7 @@ def replace_data(vae):
 @torch.no_grad()
 @pytest.mark.parametrize("change", [change_in_place, average_in, load_a_part, assign_a_part, replace_data])
 def test_weights_that_change_unasked_are_prepared_again(change):
-    """As by an average that is copied in; the result is that of a model with these weights that was never prepared."""
+    """Such as by copying an average in; the result equals that of an unprepared model with these weights."""
     vae = small_vae(torch.float32).compile()
     clip = random_clip(1, 3, 5, 16, 16, dtype=torch.float32)
     vae.encode(clip)

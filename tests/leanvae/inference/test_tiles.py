@@ -1,4 +1,4 @@
-"""Tiles of the video autoencoder: equal to the whole at any size, and as wide a halo as it takes."""
+"""Tiles of the video autoencoder: equal to the whole at any size, with the smallest sufficient halo."""
 
 import logging
 import math
@@ -92,7 +92,7 @@ def test_tiles_have_the_gradients_of_the_whole():
 
 
 class RunsOut:
-    """Stands for a forward pass that runs out of memory at some calls."""
+    """A substitute for a forward pass that runs out of memory at some calls."""
 
     def __init__(self, monkeypatch, module, fails_at):
         self._forward, self._fails_at, self.num_calls = module.forward, fails_at, 0
@@ -107,7 +107,7 @@ class RunsOut:
 
 @pytest.mark.parametrize("fails_at", [[0], [1], [4], [9], [4, 5], [12, 13]])
 def test_a_stream_of_tiles_that_runs_out_of_memory_midway_takes_fewer_frames(fails_at, monkeypatch, caplog):
-    """Its past is of the next frames where tiles are done, so the rest of them has to go on."""
+    """Its past belongs to the next frames where tiles are done, so the other tiles have to continue."""
     vae = make()
     x = noise(1, 3, 33, 40, 56)
     with torch.inference_mode():
@@ -210,7 +210,7 @@ def test_tiles_of_1080p_cost_little_more_than_the_whole(name, tile):
 
 
 def test_cost_counts_what_convolutions_read_of_their_neighbours():
-    """Of two tokens in tiles of one, the convolution reads both for each: twice as many as in the whole."""
+    """In tiles of one token, the convolution reads both of two tokens for each: twice as many as in the whole."""
     config = LeanVAEConfig(streams="joint", num_stream_layers=0, num_fusion_layers=1)
     feedforward = 3 * int(4 * 2 / 3 * 512)
     exact = (2 * feedforward + 4 * 27) / (2 * feedforward + 2 * 27)

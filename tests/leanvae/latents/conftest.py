@@ -40,13 +40,13 @@ def make_clips(write_clip):
 
 @pytest.fixture
 def clips(make_clips, tmp_path):
-    """Such a folder, for this test alone."""
+    """Such a folder, only for this test."""
     return make_clips(tmp_path / "clips")
 
 
 @pytest.fixture(scope="session")
 def make_job(checkpoint):
-    """A function that says how to encode clips of five frames."""
+    """A function that returns settings to encode clips of five frames."""
 
     def make(rule=RULE, **fields):
         return EncodeJob(**{"checkpoint": checkpoint, "rule": rule, "num_workers": 1, **fields})
@@ -62,14 +62,14 @@ def made_once(tmp_path_factory):
 
 @pytest.fixture
 def stored_clips(made_once, make_clips):
-    """The clips of `store`, which tests leave as they are."""
+    """The clips of `store`, which tests do not change."""
     folder = made_once / "clips"
     return folder if folder.exists() else make_clips(folder)
 
 
 @pytest.fixture
 def store(made_once, stored_clips, make_job, tmp_path):
-    """A store of five clips with mirror images, for this test alone."""
+    """A store of five clips with mirror images, only for this test."""
     if not (made_once / "store").exists():
         encode_clips([str(stored_clips)], made_once / "store", make_job(flips=True))
     return shutil.copytree(made_once / "store", tmp_path / "store")

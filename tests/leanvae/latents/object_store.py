@@ -1,4 +1,4 @@
-"""A file system for tests that behaves as an object store does: `objects://` and a local path."""
+"""A file system for tests that behaves like an object store: `objects://` and a local path."""
 
 from fsspec import AbstractFileSystem, register_implementation
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
@@ -8,7 +8,7 @@ from leanvae.latents import LatentClips
 
 
 class _Listed(LocalFileSystem):
-    """A local folder that answers from the listings it has made; `is_down` makes every question fail."""
+    """A local folder that answers from cached listings; `is_down` makes every request fail."""
 
     is_down = False
     exists, isdir = AbstractFileSystem.exists, AbstractFileSystem.isdir  # a local folder's own ask the disk
@@ -38,7 +38,7 @@ class _Listed(LocalFileSystem):
 
 
 class ObjectStore(AsyncFileSystemWrapper):
-    """Such a folder with an event loop of its own, which a forked process does not have."""
+    """Such a folder with its own event loop, which a forked process lacks."""
 
     protocol = "objects"
 
@@ -55,7 +55,7 @@ class ObjectStore(AsyncFileSystemWrapper):
 
     @staticmethod
     def set_down(is_down):
-        """Takes the network away, or brings it back."""
+        """Take the network down, or bring it back."""
         _Listed.is_down = is_down
 
 

@@ -1,4 +1,4 @@
-"""Which clips a file is cut into and how their pictures lie in the file's, against counting by hand."""
+"""The clips that a file is cut into, and their place within its frames, against counting by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Entries back to clips, against the reconstruction of the files; and checking of stores that something happened to."""
+"""Entries back to clips, against the reconstruction of the files; and verification of damaged stores."""
 
 import json
 import tarfile

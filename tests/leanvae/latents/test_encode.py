@@ -1,4 +1,4 @@
-"""Encoding into a store: what an entry holds, that each clip is there once whatever happens, and what is refused."""
+"""Encoding into a store: the content of entries, each clip exactly once after any fault, and refusals."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def iter_frames(path, start=0.0):
 
 
 def members(store):
-    """Content of all members of the store's tars by name, read by tarfile alone."""
+    """Read all members of the store's tars by name, only with tarfile."""
     found = []
     for path in sorted(Path(store, "shards").glob("*.tar")):
         with tarfile.open(path) as tar:

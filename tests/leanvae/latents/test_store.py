@@ -1,4 +1,4 @@
-"""The store's files at other addresses than local ones."""
+"""A store's files at addresses other than local ones."""
 
 import importlib
 import os
@@ -86,7 +86,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_named_and_the_same_command_goes_on(
     small_disk, stored_clips, checkpoint, room, capsys, tmp_path
 ):
-    """The room is enough for the store's description at most, for the shard in part, or for it without its index."""
+    """The disk has room for at most the store's description, part of the shard, or all except its index."""
     fill = small_disk / "fill"
     fill.write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - room))
     flags = ["--checkpoint", str(checkpoint), "--input", str(stored_clips), "--output", str(small_disk / "store")]

@@ -151,7 +151,7 @@ def test_frechet_distance_of_a_sample_to_itself_is_zero(count: int) -> None:
 
 
 def test_frechet_distance_is_of_all_features_together() -> None:
-    """It is no average over batches, whose own covariances are narrower."""
+    """An average over batches would differ, because their covariances are narrower."""
     x, y = (torch.randn(64, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     parts = [frechet_distance(a, b) for a, b in zip(x.split(8), y.split(8), strict=True)]
     assert frechet_distance(x, y) < 0.3 * sum(parts) / len(parts)

@@ -17,7 +17,7 @@ VGG_FILE = "vgg16-397923af.pth"
 
 
 def _with_lively_weights(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights under which a signal neither dies nor grows through the layers."""
+    """Draw random weights for which a signal neither vanishes nor grows through the layers."""
     torch.manual_seed(seed)
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Conv3d):

@@ -1,4 +1,4 @@
-"""Frames through models of others: padded to what they take, cropped back, in chunks."""
+"""Frames through other projects' models: padded to what they take, cropped back, in chunks."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from litevae.errors import NotFinite
 
 
 class Recorder(nn.Module):
-    """Gives back what it gets, and knows the shapes of it."""
+    """A model that returns its input, and records its shapes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The registry: every entry builds, and takes and gives the sizes that it says."""
+"""The registry: every entry builds, and takes and returns the sizes that it declares."""
 
 import sys
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class Halver(nn.Module):
 
 
 class Plain(nn.Module):
-    """A model with nothing but what it needs."""
+    """A model with only what it needs."""
 
     def encode(self, x: Tensor) -> Tensor:
         return x

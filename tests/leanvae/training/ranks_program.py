@@ -72,7 +72,7 @@ def spoil(bad):
 
 
 def everything(engines):
-    """Copies of all that a step may change."""
+    """Copy everything that a step may change."""
     tensors = {}
     for kind, engine in engines.items():
         optimizer = engine._optimizer if isinstance(engine, PlainEngine) else engine._engine.basic_optimizer

@@ -1,4 +1,4 @@
-"""Run by `test_soak.py` in place of `scripts/train_video.py`: trains, writes down what each step took, spoils steps.
+"""Run by `test_soak.py` instead of `scripts/train_video.py`: trains, records the samples of each step, spoils steps.
 
 SPOILT_STEPS names the steps, counted from 1, in which the last rank's loss is not finite. Each rank appends what its
 steps took to `samples.rank<R>.jsonl` in SAMPLES, whichever start of the run took them.

@@ -44,7 +44,7 @@ def gradients(model):
 
 
 def kept_bytes(model):
-    """Memory of all that the forward pass keeps for the backward one, the parameters aside."""
+    """Memory of everything that the forward pass saves for the backward one, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages = {}
 

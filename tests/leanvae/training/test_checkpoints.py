@@ -1,4 +1,4 @@
-"""The folder of checkpoints: `latest` always names a complete one."""
+"""The checkpoint folder: `latest` always names a complete one."""
 
 import json
 import os
@@ -139,7 +139,7 @@ def trained(tmp_path):
 
 @pytest.mark.parametrize("before", [{}, FIRST])
 def test_statistics_of_latents_are_no_damage(trained, before):
-    """However often they are written, and as the version before wrote them."""
+    """However often they are written, even by the previous version."""
     folder = trained(**before)
     for statistics in (SECOND, FIRST):
         update_config(folder, statistics)
@@ -151,7 +151,7 @@ def test_statistics_of_latents_are_no_damage(trained, before):
 
 
 def test_a_configuration_without_the_fields_of_statistics_gains_them_undamaged(trained):
-    """As of a run before there were any."""
+    """As in a run older than these fields."""
     folder = trained()
     for name, read, write in (("config.json", json.loads, config_text), ("train.yaml", yaml.safe_load, yaml.safe_dump)):
         tree = read((folder / name).read_text())
@@ -188,7 +188,7 @@ def test_other_changes_of_the_configuration_are_damage(trained):
     ids=str,
 )
 def test_what_cannot_be_written_is_told_with_the_folder_and_leaves_nothing(tmp_path, error):
-    """As seen of torch 2.13 and safetensors 0.8 on a full disk."""
+    """As observed with torch 2.13 and safetensors 0.8 on a full disk."""
     folder = C.new_checkpoint(tmp_path, 3)
     C.temporary_folder(folder).mkdir()
     with pytest.raises(OSError, match="step_00000003") as caught, C.writing(folder):

@@ -1,4 +1,4 @@
-"""What is asked of DeepSpeed: to run no code from checkpoints, and to have the attributes that are used."""
+"""Requirements on DeepSpeed: it runs no code from checkpoints, and has the attributes in use."""
 
 import os
 import pickle
@@ -34,7 +34,7 @@ def test_deepspeed_cannot_be_made_to_run_code(tmp_path, monkeypatch):
 
 
 class FakeEngine:
-    """As much of an engine of DeepSpeed as is checked; `without` names what is missing."""
+    """The checked part of a DeepSpeed engine; `without` names what is missing."""
 
     def __init__(self, stage, half, without):
         names = "gradient_accumulation_steps single_partition_of_fp32_groups fp32_partitioned_groups_flat"
@@ -60,7 +60,7 @@ class FakeEngine:
     ],
 )
 def test_a_private_attribute_that_a_stage_needs_and_deepspeed_lacks_is_named(stage, half, name):
-    """That the tested version has them all is shown by the parity tests."""
+    """The parity tests show that the tested version has all of them."""
     check_attributes(FakeEngine(stage, half, None))
     version = re.escape(deepspeed.__version__)
     with pytest.raises(MissingPackage, match=rf"DeepSpeed {version} has no \w+\.{name}, .* stage {stage} .*<0\.20"):

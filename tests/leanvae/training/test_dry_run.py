@@ -1,4 +1,4 @@
-"""A dry run tells what the run would do: its schedule is the loader's, its memory what a pass really keeps."""
+"""A dry run describes the run: its schedule is the loader's, its memory what a pass really saves."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_it_shows_the_configuration_the_schedule_and_the_memory(config):
 
 
 def test_states_are_sharded_as_zero_says():
-    """ZeRO, Figure 1: 16 bytes a parameter in mixed precision, of which stages 1, 2 and 3 shard 12, 14 and all."""
+    """ZeRO, Figure 1: 16 bytes per parameter in mixed precision, of which stages 1, 2 and 3 shard 12, 14 and all."""
     for stage, expected in enumerate((16.0, 4 + 12 / 64, 2 + 14 / 64, 16 / 64)):
         assert sum(state_bytes(1000, stage, True, 64).values()) == pytest.approx(1000 * expected)
     assert state_bytes(10, 0, False, 4) == {"weights": 40, "gradients": 40, "optimizer": 80}

@@ -1,4 +1,4 @@
-"""Steps that are not finite: what is decided of them, and that they leave nothing behind."""
+"""Steps that are not finite: the decisions about them, and that they leave nothing behind."""
 
 import json
 import shutil

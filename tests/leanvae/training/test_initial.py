@@ -1,4 +1,4 @@
-"""Fine-tuning: what of a file's weights a new run takes over, and what it leaves as it is."""
+"""Fine-tuning: the weights that a new run takes from a file, and those that it freezes."""
 
 from pathlib import Path
 

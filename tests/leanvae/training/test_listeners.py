@@ -41,7 +41,7 @@ def results(psnr=20.0):
 
 
 class FakeWandb(SimpleNamespace):
-    """The part of the package that is used: remembers how it was called."""
+    """The part of the package in use; it records its calls."""
 
     def __init__(self):
         super().__init__(calls=[], logged=[], finished=0)
@@ -188,7 +188,7 @@ def test_lines_are_for_few_steps_and_the_estimate_for_the_fourth(tmp_path, caplo
 
 
 class Watcher(Listener):
-    """Writes down what it is told; may fail in a step."""
+    """A listener that records its calls, and may fail in a step."""
 
     def __init__(self, fails_in=None):
         self.told, self.fails_in = [], fails_in
@@ -209,7 +209,7 @@ class Watcher(Listener):
 
 
 class Quiet(Listener):
-    """Wants to know of nothing."""
+    """A listener without methods."""
 
 
 @pytest.fixture

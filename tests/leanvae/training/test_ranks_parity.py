@@ -157,20 +157,20 @@ def run(folder, name, tree, ranks):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """All that is compared with, from one plain process."""
+    """The results of one plain process, for comparison."""
     tree = cases(stages=False) | {"compiled": compiled_case(None)} | bad_cases([])
     return run(tmp_path_factory.mktemp("plain"), "plain", tree, 1)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The folder of the checkpoints that are gone on from."""
+    """The folder of the checkpoints to resume from."""
     return tmp_path_factory.mktemp("saved")
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, saved):
-    """All cases on two ranks but those that go on from a checkpoint; to start ranks takes longer than a case."""
+    """All cases on two ranks except those that resume from a checkpoint; starting ranks takes longer than a case."""
     tree = cases(stages=True) | offloaded_cases() | bad_cases(STAGES) | half_cases() | image_cases()
     return run(tmp_path_factory.mktemp("ranks"), "ranks", tree | resume_cases(saved, "2"), 2)
 

@@ -1,4 +1,4 @@
-"""A joint run on two ranks under ZeRO-2 survives what happens to long runs: kills, broken files, dying workers, NaN."""
+"""A joint run on two ranks under ZeRO-2 survives the faults of long runs: kills, broken files, dying workers, NaN."""
 
 import json
 import os
@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 class Soak:
-    """A run of two ranks in one process group, and what is done to it."""
+    """A run of two ranks in one process group, and its faults."""
 
     def __init__(self, folder, steps, spoilt, checkpoint_every):
         self.folder, self.out, self.steps = folder, folder / "out", steps

@@ -1,4 +1,4 @@
-"""What is said of a checkpoint that cannot be read."""
+"""Errors about a checkpoint that cannot be read."""
 
 import pickle
 

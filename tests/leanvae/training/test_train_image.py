@@ -61,7 +61,7 @@ def write_images(folder, count=9):
 
 @pytest.fixture
 def run(tmp_path):
-    """A function that trains on nine small images and one that is none, in plain torch."""
+    """A function that trains on nine small images and a file that is not one, in plain torch."""
     folder = tmp_path / "images"
     folder.mkdir()
     write_images(folder)
@@ -210,7 +210,7 @@ def test_step_equals_plain_torch(weighting, output_type):
 
 
 def test_gradient_ratio_is_that_of_the_weighted_losses():
-    """With the adaptive weight the adversarial gradient has the share of the reconstruction's that is asked for."""
+    """With the adaptive weight, the adversarial gradient has the requested share of the reconstruction's."""
     config = config_of(gan={"weighting": "adaptive", "weight": 0.5})
     take_step, _ = build_networks(config, CPU)
     for step in range(2):

@@ -1,4 +1,4 @@
-"""Training runs in this process: what they leave, how they resume, what they refuse."""
+"""Training runs in this process: their files, resuming, and refusals."""
 
 import json
 import os
@@ -33,7 +33,7 @@ EXACT = ("loss", "l1", "kl", "discriminator", "lecam", "logits_real", "learning_
 
 @pytest.fixture
 def run(tmp_path, write_clip):
-    """A function that trains on six small clips and one that is none, in plain torch."""
+    """A function that trains on six small clips and a file that is not one, in plain torch."""
     folder = tmp_path / "clips"
     folder.mkdir()
     for index in range(6):
@@ -214,7 +214,7 @@ def test_changed_data_are_told_at_resume(run, tmp_path, caplog, write_clip):
 
 @pytest.mark.integration
 def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch):
-    """As when an update itself goes wrong: the gradient was good, and the average takes the weights in."""
+    """As if an update itself failed: the gradient is finite, and the average takes the weights in."""
     update = PlainEngine.update
 
     def spoil(self):

@@ -116,7 +116,7 @@ def long_settings(stage):
 
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory):
-    """A function that gives the folder of a run that nothing disturbed, on some ranks at a ZeRO stage."""
+    """A function that returns the folder of an undisturbed run, for a number of ranks and a ZeRO stage."""
 
     @cache
     def make(ranks, stage):
@@ -197,7 +197,7 @@ def wait_for_step(folder, step, process):
 
 
 def test_ranks_end_with_their_launcher(command, tmp_path):
-    """Killed alone, the launcher leaves its ranks behind: they must save and go, for the next run waits for them."""
+    """If only the launcher is killed, its ranks must save and end, because the next run waits for them."""
     line = command(tmp_path / "orphans", 2, "training.max_steps=100000")
     process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_step(tmp_path / "orphans", 3, process)

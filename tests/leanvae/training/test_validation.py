@@ -34,7 +34,7 @@ def samples():
 
 
 class MeanDistance(torch.nn.Module):
-    """Stands in for LPIPS, whose weights cannot be fetched: mean absolute difference; knows how many it saw."""
+    """A substitute for LPIPS, whose weights are not available: mean absolute difference; counts its images."""
 
     def __init__(self):
         super().__init__()
