@@ -118,12 +118,26 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A loader that refuses a key which stands twice in a mapping, of which YAML's takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key.value, str) and key.value in lines:
+                raise yaml.YAMLError(f"{key.value!r} stands twice, in lines {lines[key.value]} and {line}")
+            lines[str(key.value)] = line
+        return node
+
+
 def _read_tree(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     """Return the mapping in a YAML file, merged over that of its base; `readers` are the files that led here."""
     if path.resolve() in readers:
         raise ConfigError(f"{path}: is its own base, through {', '.join(str(reader) for reader in readers)}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         named_by = f" (the base of {readers[-1]})" if readers else ""
         raise ConfigError(f"{path}{named_by}: cannot be read: {error.strerror}") from error

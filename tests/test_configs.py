@@ -320,7 +320,12 @@ def test_overrides_reach_lists_and_new_blocks():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not valid YAML"), ("- 1", "expected a mapping"), ("!!python/object:os.x {}", "YAML")],
+    [
+        ("a: [", "not valid YAML"),
+        ("data:\n  a: 1\n  b: 2\n  a: 3", "'a' stands twice, in lines 2 and 4"),
+        ("- 1", "expected a mapping"),
+        ("!!python/object:os.x {}", "YAML"),
+    ],
 )
 def test_bad_files_are_refused(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)

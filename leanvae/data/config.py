@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from leanvae.data.buckets import Bucket, Shape
-from leanvae.media.item import BUILTIN, cache_folder
+from leanvae.media.item import BUILTIN, Hdr, cache_folder
 from litevae.config import StrictConfig
 
 
@@ -127,12 +127,14 @@ class ClipDataConfig(DataConfig):
             far as its file's length allows.
         fps: frames a second instead, or a range of them, taken by the file's own timestamps: the nearest to each
             point of time.
+        hdr: `tonemap` brings PQ and HLG to SDR, as docs/data.md states; `refuse` takes no such file.
         decoder: `pyav`, or `decord` for the files on which it is known to agree with PyAV.
     """
 
     num_frames: int = Field(default=17, ge=2)
     stride: tuple[int, int] = (1, 1)
     fps: tuple[float, float] | None = None
+    hdr: Hdr = "tonemap"
     decoder: Literal["pyav", "decord"] = "pyav"
 
     @field_validator("stride", "fps", mode="before")

@@ -110,7 +110,7 @@ def read_sample(item: Item, config: DataConfig, bucket: Shape, seed: Sequence[in
         return
     if not isinstance(config, ClipDataConfig):
         raise TypeError(f"clips are read by a ClipDataConfig, got {type(config).__name__}")
-    with open_clip(item) as reader:
+    with open_clip(item, hdr=config.hdr) as reader:
         frames = read_window(reader, item, config, bucket.frames, cut)
     pictures = [cut_picture(frame.image, bucket.resolution, cut, config.short_side or 0) for frame in frames]
     yield Sample(item, np.stack(pictures), np.asarray([frame.time for frame in frames]))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from leanvae.data.buckets import Shape
 from leanvae.data.config import ClipDataConfig, DataConfig
 from leanvae.data.samples import usable_frames
-from leanvae.media.convert import refuse_hdr
+from leanvae.media.convert import check_colours
 from leanvae.media.folder import open_clip
 from leanvae.media.image import read_image
 from leanvae.media.item import Item, printable
@@ -57,7 +57,7 @@ def read_shape(item: Item) -> Iterator[FileShape]:
         return
     with open_clip(item) as reader:
         info, part = reader.info, (item.start, item.end)
-        refuse_hdr(item.name, info.transfer)
+        check_colours(item.name, info.transfer, info.primaries)
         timeline = reader.expect(part)
         if timeline is None or timeline.count < _MOST_COUNTED:
             timeline = reader.measure(part)

@@ -6,8 +6,10 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from leanvae.media.colour import HDR_TRANSFERS, WIDE_PRIMARIES, to_srgb
 from leanvae.media.errors import MediaError
 from leanvae.media.image import lay_over_white
+from leanvae.media.item import Hdr
 from litevae.errors import extra
 
 with extra("video"):
@@ -19,7 +21,8 @@ with extra("video"):
 
 # ITU-T H.273 code points, as FFmpeg reports them.
 MATRIX_UNSPECIFIED = 2
-HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
+_OTHER_TRANSFERS = {8: "linear", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE ST 428-1"}
+_XYZ_PRIMARIES = 10
 _MATRICES = {
     1: Colorspace.ITU709,
     4: Colorspace.FCC,
@@ -30,6 +33,12 @@ _MATRICES = {
 }
 # Without these flags swscale is off by 1.0 to 1.9 levels on average instead of 0.2, and repeats chroma.
 _INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+_FORMATS = {  # by whether more than 8 bits and opacities are needed
+    (False, False): "rgb24",
+    (False, True): "rgba",
+    (True, False): "rgb48le",
+    (True, True): "rgba64le",
+}
 _SQUARE_ENOUGH = 0.005  # encoders round sizes, and state the rounding as the pixels' shape
 _LARGEST_ASPECT = 16
 
@@ -39,47 +48,62 @@ def has_alpha(frame: VideoFrame) -> bool:
     return any(component.is_alpha for component in frame.format.components)
 
 
-def frame_to_rgb(name: str, frame: VideoFrame) -> NDArray[np.uint8]:
-    """Convert a decoded frame to (H, W, 3) uint8 full-range RGB, upright, by its own matrix and range.
+def frame_to_rgb(name: str, frame: VideoFrame, hdr: Hdr = "tonemap") -> NDArray[np.uint8]:
+    """Convert a decoded frame to (H, W, 3) uint8 sRGB, upright, by its own matrix, range, transfer and primaries.
 
     Untagged frames are taken as BT.601 below 720 coded lines and BT.709 from there; an untagged range as limited,
-    unless the pixel format says otherwise. Transparent parts are laid over white.
+    unless the pixel format says otherwise. HDR is tone-mapped by the rule of `leanvae.media.colour`. Transparent parts
+    are laid over white.
 
     Args:
         name: what errors call the file.
+        hdr: what happens to PQ and HLG.
 
     Raises:
-        MediaError: PQ or HLG transfer, or a colour matrix that cannot be converted.
+        MediaError: HDR that is to be refused, or a colour matrix, transfer or primaries that cannot be converted.
     """
-    refuse_hdr(name, frame.color_trc)
+    check_colours(name, frame.color_trc, frame.color_primaries, hdr)
+    is_hdr = frame.color_trc in HDR_TRANSFERS
     if frame.format.is_rgb or len(frame.format.components) < 3:
         matrix = None
     elif frame.colorspace == MATRIX_UNSPECIFIED:
-        matrix = Colorspace.ITU601 if frame.height < 720 else Colorspace.ITU709
+        matrix = Colorspace.BT2020 if is_hdr else Colorspace.ITU601 if frame.height < 720 else Colorspace.ITU709
     elif frame.colorspace in _MATRICES:
         matrix = _MATRICES[frame.colorspace]
     else:
         raise MediaError(name, f"the colour matrix with H.273 code {frame.colorspace} is not supported")
     full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj") or frame.format.is_rgb
     transparent = has_alpha(frame)
+    is_converted = is_hdr or frame.color_primaries in WIDE_PRIMARIES
     pixels = frame.to_ndarray(
-        format="rgba" if transparent else "rgb24",
+        format=_FORMATS[is_converted, transparent],
         src_colorspace=matrix,
         src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
         interpolation=_INTERPOLATION,
         threads=1,
     )
-    image = np.asarray(pixels, np.uint8)
+    if is_converted:
+        # swscale shifts up instead of scaling, and converts limited range as if to 8 bits.
+        bits = max(component.bits for component in frame.format.components) if full else 8
+        white = (2**bits - 1) << (16 - bits)
+        image = to_srgb(np.asarray(pixels[..., :3], np.uint16), white, frame.color_trc, frame.color_primaries)
+    else:
+        image = np.asarray(pixels[..., :3], np.uint8)
     if transparent:
-        image = lay_over_white(image[..., :3], image[..., 3])
+        alpha = np.asarray(pixels[..., 3], np.uint16)
+        image = lay_over_white(image, (alpha >> (8 if is_converted else 0)).astype(np.uint8))
     return _turn(image, *orientation(frame))
 
 
-def refuse_hdr(name: str, transfer: int) -> None:
-    """Raise MediaError for the transfer functions PQ and HLG, whose values would be misread as SDR."""
-    if transfer in HDR_TRANSFERS:
-        raise MediaError(name, f"HDR ({HDR_TRANSFERS[transfer]}) is not supported; convert it to SDR first")
+def check_colours(name: str, transfer: int, primaries: int, hdr: Hdr = "tonemap") -> None:
+    """Raise MediaError for colours that cannot be converted, and for HDR that is to be refused."""
+    if transfer in HDR_TRANSFERS and hdr == "refuse":
+        raise MediaError(name, f"HDR ({HDR_TRANSFERS[transfer]}), which data.hdr refuses")
+    if transfer in _OTHER_TRANSFERS:
+        raise MediaError(name, f"the {_OTHER_TRANSFERS[transfer]} transfer function is not supported; convert it first")
+    if primaries == _XYZ_PRIMARIES:
+        raise MediaError(name, "its colours are CIE XYZ, which is not supported; convert it first")
 
 
 def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:

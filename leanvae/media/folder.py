@@ -14,7 +14,7 @@ import numpy as np
 from leanvae.media.errors import MediaError
 from leanvae.media.image import read_image
 from leanvae.media.info import Frame, VideoInfo
-from leanvae.media.item import Item, open_item
+from leanvae.media.item import Hdr, Item, open_item
 from leanvae.media.timeline import TIME_SLACK, WHOLE, Part, Timeline
 from leanvae.media.video import VideoReader
 from leanvae.media.worker import show_life
@@ -133,7 +133,7 @@ ClipReader = VideoReader | FolderReader
 
 
 @contextmanager
-def open_clip(item: Item, *, square: bool = True, threads: int = 1) -> Iterator[ClipReader]:
+def open_clip(item: Item, *, square: bool = True, threads: int = 1, hdr: Hdr = "tonemap") -> Iterator[ClipReader]:
     """Open a clip, wherever it lies.
 
     Raises:
@@ -143,7 +143,7 @@ def open_clip(item: Item, *, square: bool = True, threads: int = 1) -> Iterator[
         with FolderReader(item) as folder:
             yield folder
         return
-    with open_item(item) as file, VideoReader(file, item.name, square=square, threads=threads) as reader:
+    with open_item(item) as file, VideoReader(file, item.name, square=square, threads=threads, hdr=hdr) as reader:
         yield reader
 
 

@@ -6,7 +6,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from leanvae.media.convert import HDR_TRANSFERS, MATRIX_UNSPECIFIED, has_alpha, orientation, square_size
+from leanvae.media.colour import HDR_TRANSFERS, WIDE_PRIMARIES
+from leanvae.media.convert import MATRIX_UNSPECIFIED, has_alpha, orientation, square_size
 from litevae.errors import extra
 
 with extra("video"):
@@ -36,7 +37,8 @@ class VideoInfo:
         clock_offset: `start_time` of formats whose clock starts anywhere, such as broadcasts; 0 for others.
         container, codec, pix_fmt: FFmpeg's names.
         matrix, color_range, transfer: H.273 code points as read (2, 0 and 2 mean unspecified).
-        is_hdr: the transfer function is PQ or HLG.
+        primaries: likewise (2 means unspecified).
+        is_hdr: the transfer function is PQ or HLG; frames are tone-mapped, or refused.
         interlaced: frames consist of two fields, and are deinterlaced.
         has_alpha: frames can be transparent, and are laid over white.
         num_video_streams: video streams in the container; one of them is read.
@@ -61,6 +63,7 @@ class VideoInfo:
     matrix: int = MATRIX_UNSPECIFIED
     color_range: int = 0
     transfer: int = 2
+    primaries: int = 2
     has_audio: bool = False
     is_hdr: bool = False
     interlaced: bool = False
@@ -96,12 +99,16 @@ def video_info(name: str, container: InputContainer, stream: VideoStream, frame:
     aspect = stream.sample_aspect_ratio or Fraction(1)
     aspect = 1 / aspect if transpose else aspect
     size = square_size(name, width, height, aspect) if square else (width, height)
-    transfer = frame.color_trc if frame.color_trc else stream.codec_context.color_trc
+    transfer = frame.color_trc
+    primaries = frame.color_primaries
     seconds = None if container.duration is None else container.duration / av.time_base
     start = Fraction(container.start_time or 0, av.time_base)
     transparent = has_alpha(frame)
     changes = {
         "deinterlaced (bwdif)": frame.interlaced_frame,
+        f"HDR, {HDR_TRANSFERS.get(transfer)}, is tone-mapped to SDR (BT.2390, 1,000 to 203 nits)": transfer
+        in HDR_TRANSFERS,
+        f"{WIDE_PRIMARIES.get(primaries)} primaries are converted to BT.709": primaries in WIDE_PRIMARIES,
         "transparent parts are laid over white": transparent,
         f"pixels of {aspect.numerator}:{aspect.denominator} are resampled to square ones: "
         f"{width}x{height} to {size[0]}x{size[1]}": size != (width, height),
@@ -125,6 +132,7 @@ def video_info(name: str, container: InputContainer, stream: VideoStream, frame:
         matrix=frame.colorspace,
         color_range=frame.color_range,
         transfer=transfer,
+        primaries=primaries,
         has_audio=bool(container.streams.audio),
         is_hdr=transfer in HDR_TRANSFERS,
         interlaced=frame.interlaced_frame,

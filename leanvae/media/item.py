@@ -16,6 +16,7 @@ from fsspec import AbstractFileSystem
 from leanvae.media.errors import MediaError
 
 Kind = Literal["clip", "image"]
+Hdr = Literal["tonemap", "refuse"]  # what is done with a clip in PQ or HLG
 
 _NO_COLUMNS: Mapping[str, Any] = {}  # shared: most of millions of items have none
 BUILTIN = "builtin"  # an address, of photographs that packages carry and of clips made of them

@@ -16,6 +16,7 @@ from leanvae.media.container import best_video_stream, open_container
 from leanvae.media.convert import deinterlace, frame_to_rgb, resample
 from leanvae.media.errors import MediaError
 from leanvae.media.info import Frame, VideoInfo, video_info
+from leanvae.media.item import Hdr
 from leanvae.media.timeline import (
     TIME_SLACK,
     WHOLE,
@@ -55,6 +56,7 @@ class VideoReader:
         name: what errors call it; a path by default.
         square: resample pixels that are not square, by enlarging the short side; else they are left as they are.
         threads: decoding threads; 0 takes one per core.
+        hdr: tone-map PQ and HLG, by the rule of `leanvae.media.colour`, or refuse them.
 
     Attributes:
         rate: average frames per second; 25 where the file does not say.
@@ -63,11 +65,14 @@ class VideoReader:
         MediaError: no such file, not decodable, cut, a still image, or without a video stream.
     """
 
-    def __init__(self, file: str | BinaryIO, name: str = "", *, square: bool = True, threads: int = 1) -> None:
+    def __init__(
+        self, file: str | BinaryIO, name: str = "", *, square: bool = True, threads: int = 1, hdr: Hdr = "tonemap"
+    ) -> None:
         self._file = file
         self._name = name or str(file)
         self._square = square
         self._threads = threads
+        self._hdr: Hdr = hdr
         self._info: VideoInfo | None = None
         self._size: tuple[int, int] | None = None
         self._container: InputContainer | None = None
@@ -114,8 +119,8 @@ class VideoReader:
             end: seconds at which to stop; None reads to the end of the file.
 
         Raises:
-            MediaError: there is no frame; HDR; the size changes; or the file is damaged or cut, with the number of
-                frames before.
+            MediaError: there is no frame; its colours are refused; the size changes; or the file is damaged or cut,
+                with the number of frames before.
         """
         count = 0
         try:
@@ -217,7 +222,7 @@ class VideoReader:
             raise MediaError(self._name, f"cannot be decoded: {error.strerror}") from error
 
     def _convert(self, frame: VideoFrame, time: float) -> Frame:
-        image = frame_to_rgb(self._name, frame)
+        image = frame_to_rgb(self._name, frame, self._hdr)
         pts = frame.pts
         if pts is not None and frame.time_base and frame.time_base != self._time_base:  # of the deinterlacer
             pts = round(pts * frame.time_base / self._time_base)

@@ -189,11 +189,15 @@ def test_patches_go_back_to_where_they_came_from():
         (torch.zeros(3, 16, 16), "expected"),
         (torch.zeros(1, 3, 0, 16, 16), "expected"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "floating point"),
+        (torch.full((1, 3, 16, 16), float("nan")), "not finite"),
+        (torch.tensor([0.0, 255]).expand(1, 3, 2, 16, 2), r"from 0 to 255: .* pass x / 127\.5 - 1"),
     ],
 )
 def test_bad_pixels_are_refused(x, message):
-    with pytest.raises(ValueError, match=message):
-        small_vae().encode(x)
+    vae = small_vae()
+    for call in (vae.encode, vae):
+        with pytest.raises(ValueError, match=message):
+            call(x)
 
 
 def test_bad_latents_and_sizes_are_refused():

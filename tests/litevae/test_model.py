@@ -209,14 +209,17 @@ def test_convolutional_model_is_shifted_with_its_input():
         (torch.zeros(1, 4, 32, 32), r"expected \(B, 3, H, W\)"),
         (torch.zeros(1, 3, 0, 32), r"expected \(B, 3, H, W\)"),
         (torch.zeros(0, 3, 32, 32), r"expected \(B, 3, H, W\)"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"dtype torch\.uint8: expected floating point"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"dtype torch\.uint8 and values from 0 to 0: expected"),
         (torch.full((1, 3, 32, 32), float("nan")), "not finite"),
         (torch.full((1, 3, 32, 32), float("inf")), "not finite"),
+        (torch.tensor([0.0, 255]).expand(1, 3, 32, 2), r"from 0 to 255: .* pass x / 127\.5 - 1"),
     ],
 )
 def test_bad_images_are_refused(x, message):
-    with pytest.raises(ValueError, match=message):
-        make().encode(x)
+    vae = make()
+    for call in (vae.encode, vae):
+        with pytest.raises(ValueError, match=message):
+            call(x)
 
 
 def test_bad_latents_and_sizes_are_refused():

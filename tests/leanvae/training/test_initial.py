@@ -160,7 +160,7 @@ def test_a_phase_that_freezes_all_that_is_left_is_refused_before_the_run(always,
 
 def test_a_frozen_encoder_has_no_backward_pass():
     model = build_autoencoder(config_with(freeze=DECODER_ONLY), resumes=False)
-    posterior = model.encode(torch.randn(1, 3, 5, 32, 32))
+    posterior = model.encode(torch.rand(1, 3, 5, 32, 32))
     assert not posterior.mean.requires_grad
     assert not posterior.logvar.requires_grad
     assert model.decode(posterior.mode()).requires_grad
