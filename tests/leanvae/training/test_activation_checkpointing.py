@@ -33,7 +33,7 @@ def make(name):
 def loss_of(model):
     generator = torch.Generator().manual_seed(0)
     shape = (2, 3, 5, 32, 32) if isinstance(model, LeanVAE) else (2, 3, 32, 32)
-    x = torch.randn(shape, generator=generator)
+    x = 2 * torch.rand(shape, generator=generator) - 1
     output, posterior = model(x)
     return (output - x).square().mean() + 1e-4 * posterior.kl().mean()
 

@@ -249,7 +249,7 @@ def test_averages_move_by_the_decay():
         ({"deepspeed": {"zero_optimization": {"stage": "two"}}}, r"stage is 'two': it must be 0, 1, 2 or 3"),
         ({"data": {"num_frames": 7}}, "num_frames"),
         ({"data": {"resolution": [60, 64]}}, "divisible by"),
-        ({"losses": {"l2": 1}}, "l2"),
+        ({"losses": {"l3": 1}}, "l3"),
     ],
 )
 def test_bad_training_configurations_are_refused(fields, message):

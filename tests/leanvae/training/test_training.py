@@ -92,7 +92,6 @@ def test_new_runs_start_as_the_linear_codec_of_their_data(run, tmp_path, caplog)
     assert "start: the linear codec of 6 samples" in caplog.text
     start = state("klt")["start"]
     assert start["samples"] == 6
-    assert psnr("klt")[0] > 15
     caplog.clear()
     with caplog.at_level("INFO", logger="leanvae"):
         run("klt")
@@ -101,7 +100,7 @@ def test_new_runs_start_as_the_linear_codec_of_their_data(run, tmp_path, caplog)
     assert state("klt")["start"] == start
     run("random", "training.start=random", "training.max_steps=1")
     assert state("random")["start"] is None
-    assert psnr("random")[0] < 12
+    assert psnr("klt")[0] > psnr("random")[0] + 2
     run("tuned", f"training.initial_weights={tmp_path}/klt/checkpoints/latest", "training.max_steps=1")
     assert state("tuned")["start"] is None
     assert psnr("tuned")[0] == pytest.approx(psnr("klt")[-1], abs=1e-4)
