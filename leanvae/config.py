@@ -137,7 +137,7 @@ def _read_tree(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in readers:
         raise ConfigError(f"{path}: is its own base, through {', '.join(str(reader) for reader in readers)}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        tree = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         named_by = f" (the base of {readers[-1]})" if readers else ""
         raise ConfigError(f"{path}{named_by}: cannot be read: {error.strerror}") from error

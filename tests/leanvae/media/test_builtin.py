@@ -25,6 +25,10 @@ def iter_frames(path, start=0.0):
         yield from reader.frames(start)
 
 
+def frames_of(path):
+    return np.array([frame.image for frame in iter_frames(path)], float)
+
+
 @pytest.fixture
 def few_frames(monkeypatch):
     monkeypatch.setattr(builtin, "NUM_FRAMES", 13)
@@ -51,10 +55,10 @@ def test_clips_are_written_once_and_look_like_the_views(few_frames, tmp_path):
     written = [path.stat().st_mtime_ns for path in paths]
     info = probe(paths[1])
     assert (info.width, info.height, info.fps, info.codec, info.matrix) == (320, 320, 30, "h264", 1)
-    frames = [frame.image for frame in iter_frames(paths[1])]
+    frames = frames_of(paths[1])
     views = list(moving_views(read_image(find_photographs()["coffee"]), "photo_coffee"))
     assert len(frames) == len(views) == 13
-    error = np.mean((np.array(frames, float) - np.array(views)) ** 2)
+    error = np.mean((frames - np.array(views)) ** 2)
     assert 10 * np.log10(255**2 / error) > 33
     assert make_builtin_clips(tmp_path) == paths
     assert [path.stat().st_mtime_ns for path in paths] == written
@@ -64,10 +68,14 @@ def test_clips_are_written_once_and_look_like_the_views(few_frames, tmp_path):
 def test_a_missing_clip_is_made_again_and_the_source_lists_them(few_frames, tmp_path):
     config = ClipDataConfig(sources=["builtin"], cache_dir=str(tmp_path))
     clips = list_training_items(config)
-    first = [Path(clip.path).read_bytes() for clip in clips]
-    (tmp_path / "builtin-v1" / "photo_coffee.mp4").unlink()
+    others = [Path(clip.path) for clip in clips if "coffee" not in clip.path]
+    before = [path.read_bytes() for path in others]
+    missing = tmp_path / "builtin-v1" / "photo_coffee.mp4"
+    frames = frames_of(missing)
+    missing.unlink()
     assert list_training_items(config) == clips
-    assert [Path(clip.path).read_bytes() for clip in clips] == first
+    assert [path.read_bytes() for path in others] == before
+    assert np.abs(frames_of(missing) - frames).mean() < 2  # x264 does not always choose the same bytes
 
 
 def test_views_never_show_a_border_and_move_smoothly(monkeypatch):
