@@ -59,6 +59,7 @@ class LossConfig(StrictConfig):
     Attributes:
         l1: mean absolute error of pixels.
         l2: mean squared error of pixels, to which PSNR answers.
+        borders: mean squared step of the error across the borders of patches, which shows as blocks.
         lpips: LPIPS; of a clip's first frame and one group of frames.
         vgg: features of VGG19 before the activation (ESRGAN; LiteVAE, Table 14), of the same frames.
         low_bands: mean absolute error of the low Haar bands (for any wavelet of the model), image frame plus video
@@ -77,6 +78,7 @@ class LossConfig(StrictConfig):
 
     l1: LossTerm = _term(2.0)
     l2: LossTerm = _term(0.0)
+    borders: LossTerm = _term(0.0)
     lpips: LossTerm = _term(4.0)
     vgg: LossTerm = _term(0.0)
     low_bands: LossTerm = _term(0.1)

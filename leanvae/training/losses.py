@@ -20,6 +20,7 @@ def reconstruction_terms(
     step: int,
     prediction: Tensor,
     target: Tensor,
+    patch_size: tuple[int, int, int],
     posterior: DiagonalGaussian,
     perceptual: Perceptual,
     perceptual_frames: Tensor | None,
@@ -32,6 +33,7 @@ def reconstruction_terms(
         step: number of the step, from 0.
         prediction: the decoder's output, float32.
         target: the true pixels.
+        patch_size: pixels (frames, height, width) of a latent token.
         posterior: posterior of the latents.
         perceptual: available perceptual networks, by term.
         perceptual_frames: frames of each clip for these networks, `(B, n)`; None for images.
@@ -44,6 +46,8 @@ def reconstruction_terms(
     terms = {"l1": (weights["l1"], l1(prediction, target)), "kl": (weights["kl"], kl(posterior))}
     if weights["l2"]:
         terms["l2"] = (weights["l2"], l2(prediction, target))
+    if weights["borders"]:
+        terms["borders"] = (weights["borders"], border_steps(prediction, target, patch_size))
     if weights["low_bands"] or weights["high_bands"]:
         low, high = band_l1(prediction, target)
         terms |= {"low_bands": (weights["low_bands"], low), "high_bands": (weights["high_bands"], high)}
@@ -61,7 +65,7 @@ def reconstruction_terms(
     return terms
 
 
-_TERMS = ("l1", "l2", "kl", "low_bands", "high_bands", "lpips", "vgg", "wavelet", "gaussian", "ldl")
+_TERMS = ("l1", "l2", "borders", "kl", "low_bands", "high_bands", "lpips", "vgg", "wavelet", "gaussian", "ldl")
 
 
 def weighted_sum(terms: Mapping[str, tuple[float, Tensor]]) -> Tensor:
@@ -88,6 +92,27 @@ def band_l1(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     low = torch.stack([part[:, :3].mean() for part in parts]).sum()
     high = torch.stack([part[:, 3:].mean() for part in parts]).sum()
     return low, high
+
+
+def border_steps(prediction: Tensor, target: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
+    """Compute the mean squared step of the error from each patch to its neighbours below and on the right.
+
+    It is what makes blocks visible: an error that goes on across a border is none.
+
+    Args:
+        prediction: `(..., H, W)`.
+        target: the same shape.
+        patch_size: pixels (frames, height, width) of a latent token.
+
+    Returns:
+        A scalar; 0 for a single patch.
+    """
+    error = (prediction - target).float()
+    steps = []
+    for axis, side in ((-2, patch_size[1]), (-1, patch_size[2])):
+        borders = torch.arange(side, error.shape[axis], side, device=error.device)
+        steps.append(error.index_select(axis, borders) - error.index_select(axis, borders - 1))
+    return torch.cat([step.flatten() for step in steps]).square().sum() / max(1, sum(step.numel() for step in steps))
 
 
 def select_frames(pixels: Tensor, frames: Tensor | None) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from leanvae.config import LeanVAEConfig
 from leanvae.data.buckets import Shape
 from leanvae.distributed import mean_over_ranks, world_size
 from leanvae.training.config import TrainConfig
@@ -229,13 +228,13 @@ class TrainingStep:
             pixels = prediction.detach().requires_grad_()
         frames = None
         if target.ndim == 5:
-            group = self.config.model.patch_size[0] if isinstance(self.config.model, LeanVAEConfig) else 1
-            frames = perceptual_frames(target.shape[2], group, seed, step, indices)
+            frames = perceptual_frames(target.shape[2], self.config.patch_size[0], seed, step, indices)
         terms = reconstruction_terms(
             self.config.losses,
             step,
             pixels,
             target,
+            self.config.patch_size,
             posterior,
             self.perceptual,
             frames,

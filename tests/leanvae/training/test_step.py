@@ -16,7 +16,7 @@ from leanvae.training.build import build_networks
 from leanvae.training.config import TrainVideoConfig
 from leanvae.training.curriculum import posterior_noise
 from leanvae.training.engine import PlainEngine, frozen
-from leanvae.training.losses import as_images, band_l1, select_frames
+from leanvae.training.losses import as_images, band_l1, border_steps, select_frames
 from leanvae.training.step import LeCamAverages, TrainingStep, update_average
 from litevae.discriminators import build_discriminator
 from litevae.wavelet import dwt2d, dwt3d
@@ -206,6 +206,17 @@ def test_training_without_a_gan_learns():
     clips = clips_of(0) // 4 + torch.arange(0, 192, 6, dtype=torch.uint8)
     losses = [take_step(clips, [0, 1, 2, 3], step)["loss"] for step in range(40)]
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_border_steps_are_those_of_the_error_from_patch_to_patch():
+    x, y = torch.rand(2, 1, 3, 5, 16, 24)
+    error = (x - y).double()
+    down = error[..., 8, :] - error[..., 7, :]
+    right = torch.stack([error[..., column] - error[..., column - 1] for column in (8, 16)])
+    expected = torch.cat([down.flatten(), right.flatten()]).square().mean()
+    assert border_steps(x, y, (4, 8, 8)).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert border_steps(x[..., :8, :8], y[..., :8, :8], (4, 8, 8)).item() == 0
+    assert border_steps(x, x + 0.5, (4, 8, 8)).item() < 1e-10  # no steps
 
 
 def test_band_l1_is_the_mean_absolute_band():
