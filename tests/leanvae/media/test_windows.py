@@ -6,9 +6,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from leanvae.media.errors import MediaError
-from leanvae.media.folder import FolderReader
+from leanvae.media.folder import PictureReader, open_clip
 from leanvae.media.item import Item
 from leanvae.media.video import VideoReader
 from leanvae.media.writer import write_png
@@ -315,7 +316,7 @@ def test_folders_of_images_are_read_as_videos_are(tmp_path):
     names = tuple(f"{index:03}.png" for index in range(12))
     for name, image in zip(names, images, strict=True):
         write_png(tmp_path / name, image)
-    with FolderReader(Item(str(tmp_path), "clip", frames=names, columns={"fps": 10})) as reader:
+    with PictureReader(Item(str(tmp_path), "clip", frames=names, columns={"fps": 10})) as reader:
         assert (reader.info.width, reader.info.height, reader.info.num_frames, reader.info.fps) == (24, 16, 12, 10)
         found = list(reader.frames())
         assert np.array_equal([frame.image for frame in found], images)
@@ -326,12 +327,33 @@ def test_folders_of_images_are_read_as_videos_are(tmp_path):
         assert [frame.pts for frame in reader.window(0.5, 4, fps=20)] == [5, 5, 6, 6]
         assert [frame.pts for frame in reader.window(1.0, 5, part=(0.0, 1.1))] == [10]
     with pytest.raises(MediaError, match="fps: expected frames per second, above 0, got 'fast'"):
-        FolderReader(Item("a", "clip", frames=names, columns={"fps": "fast"}))
+        PictureReader(Item("a", "clip", frames=names, columns={"fps": "fast"}))
     write_png(tmp_path / names[5], images[0][:8])
     with (
-        FolderReader(Item(str(tmp_path), "clip", frames=names)) as reader,
+        PictureReader(Item(str(tmp_path), "clip", frames=names)) as reader,
         pytest.raises(MediaError, match="the size changes from 24x16 to 24x8 at frame 5"),
     ):
+        list(reader.frames())
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_animations_are_clips_with_their_own_times(tmp_path, suffix):
+    images = [np.full((16, 24, 3), 20 * index, np.uint8) for index in range(8)]
+    images[0][:8] = 255
+    pictures = [Image.fromarray(image) for image in images]
+    path, durations = tmp_path / f"a.{suffix}", [40, 40, 80, 40, 120, 40, 40, 400]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, lossless=True)
+    times = np.cumsum([0, *durations[:-1]]) / 1000
+    with open_clip(Item(str(path), "clip")) as reader:
+        found = list(reader.frames())
+        assert [frame.time for frame in found] == pytest.approx(times)
+        assert np.array_equal([frame.image for frame in found], images)
+        assert (reader.info.num_frames, reader.count(0.08, 0.33)) == (8, 4)
+        assert_same(reader.window(0.07, 3, stride=2), found[2:7:2])
+        assert_same(reader.window(0.0, 5, fps=12.5), [found[n] for n in (0, 2, 3, 4, 5)])
+    cut = tmp_path / f"cut.{suffix}"
+    cut.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(MediaError), open_clip(Item(str(cut), "clip")) as reader:
         list(reader.frames())
 
 
