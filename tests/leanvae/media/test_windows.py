@@ -10,6 +10,7 @@ from PIL import Image
 
 from leanvae.media.errors import MediaError
 from leanvae.media.folder import PictureReader, open_clip
+from leanvae.media.image import read_image
 from leanvae.media.item import Item
 from leanvae.media.video import VideoReader
 from leanvae.media.writer import write_png
@@ -334,6 +335,21 @@ def test_folders_of_images_are_read_as_videos_are(tmp_path):
         pytest.raises(MediaError, match="the size changes from 24x16 to 24x8 at frame 5"),
     ):
         list(reader.frames())
+
+
+@pytest.mark.parametrize("layout", ["rgb24", "rgba"])
+def test_clips_and_images_of_one_content_agree(tmp_path, layout):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, len(layout.removesuffix("24"))), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    pix_fmt = "bgra" if layout == "rgba" else "bgr0"
+    with av.open(str(tmp_path / "clip.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, pix_fmt
+        frame = av.VideoFrame.from_ndarray(pixels, format=layout).reformat(format=pix_fmt)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (frame,) = read_whole(str(tmp_path / "clip.mkv"))
+    assert np.abs(frame.image.astype(int) - read_image(tmp_path / "image.png")).max() <= 2
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
