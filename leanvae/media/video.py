@@ -40,7 +40,7 @@ with extra("video"):
 _MISDATED_AFTER_SEEKING = {"mpeg"}
 # AVI has decoding times alone. FFmpeg guesses from them when frames are shown, for some codecs a frame late.
 _WITHOUT_TIMES = {"avi"}
-# What it guesses for codecs that reorder freely is in the order of the data. Their frames are counted from the beginning.
+# For codecs that reorder freely, it guesses times in the order of the data; their frames are counted instead.
 _WITHOUT_ORDER, _FREELY_ORDERED = {"avi", "asf", "mxf"}, {"h264", "hevc"}
 # Their decoders keep the setting that they were opened with, and would leave frames out to the end.
 _NEVER_SKIPPING = {"av1", "libdav1d", "libaom-av1"}
