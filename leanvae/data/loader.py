@@ -99,11 +99,11 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Ends the decoder processes; safe to call again."""
+        """End the decoder processes; safe to call again."""
         self._pool.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches from ``start_step`` on, or from where the last iteration stopped.
+        """Yield the batches from ``start_step`` on, or from where the last iteration stopped.
 
         Raises:
             TooManyBadClips: this rank alone has met more bad files than ``data.max_bad_share`` allows.
@@ -132,7 +132,7 @@ class Loader:
         )
 
     def _begin_step(self, step: int) -> tuple[Draw, list["_Pending"]]:
-        """Starts on this rank's part of a step.
+        """Start on this rank's part of a step.
 
         Raises:
             ValueError: the ranks cannot share its batch.
@@ -146,14 +146,14 @@ class Loader:
         return draw, [self._begin(draw, step, index) for index in range(self.rank * share, (self.rank + 1) * share)]
 
     def _begin(self, draw: Draw, step: int, index: int) -> "_Pending":
-        """Starts on what the order names for a place in a step's batch."""
+        """Start on what the order names for a place in a step's batch."""
         source, number = draw.row.item(self.schedule.seed, draw.place + index)
         pending = _Pending(draw, step, index, source, number, [], draw.row.items[source][number])
         self._schedule(pending, pending.item, urgent=False)
         return pending
 
     def _substitute(self, pending: "_Pending", path: str, reason: str) -> Item:
-        """What to try next at a position."""
+        """Choose what to try next at a position."""
         attempt = len(pending.rejections) - 1
         row, items = pending.draw.row, pending.draw.row.items[pending.source]
         if attempt >= min(_MAX_ATTEMPTS, len(items) - 1):
@@ -164,7 +164,7 @@ class Loader:
         return items[substitute(self.schedule.seed, pending.position, attempt, pending.number, len(items))]
 
     def _schedule(self, pending: "_Pending", item: Item, urgent: bool) -> None:
-        """Sends an item, or the substitute that the record knows for it, to the decoder processes."""
+        """Send an item, or the substitute that the record knows for it, to the decoder processes."""
         while known := self.record.find(pending.position, len(pending.rejections), item.name):
             pending.rejections.append(known)
             item = self._substitute(pending, known.path, known.reason)
@@ -173,7 +173,7 @@ class Loader:
         pending.task = self._pool.submit(read_sample, item, self.config, pending.draw.bucket, seed, urgent=urgent)
 
     def _wait(self, pending: "_Pending") -> tuple[Sample, list[Rejection]]:
-        """A position's sample, after as many substitutes as it takes."""
+        """Wait for a position's sample, after as many substitutes as it takes."""
         while True:
             assert pending.task is not None
             bad = pending.item
@@ -247,7 +247,7 @@ def _usable(task: Task[Sample]) -> Iterator[Sample]:
 
 
 def read_held_out(items: Sequence[Item], config: DataConfig, bucket: Shape, limit: int) -> list[Sample]:
-    """Reads the central parts of the first usable held-out clips or pictures, under the time limit of training.
+    """Read the central parts of the first usable held-out clips or pictures, under the time limit of training.
 
     Args:
         items: all clips, or all images.

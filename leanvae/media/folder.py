@@ -69,7 +69,7 @@ class PictureReader:
         self.close()
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing, because nothing is held open."""
 
     @property
     def info(self) -> VideoInfo:
@@ -103,11 +103,11 @@ class PictureReader:
         return [self._read(index) for index in chosen]
 
     def count(self, start: float = 0.0, end: float | None = None) -> int:
-        """Number of images in a part."""
+        """Count the images in a part."""
         return len(self._indices((start, end)))
 
     def measure(self, part: Part = WHOLE) -> Timeline:
-        """The images of a part."""
+        """Find the images of a part, and their times."""
         indices = self._indices(part)
         if not indices:
             return Timeline(0, part[0], part[0])
@@ -116,7 +116,7 @@ class PictureReader:
     expect = measure
 
     def before(self, timeline: Timeline, index: int) -> float:
-        """See `VideoReader.before`."""
+        """Choose a time to begin at; see `VideoReader.before`."""
         number = (timeline.listed or 0) + index
         return 0.0 if number < 1 else float(self._times[number - 1] + self._times[number]) / 2
 

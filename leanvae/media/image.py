@@ -154,7 +154,7 @@ def _has_plugin(package: str) -> bool:
 
 
 def _plugin_suffix(data: bytes) -> str:
-    """The ending of the format that needs a plugin and that data begin like."""
+    """Find the ending of the plugin's format as which data begin; empty if there is none."""
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
         return ".heic"
     return ".jxl" if data[:2] == b"\xff\x0a" or data[4:12] == b"JXL \r\n\x87\n" else ""

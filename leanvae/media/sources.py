@@ -164,7 +164,7 @@ def _warn(searches: list[_Search], locked: dict[str, str]) -> None:
 
 
 def _counts(counter: Counter[str]) -> str:
-    """Numbers of files by ending, the most frequent first: `3 .json, 1 without an ending`."""
+    """Write numbers of files by ending, the most frequent first: `3 .json, 1 without an ending`."""
     ordered = sorted(counter.items(), key=lambda pair: (-pair[1], pair[0] or "~"))
     return ", ".join(f"{count} {suffix or 'without an ending'}{_need(suffix)}" for suffix, count in ordered)
 
@@ -281,7 +281,7 @@ def _find(fs: AbstractFileSystem, folder: str) -> Iterator[str]:
 
 
 def _frames_in(files: Iterable[str], folder: str) -> tuple[str, ...]:
-    """Names of the images that lie in a folder itself, in order, if they are numbered without gaps; else nothing."""
+    """List the images that lie in a folder itself, in order, if they are numbered without gaps; else nothing."""
     names = [file[len(folder.rstrip("/")) + 1 :] for file in files]
     found = [
         _NUMBERED.fullmatch(name)
@@ -350,7 +350,7 @@ def _as_frames(item: Item) -> Item:
 
 
 def _relative_to(fs: AbstractFileSystem, path: str, address: str, name: str) -> str:
-    """The address of a file that a list or table at `path` names, relative to its folder unless it says otherwise."""
+    """Resolve the address of a file that a list or table at `path` names, relative to its folder by default."""
     if "://" in name:
         return name
     if isinstance(fs, LocalFileSystem):
@@ -361,7 +361,7 @@ def _relative_to(fs: AbstractFileSystem, path: str, address: str, name: str) -> 
 
 
 def _full_address(fs: AbstractFileSystem, path: str, address: str) -> str:
-    """The address of a file that was found by way of another address."""
+    """Name the address of a file that was found by way of another address."""
     if isinstance(fs, LocalFileSystem):
         return path
     _, separator, outer = address.partition("::")  # as in zip://inner.mp4::s3://bucket/outer.zip

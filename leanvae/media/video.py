@@ -190,11 +190,11 @@ class VideoReader:
         return Timeline(count, first, last) if count else Timeline(0, start, start)
 
     def expect(self, part: Part = WHOLE) -> Timeline | None:
-        """What the header alone says about a part's frames, or None if it says too little; it may be wrong."""
+        """Read what the header alone says about a part's frames; None if that is too little. It may be wrong."""
         return expect_frames(self._opened(), self._stream, part)
 
     def before(self, timeline: Timeline, index: int) -> float:
-        """A time to begin at, so that a timeline's frame of this index comes first."""
+        """Choose a time to begin at, so that a timeline's frame of this index comes first."""
         return timeline.before(index, self._opened(), self._stream)
 
     def _opened(self) -> InputContainer:
@@ -332,7 +332,7 @@ class VideoReader:
         return self._opened().demux(self._stream)
 
     def _time_of(self, packet: Packet) -> float | None:
-        """Seconds since the container's start at which a packet's frame is shown; None where the file does not say."""
+        """Compute when a packet's frame is shown, in seconds since the container's start; None if unknown."""
         stamp = packet.dts if packet.pts is None or self._opened().format.name in _WITHOUT_TIMES else packet.pts
         return None if stamp is None else stamp * self._tick - self._origin
 
@@ -391,7 +391,7 @@ class VideoReader:
                 yield frame
 
     def _lateness(self, packet: Packet) -> float:
-        """Seconds by which FFmpeg guesses the frames of a file without times too late, by its first packet."""
+        """Compute the seconds by which FFmpeg dates frames of a file without times too late, by its first packet."""
         return ((packet.pts or 0) - (packet.dts or 0)) * self._tick
 
     def _check_size(self, frame: VideoFrame, number: int | None) -> None:
