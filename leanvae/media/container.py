@@ -2,8 +2,11 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, cast
 
+from leanvae.media.boxes import Aperture, clean_aperture
 from leanvae.media.errors import MediaError
 from leanvae.media.truncation import missing_bytes
 from litevae.errors import extra
@@ -25,9 +28,6 @@ def open_container(file: str | BinaryIO, name: str) -> InputContainer:
     if not isinstance(file, str):
         file.seek(0)
         container = cast(InputContainer, av.open(file, metadata_errors="ignore"))
-        place = file.tell()
-        missing = missing_bytes(file, container.format.name)
-        file.seek(place)
     else:
         if not os.path.isfile(file):
             raise MediaError(name, "a folder, not a file" if os.path.isdir(file) else "no such file")
@@ -37,13 +37,33 @@ def open_container(file: str | BinaryIO, name: str) -> InputContainer:
         # fetching addresses.
         options = {"protocol_whitelist": "file"}
         container = av.open(f"file:{file}", metadata_errors="ignore", options=options)
-        with open(file, "rb") as opened:
-            missing = missing_bytes(opened, container.format.name)
+    with _own_bytes(file) as data:
+        missing = missing_bytes(data, container.format.name)
     if missing:
         container.close()
         what = f"the last {missing:,} bytes are" if missing < math.inf else "its end is"
         raise MediaError(name, f"truncated: {what} missing")
     return container
+
+
+@contextmanager
+def _own_bytes(file: str | BinaryIO) -> Iterator[BinaryIO]:
+    """Give the bytes of a file that FFmpeg reads, and bring it back to where that was."""
+    if isinstance(file, str):
+        with open(file, "rb") as opened:
+            yield opened
+        return
+    place = file.tell()
+    yield file
+    file.seek(place)
+
+
+def read_aperture(file: str | BinaryIO, container: InputContainer, stream: VideoStream) -> Aperture | None:
+    """Read the part of a stream's frames that is shown, as MP4 and QuickTime files state it; None means all."""
+    if not container.format.name.startswith("mov,"):
+        return None
+    with _own_bytes(file) as data:
+        return clean_aperture(data, stream.id)
 
 
 def best_video_stream(container: InputContainer, name: str) -> VideoStream:

@@ -9,6 +9,8 @@ import os
 import re
 from typing import BinaryIO
 
+from leanvae.media.boxes import iter_boxes
+
 _DATA_BOXES = (b"mdat", b"moof", b"moov")  # ISO base media: what frames are lost with
 _EBML, _SEGMENT, _CLUSTER = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
 # What stands in clusters: timestamp, blocks, position, size, padding, checksum; and behind them, what is about all.
@@ -56,19 +58,11 @@ def missing_bytes(file: BinaryIO, container: str) -> float:
 
 def _length_of_boxes(file: BinaryIO, size: int) -> int:
     """Walk the boxes of the top level (ISO/IEC 14496-12, 4.2)."""
-    place = end = 0
-    while place + 8 <= size:
-        file.seek(place)
-        header = file.read(16)
-        length = int.from_bytes(header[:4], "big")
-        if length == 1:
-            length = int.from_bytes(header[8:16], "big")
-        if length < 8:  # 0 reaches to the end of the file; anything else is no box
-            break
-        place += length
-        if header[4:8] in _DATA_BOXES:
-            end = place + 8 if header[4:8] == b"moof" else place  # a fragment's data follow it
-    return end
+    length = 0
+    for name, _, end in iter_boxes(file, 0, size):
+        if name in _DATA_BOXES:
+            length = end + 8 if name == b"moof" else end  # a fragment's data follow it
+    return length
 
 
 def _length_of_segment(file: BinaryIO, size: int) -> float:

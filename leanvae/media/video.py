@@ -13,7 +13,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from leanvae.media.container import best_video_stream, open_container
+from leanvae.media.container import best_video_stream, open_container, read_aperture
 from leanvae.media.convert import deinterlace, frame_to_rgb, resample
 from leanvae.media.errors import MediaError
 from leanvae.media.info import Frame, VideoInfo, video_info
@@ -211,6 +211,7 @@ class VideoReader:
             stream.thread_type = "AUTO"
             stream.thread_count = self._threads
             self._stream = stream
+            self._aperture = read_aperture(self._file, self._container, stream)
             self._header_size = (stream.codec_context.width, stream.codec_context.height)
             self._time_base = stream.time_base or Fraction(1, 1000)
             self._tick = float(self._time_base)
@@ -234,7 +235,7 @@ class VideoReader:
             raise MediaError(self._name, f"cannot be decoded: {error.strerror}") from error
 
     def _convert(self, frame: VideoFrame, time: float) -> Frame:
-        image = frame_to_rgb(self._name, frame, self._hdr)
+        image = frame_to_rgb(self._name, frame, self._hdr, self._aperture)
         pts = frame.pts
         if pts is not None and frame.time_base and frame.time_base != self._time_base:  # of the deinterlacer
             pts = round(pts * frame.time_base / self._time_base)
@@ -402,7 +403,8 @@ class VideoReader:
                 self._size = size
             else:  # one inside the file, and not of the size that the header states
                 self._size = self._first_size()
-            self._info = self._info or video_info(self._name, self._opened(), self._stream, frame, self._square)
+            if self._info is None:
+                self._info = video_info(self._name, self._opened(), self._stream, frame, self._square, self._aperture)
         if size != self._size and self._size is not None:
             if number is None:
                 number = round(((frame.time or 0.0) - self._origin) * self.rate)
