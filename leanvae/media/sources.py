@@ -234,7 +234,10 @@ def expand_braces(address: str, where: str) -> Iterator[str]:
 
 
 def _list_folder(fs: AbstractFileSystem, path: str, address: str, search: _Search) -> list[Item]:
-    files = sorted(_walk(path, search) if isinstance(fs, LocalFileSystem) else _find(fs, path))
+    from tqdm import tqdm
+
+    names = _walk(path, search) if isinstance(fs, LocalFileSystem) else _find(fs, path)
+    files = sorted(tqdm(names, "listing the files", unit=" files", disable=None, delay=1.0, leave=False))
     passed_over = search.ignored.copy()
     found, tars = [], []
     for file in files:
