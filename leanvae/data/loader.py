@@ -227,7 +227,24 @@ def read_first(schedule: Schedule, config: DataConfig, count: int) -> Iterator[S
         schedule: of the run.
         config: of the data.
         count: steps; each phase has an equal part.
+
+    Raises:
+        InvalidInput: none of the samples can be used; names the first file and its reason.
     """
+    failures: list[FileFailure] = []
+    num_usable = 0
+    for result in _read_steps(schedule, config, count):
+        if isinstance(result, FileFailure):
+            failures.append(result)
+        else:
+            num_usable += 1
+            yield result
+    if not num_usable:
+        first = f": {failures[0].path}: {failures[0].reason}" if failures else ""
+        raise InvalidInput(f"training.start: none of the first {count} samples can be used{first}")
+
+
+def _read_steps(schedule: Schedule, config: DataConfig, count: int) -> Iterator[Sample | FileFailure]:
     waiting: deque[Task[Sample]] = deque()
     with DecoderPool(config.num_workers, config.timeout) as pool:
         for step in schedule.first_steps(count):
@@ -236,14 +253,9 @@ def read_first(schedule: Schedule, config: DataConfig, count: int) -> Iterator[S
             item, seed = draw.row.items[source][number], (schedule.seed, step, 0)
             waiting.append(pool.submit(read_sample, item, config, draw.bucket, seed))
             if len(waiting) > 2 * config.num_workers:
-                yield from _usable(waiting.popleft())
+                yield waiting.popleft().result()
         for task in waiting:
-            yield from _usable(task)
-
-
-def _usable(task: Task[Sample]) -> Iterator[Sample]:
-    if not isinstance(result := task.result(), FileFailure):
-        yield result
+            yield task.result()
 
 
 def read_held_out(items: Sequence[Item], config: DataConfig, bucket: Shape, limit: int) -> list[Sample]:
