@@ -15,6 +15,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The content is on disk before the name appears, and is removed if the block fails. The suffix stays the same,
     because some writers choose a format by it.
+
+    Raises:
+        OSError: the file cannot be written; its name is in the error.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
@@ -23,6 +26,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         flush_to_disk(temporary)
         os.replace(temporary, path)
         flush_to_disk(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # as where a write finds the disk full
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -34,7 +41,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Writes a CSV file atomically; None becomes an empty cell."""
+    """Write a CSV file atomically; None becomes an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

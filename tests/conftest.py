@@ -14,12 +14,12 @@ torch.set_num_threads(1)  # the tensors are small, and other processes may want 
 def write_clip():
     """A function that writes a small real mp4 of moving gradients."""
 
-    def write(path, num_frames=20, height=48, width=64, seed=0):
+    def write(path, num_frames=20, height=48, width=64, seed=0, rate=25):
         generator = np.random.default_rng(seed)
         phase, speed = generator.uniform(0, 6, 3), generator.uniform(0.1, 0.5, 3)
         rows, columns = np.mgrid[:height, :width] / 8.0
         with av.open(str(path), "w") as container:
-            stream = container.add_stream("libx264", rate=Fraction(25))
+            stream = container.add_stream("libx264", rate=Fraction(rate))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             for index in range(num_frames):
                 image = np.stack(

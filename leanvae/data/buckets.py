@@ -21,7 +21,7 @@ class Shape:
     width: int
 
     def __str__(self) -> str:
-        """As configurations write it: `17x256x256`."""
+        """Write it as configurations do: `17x256x256`."""
         return f"{self.frames}x{self.height}x{self.width}"
 
     @property
@@ -36,7 +36,7 @@ class Shape:
 
 
 def parse_bucket(text: Any) -> Any:
-    """`TxHxW` of clips, `1xHxW` or `HxW` of images, as a shape; what is no text is handed on.
+    """Parse `TxHxW` of clips, `1xHxW` or `HxW` of images, as a shape; return other types unchanged.
 
     Raises:
         ValueError: it is not written so, or a number is 0.
@@ -56,7 +56,7 @@ Bucket = Annotated[Shape, BeforeValidator(parse_bucket), PlainSerializer(str)]
 
 
 def choose_bucket(shape: Shape | None, buckets: Sequence[Shape], name: str) -> int:
-    """The bucket that a clip or image goes to.
+    """Choose the bucket that a clip or image goes to.
 
     It has the frames that the bucket asks for, need not be enlarged if some bucket allows for that, and loses as
     little as possible to the crop. Where several buckets are left, a hash of the name spreads files over them.
@@ -84,11 +84,11 @@ def choose_bucket(shape: Shape | None, buckets: Sequence[Shape], name: str) -> i
 
 
 def _enlargement(shape: Shape, bucket: Shape) -> float:
-    """What a picture is scaled by, so that it covers a bucket."""
+    """Compute the factor that scales a picture to cover a bucket."""
     return max(bucket.height / shape.height, bucket.width / shape.width)
 
 
 def _kept_by_crop(shape: Shape, bucket: Shape) -> float:
-    """Share of a picture that a crop of the bucket's aspect ratio keeps."""
+    """Compute the share of a picture that a crop of the bucket's aspect ratio keeps."""
     ratio = (shape.width / shape.height) / (bucket.width / bucket.height)
     return min(ratio, 1.0 / ratio)

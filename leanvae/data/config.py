@@ -101,7 +101,7 @@ class DataConfig(StrictConfig):
         return self.buckets or self.shapes_at(self.resolution)
 
     def shapes_at(self, resolution: tuple[int, int]) -> tuple[Shape, ...]:
-        """The buckets of one resolution, for each kind of source."""
+        """List the buckets of one resolution, for each kind of source."""
         raise NotImplementedError
 
     @model_validator(mode="after")
@@ -156,7 +156,7 @@ class ClipDataConfig(DataConfig):
         return self
 
     def shapes_at(self, resolution: tuple[int, int]) -> tuple[Shape, ...]:
-        """One bucket for clips, and one for images if a source has them."""
+        """List one bucket for clips, and one for images if a source has them."""
         frames = {"clips": self.num_frames, "images": 1}
         return tuple(Shape(frames[kind], *resolution) for kind in sorted(set(self.kinds)))
 
@@ -176,11 +176,11 @@ class ImageDataConfig(DataConfig):
         return self
 
     def shapes_at(self, resolution: tuple[int, int]) -> tuple[Shape, ...]:
-        """One bucket for images."""
+        """List the one bucket, for images."""
         return (Shape(1, *resolution),)
 
 
 def source_weights(config: DataConfig, sizes: list[int]) -> list[float]:
-    """The sources' weights: as configured, or each source's number of files (or parts of files)."""
+    """Weigh the sources: as configured, or by each source's number of files (or parts of files)."""
     weights = [source.weight for source in config.sources]
     return [float(size) if weight is None else weight for size, weight in zip(sizes, weights, strict=True)]

@@ -99,11 +99,11 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Ends the decoder processes; safe to call again."""
+        """End the decoder processes; safe to call again."""
         self._pool.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches from ``start_step`` on, or from where the last iteration stopped.
+        """Yield the batches from ``start_step`` on, or from where the last iteration stopped.
 
         Raises:
             TooManyBadClips: this rank alone has met more bad files than ``data.max_bad_share`` allows.
@@ -132,7 +132,7 @@ class Loader:
         )
 
     def _begin_step(self, step: int) -> tuple[Draw, list["_Pending"]]:
-        """Starts on this rank's part of a step.
+        """Start on this rank's part of a step.
 
         Raises:
             ValueError: the ranks cannot share its batch.
@@ -146,14 +146,14 @@ class Loader:
         return draw, [self._begin(draw, step, index) for index in range(self.rank * share, (self.rank + 1) * share)]
 
     def _begin(self, draw: Draw, step: int, index: int) -> "_Pending":
-        """Starts on what the order names for a place in a step's batch."""
+        """Start on what the order names for a place in a step's batch."""
         source, number = draw.row.item(self.schedule.seed, draw.place + index)
         pending = _Pending(draw, step, index, source, number, [], draw.row.items[source][number])
         self._schedule(pending, pending.item, urgent=False)
         return pending
 
     def _substitute(self, pending: "_Pending", path: str, reason: str) -> Item:
-        """What to try next at a position."""
+        """Choose what to try next at a position."""
         attempt = len(pending.rejections) - 1
         row, items = pending.draw.row, pending.draw.row.items[pending.source]
         if attempt >= min(_MAX_ATTEMPTS, len(items) - 1):
@@ -164,7 +164,7 @@ class Loader:
         return items[substitute(self.schedule.seed, pending.position, attempt, pending.number, len(items))]
 
     def _schedule(self, pending: "_Pending", item: Item, urgent: bool) -> None:
-        """Sends an item, or the substitute that the record knows for it, to the decoder processes."""
+        """Send an item, or the substitute that the record knows for it, to the decoder processes."""
         while known := self.record.find(pending.position, len(pending.rejections), item.name):
             pending.rejections.append(known)
             item = self._substitute(pending, known.path, known.reason)
@@ -173,7 +173,7 @@ class Loader:
         pending.task = self._pool.submit(read_sample, item, self.config, pending.draw.bucket, seed, urgent=urgent)
 
     def _wait(self, pending: "_Pending") -> tuple[Sample, list[Rejection]]:
-        """A position's sample, after as many substitutes as it takes."""
+        """Wait for a position's sample, after as many substitutes as it takes."""
         while True:
             assert pending.task is not None
             bad = pending.item
@@ -227,7 +227,24 @@ def read_first(schedule: Schedule, config: DataConfig, count: int) -> Iterator[S
         schedule: of the run.
         config: of the data.
         count: steps; each phase has an equal part.
+
+    Raises:
+        InvalidInput: none of the samples can be used; names the first file and its reason.
     """
+    failures: list[FileFailure] = []
+    num_usable = 0
+    for result in _read_steps(schedule, config, count):
+        if isinstance(result, FileFailure):
+            failures.append(result)
+        else:
+            num_usable += 1
+            yield result
+    if not num_usable:
+        first = f": {failures[0].path}: {failures[0].reason}" if failures else ""
+        raise InvalidInput(f"training.start: none of the first {count} samples can be used{first}")
+
+
+def _read_steps(schedule: Schedule, config: DataConfig, count: int) -> Iterator[Sample | FileFailure]:
     waiting: deque[Task[Sample]] = deque()
     with DecoderPool(config.num_workers, config.timeout) as pool:
         for step in schedule.first_steps(count):
@@ -236,18 +253,13 @@ def read_first(schedule: Schedule, config: DataConfig, count: int) -> Iterator[S
             item, seed = draw.row.items[source][number], (schedule.seed, step, 0)
             waiting.append(pool.submit(read_sample, item, config, draw.bucket, seed))
             if len(waiting) > 2 * config.num_workers:
-                yield from _usable(waiting.popleft())
+                yield waiting.popleft().result()
         for task in waiting:
-            yield from _usable(task)
-
-
-def _usable(task: Task[Sample]) -> Iterator[Sample]:
-    if not isinstance(result := task.result(), FileFailure):
-        yield result
+            yield task.result()
 
 
 def read_held_out(items: Sequence[Item], config: DataConfig, bucket: Shape, limit: int) -> list[Sample]:
-    """Reads the central parts of the first usable held-out clips or pictures, under the time limit of training.
+    """Read the central parts of the first usable held-out clips or pictures, under the time limit of training.
 
     Args:
         items: all clips, or all images.

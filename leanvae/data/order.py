@@ -37,7 +37,7 @@ class Phase:
 
 
 def phases_of(stretches: Iterable[tuple[int, Mapping[Shape, int]]]) -> tuple[Phase, ...]:
-    """Lays phases one behind the other.
+    """Lay phases one behind the other.
 
     Args:
         stretches: steps, and batch sizes by bucket, of each.
@@ -62,7 +62,7 @@ def phases_of(stretches: Iterable[tuple[int, Mapping[Shape, int]]]) -> tuple[Pha
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:
-    """The phase that a step belongs to: the last one also for the steps behind its end.
+    """Find the phase that a step belongs to; steps behind the end of the last one belong to it.
 
     Raises:
         ValueError: a negative step.
@@ -73,7 +73,7 @@ def phase_at(phases: Sequence[Phase], step: int) -> Phase:
 
 
 def even_counts(shares: Sequence[float], offsets: Sequence[float], total: int) -> list[int]:
-    """Splits the first things of an endless row by shares, each to less than two of what it should get.
+    """Split the first things of an endless row by shares, each to less than two of what it should get.
 
     The first share is taken of all; what is left over is split among the others in the same way. So no count falls
     when the total grows, and they always add up.
@@ -92,7 +92,7 @@ def even_counts(shares: Sequence[float], offsets: Sequence[float], total: int) -
 
 
 def source_counts(sizes: Sequence[int], weights: Sequence[float], epochs: int) -> list[int]:
-    """Draws of each source in the first epochs, of sum(sizes) draws each, by weight.
+    """Count the draws of each source in the first epochs, of sum(sizes) draws each, by weight.
 
     Raises:
         ValueError: a size or weight that is not positive, or lists of different lengths.
@@ -109,7 +109,7 @@ def source_counts(sizes: Sequence[int], weights: Sequence[float], epochs: int) -
 def epoch_order(
     sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int, row: int = 0
 ) -> NDArray[np.int64]:
-    """The clips of one epoch in order.
+    """Order the clips of one epoch.
 
     Each source deals its clips from an endless row of seeded permutations, which epochs continue: none comes
     again before all its source's clips were drawn. One seeded shuffle then mixes the sources.
@@ -141,7 +141,7 @@ def _permutation(seed: int, row: int, source: int, turn: int, size: int) -> NDAr
 
 
 def substitute(seed: int, position: int, attempt: int, index: int, size: int) -> int:
-    """The clip that stands in for an unusable one: another of the same source.
+    """Choose the clip that stands in for an unusable one: another of the same source.
 
     Args:
         seed: of the run.
@@ -165,7 +165,7 @@ def substitute(seed: int, position: int, attempt: int, index: int, size: int) ->
 
 @lru_cache(maxsize=64)
 def _block(shares: tuple[float, ...], seed: int, number: int) -> tuple[list[int], list[int]]:
-    """The buckets of a block's steps in order, and how many steps each bucket has had before it."""
+    """Order the buckets of a block's steps, and count the steps that each bucket has had before it."""
     offsets = np.random.default_rng([_OFFSETS, seed]).random(len(shares)).tolist()
     before = even_counts(shares, offsets, number * BLOCK)
     after = even_counts(shares, offsets, (number + 1) * BLOCK)
@@ -174,7 +174,7 @@ def _block(shares: tuple[float, ...], seed: int, number: int) -> tuple[list[int]
 
 
 def bucket_of_step(shares: tuple[float, ...], seed: int, step: int) -> tuple[int, list[int]]:
-    """The bucket that a step takes, and how many of the steps before it went to each bucket.
+    """Find the bucket that a step takes, and count the steps before it that went to each bucket.
 
     At the end of each block of steps, each bucket has had its share of all steps, to less than two; within a block
     their order is shuffled.

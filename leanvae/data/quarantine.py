@@ -40,7 +40,7 @@ class Rejection:
 
 
 def check_bad_share(rejected: Mapping[str, str], total: int, max_share: float) -> None:
-    """Stops the run when too many files are unusable.
+    """Stop the run if too many files are unusable.
 
     Args:
         rejected: reasons by path, of all ranks.
@@ -80,18 +80,18 @@ class QuarantineRecord:
             self._append(b"\n")
 
     def find(self, position: int, attempt: int, path: str) -> Rejection | None:
-        """The recorded rejection of ``path`` there, if there is one; other data leave records behind."""
+        """Find the recorded rejection of a path, if there is one; other data leave records behind."""
         known = self._known.get((position, attempt))
         return known if known is not None and known.path == path else None
 
     def add(self, rejection: Rejection) -> None:
-        """Writes a rejection to disk, unless it is recorded already."""
+        """Write a rejection to disk, unless it is recorded already."""
         if self.find(rejection.position, rejection.attempt, rejection.path) is None:
             self._known[rejection.position, rejection.attempt] = rejection
             self._append(json.dumps(asdict(rejection)).encode() + b"\n")
 
     def reasons(self) -> dict[str, str]:
-        """Reasons by path of all rejections."""
+        """List the reasons of all rejections, by path."""
         return {rejection.path: rejection.reason for rejection in self._known.values()}
 
     def _append(self, data: bytes) -> None:
@@ -102,7 +102,7 @@ class QuarantineRecord:
 
 
 def modification_time(path: str) -> int:
-    """Time of a file's last change in nanoseconds, or -1."""
+    """Read the time of a file's last change in nanoseconds; -1 if there is none."""
     try:
         return os.stat(path).st_mtime_ns
     except OSError:

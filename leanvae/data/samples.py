@@ -217,14 +217,14 @@ def choose_window(name: str, timeline: Timeline, num_frames: int, config: ClipDa
 
 
 def usable_frames(count: int, seconds: float, config: ClipDataConfig) -> int:
-    """The most frames that a sample of a file of `count` frames can have."""
+    """Count the most frames that a sample of a file of `count` frames can have."""
     if config.fps is None:
         return 1 + (count - 1) // config.stride[0]
     return 1 + int(min(count - 1, seconds * config.fps[1]) + 0.5)
 
 
 def frames_at_stride(name: str, count: int, num_frames: int, stride: tuple[int, int], cut: Cut) -> range:
-    """Indices of evenly spaced frames; the largest stride is as large as the file's length allows.
+    """Choose indices of evenly spaced frames; the largest stride is as large as the file's length allows.
 
     Raises:
         MediaError: of `name`: it has too few frames.
@@ -243,7 +243,7 @@ def frames_at_stride(name: str, count: int, num_frames: int, stride: tuple[int, 
 def points_at_rate(
     name: str, timeline: Timeline, num_frames: int, fps: tuple[float, float], cut: Cut
 ) -> tuple[float, float]:
-    """The first of evenly spaced points of time, in seconds, and their rate.
+    """Choose the first of evenly spaced points of time, in seconds, and their rate.
 
     Args:
         fps: lowest and highest rate; the highest is that of the file at most.

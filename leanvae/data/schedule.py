@@ -66,11 +66,11 @@ class Row:
     _epochs: dict[int, NDArray[np.int64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """Draws of an epoch."""
+        """Count the draws of an epoch."""
         return sum(map(len, self.items))
 
     def item(self, seed: int, place: int) -> tuple[int, int]:
-        """Which of the row's sources, and which of its items, stands at a place of the row."""
+        """Find which of the row's sources, and which of its items, stands at a place of the row."""
         epoch, place = divmod(place, len(self))
         if epoch not in self._epochs:
             self._epochs.clear()  # one is enough: places come in order
@@ -181,7 +181,7 @@ class Schedule:
                 position += size
 
     def at(self, step: int) -> Draw:
-        """What a step takes, for steps from 0 on without end."""
+        """Choose what a step takes, for steps from 0 on without end."""
         phase = phase_at(self._phases, step)
         stretch = self._stretches[self._phases.index(phase)]
         number, counts = bucket_of_step(stretch.shares, self.seed, step - phase.first_step)
@@ -203,13 +203,13 @@ class Schedule:
         return [step for start, stop in zip(starts, stops, strict=True) for step in range(start, stop)]
 
     def shares(self, phase: int) -> dict[Shape, float]:
-        """Each bucket's share of the steps in a phase."""
+        """Compute each bucket's share of the steps in a phase."""
         stretch = self._stretches[phase]
         return dict(zip(stretch.buckets, stretch.shares, strict=True))
 
 
 def has_choice(buckets: Iterable[Shape]) -> bool:
-    """Whether files of one kind can go to several buckets, so that their shapes matter."""
+    """Tell whether files of one kind can go to several buckets, so that their shapes matter."""
     kinds = [bucket.is_image for bucket in buckets]
     return len(kinds) > len(set(kinds))
 
@@ -217,7 +217,7 @@ def has_choice(buckets: Iterable[Shape]) -> bool:
 def assign(
     items: Sequence[Item], shapes: Sequence[Shape | None] | None, buckets: Sequence[Shape]
 ) -> dict[Shape, list[int]]:
-    """Gives each clip or image to a bucket of its kind, if there is one.
+    """Give each clip or image to a bucket of its kind, if there is one.
 
     Args:
         items: clips and images.
@@ -240,7 +240,7 @@ def assign(
 
 
 def _make_row(number: int, items: Sequence[Item], weights: Sequence[float]) -> Row:
-    """A row of items; `weights` are those of a single item, by source."""
+    """Make a row of items; `weights` are those of a single item, by source."""
     by_source: dict[int, list[Item]] = {}
     for item in items:
         by_source.setdefault(item.source, []).append(item)

@@ -65,7 +65,7 @@ def read_shape(item: Item) -> Iterator[FileShape]:
 
 
 def measure_shapes(items: Sequence[Item], config: DataConfig) -> list[Shape | None]:
-    """The shape of each item, with as many frames as a sample of it can have; `None` of those that cannot be used.
+    """Measure each item's shape, with as many frames as a sample of it can have; `None` if it cannot be used.
 
     What has been measured before is found in the cache folder, unless the file has changed since.
     """
@@ -87,7 +87,7 @@ def measure_shapes(items: Sequence[Item], config: DataConfig) -> list[Shape | No
 
 
 def _key(item: Item) -> str:
-    """What a measurement is known by: the file, its part, its size and its time of change."""
+    """Make the key of a measurement: the file, its part, its size and its time of change."""
     try:
         state = os.stat(item.address)
     except OSError:

@@ -31,6 +31,7 @@ EngineName = Literal["local", "ray"]
 
 # In larger files, clips before damage are kept, because they cannot all wait in memory for the file's end.
 _BYTES_HELD_OF_A_SOURCE = 2**29
+_SAME_RATE = 1.1  # 24, 25 and 23.976 count as one rate
 
 
 @join_ranks()
@@ -253,7 +254,20 @@ def _close(
         "run": run,
     }
     store.write_json(SUMMARY, summary)
+    _warn_of_rates(index["fps"].to_pylist())
     return summary
+
+
+def _warn_of_rates(rates: Sequence[float | None]) -> None:
+    """Warn if the clips of a store differ in frame rate: the same motion then differs in speed."""
+    known = sorted({rate for rate in rates if rate})
+    if known and known[-1] > _SAME_RATE * known[0]:
+        logger.warning(
+            "the clips have from %.4g to %.4g frames a second: the same motion takes more or fewer frames; "
+            "the column fps of the index tells them apart",
+            known[0],
+            known[-1],
+        )
 
 
 def write_statistics(checkpoint: Path, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from leanvae.latents.clips import ClipRequest, Decoded, Order, Piece, decode_source
 from leanvae.latents.encoder import VAE, Encoded, EncodeJob, make_encoder, make_request
-from litevae.errors import extra
+from litevae.errors import InvalidInput, extra
 
 with extra("video"):
     import cv2
@@ -35,11 +35,18 @@ def encode_with_ray(job: EncodeJob, vae: VAE, device: str, orders: Sequence[Orde
     Args:
         vae: the model from `load_vae`. Actors get a copy, so it is the same on every node, and no node needs the
             checkpoint.
+
+    Raises:
+        InvalidInput: the cluster cannot be joined.
     """
     if not ray.is_initialized():
         # A local cluster's workers would have a niceness of 15, and starve beside anything else.
         os.environ.setdefault("RAY_worker_niceness", "5")
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            cause = str(error.__cause__ or error).strip().splitlines()[-1]
+            raise InvalidInput(f"RAY_ADDRESS: {error}: {cause}") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

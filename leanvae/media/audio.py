@@ -52,18 +52,18 @@ class AudioTracks:
         self._pending: tuple[float, list[Packet]] | None = next(self._packets, None)
 
     def packets_until(self, time: float) -> Iterator[Packet]:
-        """Yields what the source plays before ``time``, in seconds of its clock, and was not yielded before."""
+        """Yield what the source plays before ``time``, in seconds of its clock, and was not yielded before."""
         while self._pending is not None and self._pending[0] < time:
             yield from self._pending[1]
             self._pending = next(self._packets, None)
 
     def close(self) -> None:
-        """Closes the source."""
+        """Close the source."""
         self._packets.close()
         self._container.close()
 
     def _read(self, tracks: dict[int, "_Copied | _Encoded"]) -> Generator[tuple[float, list[Packet]], None, None]:
-        """Yields (seconds of the source's clock, packets for the output) in the order of the file."""
+        """Yield (seconds of the source's clock, packets for the output) in the order of the file."""
         if not tracks:
             return
         time = 0.0
@@ -90,7 +90,7 @@ class _Copied:
         self._last_dts: int | None = None
 
     def take(self, packet: Packet) -> list[Packet]:
-        """Moves a packet to the output's stream and clock; an empty one, which ends a stream, is dropped."""
+        """Move a packet to the output's stream and clock; an empty one, which ends a stream, is dropped."""
         if packet.size == 0 or packet.dts is None or packet.time_base is None:
             return []
         shift = round(self._origin / packet.time_base)
@@ -104,7 +104,7 @@ class _Copied:
         return [packet]
 
     def finish(self) -> list[Packet]:
-        """Nothing is held back."""
+        """Return nothing, because nothing is held back."""
         return []
 
 
@@ -124,7 +124,7 @@ class _Encoded:
         self._next_sample: int | None = None
 
     def take(self, packet: Packet) -> list[Packet]:
-        """Decodes a packet and encodes what it held; a damaged packet leaves a gap."""
+        """Decode a packet and encode what it held; a damaged packet leaves a gap."""
         try:
             frames = packet.decode()
         except av.error.InvalidDataError:
@@ -132,13 +132,13 @@ class _Encoded:
         return [encoded for frame in frames for encoded in self._encode(frame)]
 
     def finish(self) -> list[Packet]:
-        """Encodes what the resampler and the encoder held back."""
+        """Encode what the resampler and the encoder held back."""
         if self._next_sample is None:
             return []
         return [*self._encode(None), *self._stream.encode(None)]
 
     def _encode(self, frame: AudioFrame | None) -> list[Packet]:
-        """Encodes a decoded frame on a gapless clock that follows the source's.
+        """Encode a decoded frame on a gapless clock that follows the source's.
 
         Containers with a clock of milliseconds give timestamps that do not add up to whole samples; the AAC
         encoder needs ones that do. Only a real gap or jump moves the clock.

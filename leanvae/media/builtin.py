@@ -52,7 +52,7 @@ _MAX_SIDE = 640  # of the photograph's shorter side, so that supersampling is en
 
 
 def find_photographs() -> dict[str, Path]:
-    """The photographs that are installed, by name.
+    """Find the installed photographs, by name.
 
     Raises:
         FileNotFoundError: neither package is installed with its photographs.
@@ -72,7 +72,7 @@ def find_photographs() -> dict[str, Path]:
 
 
 def make_builtin_clips(cache_folder: Path) -> list[Path]:
-    """Returns the built-in clips, making those that are missing; several processes may do so at once.
+    """Return the built-in clips, making those that are missing; several processes may do so at once.
 
     Args:
         cache_folder: where to keep them, in a folder of their own.
@@ -108,7 +108,7 @@ def _read_photograph(path: Path) -> NDArray[np.uint8]:
 
 
 def moving_views(photograph: NDArray[np.uint8], name: str) -> Iterator[NDArray[np.uint8]]:
-    """Moves a camera smoothly over a photograph: pans, zooms and turns, seeded by ``name``.
+    """Move a camera smoothly over a photograph: pans, zooms and turns, seeded by ``name``.
 
     Args:
         photograph: (H, W, 3) uint8.
@@ -144,7 +144,7 @@ def moving_views(photograph: NDArray[np.uint8], name: str) -> Iterator[NDArray[n
 
 
 def _wander(generator: np.random.Generator) -> NDArray[np.float64]:
-    """A smooth random course over ``NUM_FRAMES`` frames that spans [0, 1]."""
+    """Draw a smooth random course over `NUM_FRAMES` frames that spans [0, 1]."""
     time = np.arange(NUM_FRAMES) / NUM_FRAMES
     cycles = generator.uniform(0.1, 0.6, size=3)
     phases = generator.uniform(0, 2 * np.pi, size=3)
@@ -153,7 +153,7 @@ def _wander(generator: np.random.Generator) -> NDArray[np.float64]:
 
 
 def _write_clip(path: Path, frames: Iterator[NDArray[np.uint8]]) -> None:
-    """Writes an H.264 file under a temporary name and moves it into place."""
+    """Write an H.264 file under a temporary name and move it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with av.open(str(temporary), "w", format="mp4") as container:

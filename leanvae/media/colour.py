@@ -68,13 +68,13 @@ def _to_index(light: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 def _table() -> NDArray[np.float64]:
-    """The light, of 0 to 1, for each index."""
+    """Compute the light, from 0 to 1, for each index."""
     return (np.arange(_STEPS + 1) / _STEPS) ** 4
 
 
 @lru_cache
 def _to_light(white: int, transfer: int) -> NDArray[np.float32]:
-    """Light for each 16-bit code: nits of PQ, the scene's light from 0 to 1 of HLG, the display's of others."""
+    """Compute light by 16-bit code: nits of PQ, the scene's light from 0 to 1 of HLG, the display's of others."""
     code = np.minimum(np.arange(2**16) / white, 1)
     if transfer == PQ:
         light = _PQ_PEAK * pq_to_light(code)
@@ -87,7 +87,7 @@ def _to_light(white: int, transfer: int) -> NDArray[np.float32]:
 
 @lru_cache
 def _tone_curve() -> NDArray[np.float32]:
-    """SDR light from 0 to 1, for each index of light from 0 to 10,000 nits."""
+    """Compute SDR light from 0 to 1, for each index of light from 0 to 10,000 nits."""
     return (_PQ_PEAK / WHITE * pq_to_light(compress(light_to_pq(_table())))).astype(np.float32)
 
 
@@ -100,25 +100,25 @@ def _srgb_codes() -> NDArray[np.uint8]:
 
 @lru_cache
 def _to_bt709(primaries: int) -> NDArray[np.float32]:
-    """The matrix that brings linear light to BT.709's primaries."""
+    """Compute the matrix that brings linear light to BT.709's primaries."""
     return np.linalg.solve(_to_xyz(_BT709), _to_xyz(primaries)).astype(np.float32)
 
 
 def _to_xyz(primaries: int) -> NDArray[np.float64]:
-    """The matrix from linear light to CIE XYZ (SMPTE RP 177)."""
+    """Compute the matrix from linear light to CIE XYZ (SMPTE RP 177)."""
     x, y = np.transpose((*_CHROMATICITIES[primaries], _D65))
     xyz = np.stack([x / y, np.ones(4), (1 - x - y) / y])
     return xyz[:, :3] * np.linalg.solve(xyz[:, :3], xyz[:, 3])
 
 
 def pq_to_light(code: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Light from 0 to 1, for 10,000 nits, of a PQ code from 0 to 1 (SMPTE ST 2084)."""
+    """Convert a PQ code from 0 to 1 to light from 0 to 1, for 10,000 nits (SMPTE ST 2084)."""
     power = code ** (1 / _M2)
     return (np.maximum(power - _C1, 0) / (_C2 - _C3 * power)) ** (1 / _M1)
 
 
 def light_to_pq(light: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The inverse of `pq_to_light`."""
+    """Invert `pq_to_light`."""
     power = light**_M1
     return ((_C1 + _C2 * power) / (1 + _C3 * power)) ** _M2
 

@@ -1,9 +1,14 @@
-"""Opening of video containers, and whether all their bytes are there by the lengths that their parts state."""
+"""Opening of video containers."""
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, cast
 
+from leanvae.media.boxes import Aperture, clean_aperture
 from leanvae.media.errors import MediaError
+from leanvae.media.truncation import missing_bytes
 from litevae.errors import extra
 
 with extra("video"):
@@ -11,9 +16,6 @@ with extra("video"):
     from av.container import InputContainer
     from av.stream import Disposition
     from av.video.stream import VideoStream
-
-_DATA_BOXES = (b"mdat", b"moof", b"moov")  # ISO base media: what frames are lost with
-_EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
 
 
 def open_container(file: str | BinaryIO, name: str) -> InputContainer:
@@ -26,9 +28,6 @@ def open_container(file: str | BinaryIO, name: str) -> InputContainer:
     if not isinstance(file, str):
         file.seek(0)
         container = cast(InputContainer, av.open(file, metadata_errors="ignore"))
-        place = file.tell()
-        missing = missing_bytes(file, container.format.name)
-        file.seek(place)
     else:
         if not os.path.isfile(file):
             raise MediaError(name, "a folder, not a file" if os.path.isdir(file) else "no such file")
@@ -38,12 +37,33 @@ def open_container(file: str | BinaryIO, name: str) -> InputContainer:
         # fetching addresses.
         options = {"protocol_whitelist": "file"}
         container = av.open(f"file:{file}", metadata_errors="ignore", options=options)
-        with open(file, "rb") as opened:
-            missing = missing_bytes(opened, container.format.name)
+    with _own_bytes(file) as data:
+        missing = missing_bytes(data, container.format.name)
     if missing:
         container.close()
-        raise MediaError(name, f"truncated: the last {missing:,} bytes are missing")
+        what = f"the last {missing:,} bytes are" if missing < math.inf else "its end is"
+        raise MediaError(name, f"truncated: {what} missing")
     return container
+
+
+@contextmanager
+def _own_bytes(file: str | BinaryIO) -> Iterator[BinaryIO]:
+    """Give the bytes of a file that FFmpeg reads, and bring it back to where that was."""
+    if isinstance(file, str):
+        with open(file, "rb") as opened:
+            yield opened
+        return
+    place = file.tell()
+    yield file
+    file.seek(place)
+
+
+def read_aperture(file: str | BinaryIO, container: InputContainer, stream: VideoStream) -> Aperture | None:
+    """Read the part of a stream's frames that is shown, as MP4 and QuickTime files state it; None means all."""
+    if not container.format.name.startswith("mov,"):
+        return None
+    with _own_bytes(file) as data:
+        return clean_aperture(data, stream.id)
 
 
 def best_video_stream(container: InputContainer, name: str) -> VideoStream:
@@ -59,61 +79,3 @@ def best_video_stream(container: InputContainer, name: str) -> VideoStream:
     if not moving:
         raise MediaError(name, "no video stream")
     return next((s for s in moving if best is not None and s.index == best.index), moving[0])
-
-
-def missing_bytes(file: BinaryIO, container: str) -> int:
-    """Count the bytes that a cut file lacks, as far as its container tells; 0 for other containers.
-
-    Args:
-        file: seekable; read from its beginning, and left anywhere.
-        container: FFmpeg's name of the format.
-    """
-    measure = {
-        "mov,mp4,m4a,3gp,3g2,mj2": _length_of_boxes,
-        "matroska,webm": _length_of_segment,
-        "avi": _length_of_riff,
-    }.get(container)
-    if measure is None:
-        return 0
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    return max(0, measure(file, size) - size)
-
-
-def _length_of_boxes(file: BinaryIO, size: int) -> int:
-    """Walk the boxes of the top level (ISO/IEC 14496-12, 4.2)."""
-    place = end = 0
-    while place + 8 <= size:
-        file.seek(place)
-        header = file.read(16)
-        length = int.from_bytes(header[:4], "big")
-        if length == 1:
-            length = int.from_bytes(header[8:16], "big")
-        if length < 8:  # 0 reaches to the end of the file; anything else is no box
-            break
-        place += length
-        if header[4:8] in _DATA_BOXES:
-            end = place
-    return end
-
-
-def _length_of_segment(file: BinaryIO, size: int) -> int:
-    """Read the length of Matroska's only segment (RFC 8794, 4; RFC 9559, 5.1); live recordings do not state it."""
-    place = 0
-    for element in (_EBML, _SEGMENT):
-        file.seek(place)
-        header = file.read(12)
-        if len(header) < 12 or int.from_bytes(header[:4], "big") != element or not header[4]:
-            return 0
-        width = 9 - header[4].bit_length()
-        unknown = 2 ** (7 * width) - 1
-        length = int.from_bytes(header[4 : 4 + width], "big") & unknown
-        if length == unknown:
-            return 0
-        place += 4 + width + length
-    return place
-
-
-def _length_of_riff(file: BinaryIO, size: int) -> int:
-    """Read the length of an AVI's first RIFF chunk, which recordings that broke off leave at 0."""
-    return int.from_bytes(file.read(8)[4:], "little")

@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from leanvae.media.boxes import Aperture
 from leanvae.media.colour import HDR_TRANSFERS, WIDE_PRIMARIES, to_srgb
 from leanvae.media.errors import MediaError
 from leanvae.media.image import lay_over_white
@@ -48,7 +49,9 @@ def has_alpha(frame: VideoFrame) -> bool:
     return any(component.is_alpha for component in frame.format.components)
 
 
-def frame_to_rgb(name: str, frame: VideoFrame, hdr: Hdr = "tonemap") -> NDArray[np.uint8]:
+def frame_to_rgb(
+    name: str, frame: VideoFrame, hdr: Hdr = "tonemap", aperture: Aperture | None = None
+) -> NDArray[np.uint8]:
     """Convert a decoded frame to (H, W, 3) uint8 sRGB, upright, by its own matrix, range, transfer and primaries.
 
     Untagged frames are taken as BT.601 below 720 coded lines and BT.709 from there; an untagged range as limited,
@@ -58,6 +61,7 @@ def frame_to_rgb(name: str, frame: VideoFrame, hdr: Hdr = "tonemap") -> NDArray[
     Args:
         name: what errors call the file.
         hdr: what happens to PQ and HLG.
+        aperture: the part of the frame that is shown; None means all.
 
     Raises:
         MediaError: HDR that is to be refused, or a colour matrix, transfer or primaries that cannot be converted.
@@ -93,7 +97,8 @@ def frame_to_rgb(name: str, frame: VideoFrame, hdr: Hdr = "tonemap") -> NDArray[
     if transparent:
         alpha = np.asarray(pixels[..., 3], np.uint16)
         image = lay_over_white(image, (alpha >> (8 if is_converted else 0)).astype(np.uint8))
-    return _turn(image, *orientation(frame))
+    shown = aperture and aperture.place_in(frame.width, frame.height)
+    return _turn(image[shown] if shown else image, *orientation(frame))
 
 
 def check_colours(name: str, transfer: int, primaries: int, hdr: Hdr = "tonemap") -> None:

@@ -2,9 +2,10 @@
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from litevae.errors import extra
 with extra("video"):
     from PIL import Image, ImageCms, ImageFile, PngImagePlugin, UnidentifiedImageError
 
+ANIMATION_SUFFIX = ".webp"  # of clips as well as images, by their content
 _MOST_PIXELS = 2**30
 _ORIENTATION = 0x0112  # EXIF
 _TURNS = {
@@ -31,6 +33,8 @@ _TURNS = {
 }
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF
 _END_OF_JPEG = b"\xff\xd9"
+_PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _ROUNDING = 2  # levels; a profile that changes no colour by more is sRGB
 _opening = threading.Lock()
 
@@ -60,6 +64,44 @@ def read_image(source: Item | str | Path | bytes) -> NDArray[np.uint8]:
         return np.array(_to_rgb(name, _turned(_load(name, data))))
 
 
+def is_animation(header: bytes) -> bool:
+    """Tell whether the first 21 bytes of a file are those of an animated WebP."""
+    return len(header) > 20 and header[:4] == b"RIFF" and header[8:16] == b"WEBPVP8X" and bool(header[20] & 2)
+
+
+def open_animation(name: str, data: bytes) -> tuple[list[float], Callable[[int], NDArray[np.uint8]]]:
+    """Open an animated WebP, which FFmpeg does not decode.
+
+    Returns:
+        The seconds that each frame stands, and what reads the frame of an index as `read_image` does.
+
+    Raises:
+        MediaError: not an animated WebP, or cut.
+    """
+    if not is_animation(data[:21]):
+        raise MediaError(name, "a still image, not a video")
+    durations, place, end = [], 12, 8 + int.from_bytes(data[4:8], "little")
+    if end > len(data):
+        raise MediaError(name, f"truncated: the last {end - len(data):,} bytes are missing")
+    while place + 8 <= end:  # the chunks of RIFF
+        if data[place : place + 4] == b"ANMF":
+            durations.append(max(1, int.from_bytes(data[place + 20 : place + 23], "little")) / 1000)
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        place += 8 + size + size % 2
+    with _tolerant_pillow():
+        image = _load(name, data)
+
+    def read(index: int) -> NDArray[np.uint8]:
+        try:
+            with _tolerant_pillow():
+                image.seek(index)
+                return np.array(_to_rgb(name, image.copy()))
+        except (OSError, EOFError, ValueError) as error:
+            raise MediaError(name, f"cannot be decoded: {error}") from error
+
+    return durations, read
+
+
 @contextmanager
 def _tolerant_pillow() -> Iterator[None]:
     """Keep Pillow from warning about what it repairs, such as EXIF data that are wrong."""
@@ -84,13 +126,42 @@ def _load(name: str, data: bytes) -> Image.Image:
     except MediaError:
         raise
     except UnidentifiedImageError as error:
-        raise MediaError(name, "not an image that can be decoded") from error
+        missing = missing_plugin(_plugin_suffix(data))
+        reason = f"its format needs a package: pip install {missing}" if missing else "not an image that can be decoded"
+        raise MediaError(name, reason) from error
     except Exception as error:
         cut = "truncated" in str(error).lower()
         raise MediaError(name, "truncated: the data end early" if cut else f"cannot be decoded: {error}") from error
 
 
+def missing_plugin(suffix: str) -> str | None:
+    """Name the package that images of an ending need and that is not installed; None if there is none."""
+    package = _PLUGINS.get(suffix)
+    return package if package and not _has_plugin(package) else None
+
+
+@lru_cache
+def _has_plugin(package: str) -> bool:
+    """Register a plugin with Pillow, if it is installed."""
+    try:
+        if package == "pillow-heif":
+            import_module("pillow_heif").register_heif_opener()
+        else:
+            import_module("pillow_jxl")  # registers itself
+    except ImportError:
+        return False
+    return True
+
+
+def _plugin_suffix(data: bytes) -> str:
+    """Find the ending of the plugin's format as which data begin; empty if there is none."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return ".heic"
+    return ".jxl" if data[:2] == b"\xff\x0a" or data[4:12] == b"JXL \r\n\x87\n" else ""
+
+
 def _open(data: bytes) -> ImageFile.ImageFile:
+    missing_plugin(_plugin_suffix(data))
     with _opening:  # Pillow's own limit is one for the whole process, and lies below what phones take
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:

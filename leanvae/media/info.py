@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from leanvae.media.boxes import Aperture
 from leanvae.media.colour import HDR_TRANSFERS, WIDE_PRIMARIES
 from leanvae.media.convert import MATRIX_UNSPECIFIED, has_alpha, orientation, square_size
 from litevae.errors import extra
@@ -87,15 +88,30 @@ class Frame:
     time: float
 
 
-def video_info(name: str, container: InputContainer, stream: VideoStream, frame: VideoFrame, square: bool) -> VideoInfo:
+def video_info(
+    name: str,
+    container: InputContainer,
+    stream: VideoStream,
+    frame: VideoFrame,
+    square: bool,
+    aperture: Aperture | None = None,
+) -> VideoInfo:
     """Collect what the header and a decoded frame say.
+
+    Args:
+        name: what errors call the file.
+        square: resample pixels that are not square.
+        aperture: the part of frames that is shown; None means all.
 
     Raises:
         MediaError: the pixels are absurdly long.
     """
     time_base = stream.time_base or Fraction(1, 1000)
     transpose, flip_x, flip_y = orientation(frame)
-    width, height = (frame.height, frame.width) if transpose else (frame.width, frame.height)
+    shown = aperture and aperture.place_in(frame.width, frame.height)
+    rows, columns = shown or (slice(0, frame.height), slice(0, frame.width))
+    width, height = columns.stop - columns.start, rows.stop - rows.start
+    width, height = (height, width) if transpose else (width, height)
     aspect = stream.sample_aspect_ratio or Fraction(1)
     aspect = 1 / aspect if transpose else aspect
     size = square_size(name, width, height, aspect) if square else (width, height)
@@ -109,6 +125,7 @@ def video_info(name: str, container: InputContainer, stream: VideoStream, frame:
         f"HDR, {HDR_TRANSFERS.get(transfer)}, is tone-mapped to SDR (BT.2390, 1,000 to 203 nits)": transfer
         in HDR_TRANSFERS,
         f"{WIDE_PRIMARIES.get(primaries)} primaries are converted to BT.709": primaries in WIDE_PRIMARIES,
+        f"cropped to the clean aperture: {width}x{height}": shown is not None,
         "transparent parts are laid over white": transparent,
         f"pixels of {aspect.numerator}:{aspect.denominator} are resampled to square ones: "
         f"{width}x{height} to {size[0]}x{size[1]}": size != (width, height),

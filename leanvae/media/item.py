@@ -79,7 +79,7 @@ class Item:
 
 
 def cache_folder() -> Path:
-    """The user's folder for what is made once and kept."""
+    """Name the user's folder for what is made once and kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanvae"
 
 

@@ -58,13 +58,13 @@ def find_inputs(inputs: Path, output: Path) -> list[NamedItem]:
 
 
 def first_skipped(skipped: Sequence[Mapping[str, str]], shown: int = 5) -> str:
-    """Names the first of the files that were skipped, with their reasons, and how many more there are."""
+    """Name the first of the files that were skipped, with their reasons, and how many more there are."""
     names = "; ".join(f"{entry['input']}: {entry['reason']}" for entry in skipped[:shown])
     return names + (f"; and {len(skipped) - shown} more" if len(skipped) > shown else "")
 
 
 def _unique_targets(names: Sequence[str]) -> list[str]:
-    """Paths without suffix; files of one folder that would share one keep theirs (`a.jpg` beside `a.png`)."""
+    """Strip paths' suffixes; files of one folder that would share a name keep theirs (`a.jpg` beside `a.png`)."""
     targets = [str(PurePosixPath(name).with_suffix("")) for name in names]
     while True:
         count = Counter(target.casefold() for target in targets)

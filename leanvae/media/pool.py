@@ -7,7 +7,10 @@ it sends, and replaces it when it dies or falls silent.
 import atexit
 import logging
 import multiprocessing
+import os
 import signal
+import socket
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -350,6 +353,8 @@ class _Supervisor(threading.Thread):
                 work.put(kind, value)
                 if kind in (END, FAULT):
                     return "", False
+        except BlockingIOError:  # silent in the midst of a message
+            pass
         except (EOFError, OSError):
             code = self._end_process(patience=10.0)
             if self._pool.closed:
@@ -368,6 +373,9 @@ class _Supervisor(threading.Thread):
         process = context.Process(target=run_process, args=args, daemon=True)
         process.start()
         far_end.close()
+        with socket.socket(fileno=os.dup(connection.fileno())) as end:
+            seconds, rest = divmod(self._pool.timeout, 1)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
         self._process, self._connection = process, connection
         if self._pool.closed or not connection.poll(_START_SECONDS):
             process.kill()

@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from leanvae.media.builtin import find_photographs, make_builtin_clips
 from leanvae.media.errors import SourceError
+from leanvae.media.image import ANIMATION_SUFFIX, is_animation, missing_plugin
 from leanvae.media.item import BUILTIN, HELD_OUT_WITH, Item, Kind, cache_folder, local_path, printable
 from leanvae.media.tables import Row, read_list, read_table
 from leanvae.media.tars import is_tar, list_members
@@ -29,11 +30,13 @@ logger = logging.getLogger(__name__)
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset({
-    ".3g2", ".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
-    ".mts", ".ogg", ".ogv", ".ts", ".webm", ".wmv",
+    ".264", ".265", ".3g2", ".3gp", ".apng", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".hevc",
+    ".ivf", ".m1v", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf",
+    ".nut", ".ogg", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m",
 })
 IMAGE_SUFFIXES = frozenset({
-    ".avif", ".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp",
+    ".avif", ".bmp", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".jxl", ".pgm", ".png", ".ppm", ".tga", ".tif",
+    ".tiff", ".webp",
 })
 # fmt: on
 _TABLE_SUFFIXES = (".csv", ".parquet")
@@ -68,15 +71,30 @@ class _Search:
 
     def item(self, address: str, **fields: Any) -> Item:
         suffix = PurePosixPath(address).suffix.lower()
-        kind = self.kind or ("image" if suffix in IMAGE_SUFFIXES else "clip")
+        is_image = suffix in IMAGE_SUFFIXES and (self.kind is not None or not _is_animation(address))
+        kind = self.kind or ("image" if is_image else "clip")
         return Item(address, kind, source=self.source, **fields)
 
-    def wants(self, suffix: str) -> bool:
+    def wants(self, suffix: str, address: str = "") -> bool:
         suffixes = {"clip": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES, None: VIDEO_SUFFIXES | IMAGE_SUFFIXES}
-        return suffix in suffixes[self.kind]
+        if self.kind == "clip" and address and _is_animation(address):
+            return True
+        return suffix in suffixes[self.kind] and not missing_plugin(suffix)
 
     def error(self, address: str, reason: str) -> SourceError:
         return SourceError(f"{self.where}: {printable(address)}: {reason}")
+
+
+def _is_animation(address: str) -> bool:
+    """Tell whether a file is an animated WebP, which is a clip; remote and unreadable ones are not looked into."""
+    path = local_path(address)
+    if path is None or not path.lower().endswith(ANIMATION_SUFFIX):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return is_animation(file.read(21))
+    except OSError:
+        return False
 
 
 def list_items(
@@ -146,9 +164,14 @@ def _warn(searches: list[_Search], locked: dict[str, str]) -> None:
 
 
 def _counts(counter: Counter[str]) -> str:
-    """Numbers of files by ending, the most frequent first: `3 .json, 1 without an ending`."""
+    """Write numbers of files by ending, the most frequent first: `3 .json, 1 without an ending`."""
     ordered = sorted(counter.items(), key=lambda pair: (-pair[1], pair[0] or "~"))
-    return ", ".join(f"{count} {suffix or 'without an ending'}" for suffix, count in ordered)
+    return ", ".join(f"{count} {suffix or 'without an ending'}{_need(suffix)}" for suffix, count in ordered)
+
+
+def _need(suffix: str) -> str:
+    package = missing_plugin(suffix)
+    return f" (pip install {package})" if package else ""
 
 
 def _why_nothing(search: _Search) -> str:
@@ -211,12 +234,15 @@ def expand_braces(address: str, where: str) -> Iterator[str]:
 
 
 def _list_folder(fs: AbstractFileSystem, path: str, address: str, search: _Search) -> list[Item]:
-    files = sorted(_walk(path, search) if isinstance(fs, LocalFileSystem) else _find(fs, path))
+    from tqdm import tqdm
+
+    names = _walk(path, search) if isinstance(fs, LocalFileSystem) else _find(fs, path)
+    files = sorted(tqdm(names, "listing the files", unit=" files", disable=None, delay=1.0, leave=False))
     passed_over = search.ignored.copy()
     found, tars = [], []
     for file in files:
         suffix = os.path.splitext(file)[1].lower()
-        if search.wants(suffix):
+        if search.wants(suffix, _full_address(fs, file, address)):
             found.append(file)
         elif suffix == ".tar":
             tars.append(file)
@@ -258,7 +284,7 @@ def _find(fs: AbstractFileSystem, folder: str) -> Iterator[str]:
 
 
 def _frames_in(files: Iterable[str], folder: str) -> tuple[str, ...]:
-    """Names of the images that lie in a folder itself, in order, if they are numbered without gaps; else nothing."""
+    """List the images that lie in a folder itself, in order, if they are numbered without gaps; else nothing."""
     names = [file[len(folder.rstrip("/")) + 1 :] for file in files]
     found = [
         _NUMBERED.fullmatch(name)
@@ -285,7 +311,7 @@ def _list_matches(fs: AbstractFileSystem, path: str, address: str, search: _Sear
     items = []
     for match in sorted(matches):
         suffix = os.path.splitext(match)[1].lower()
-        if names_ending or search.wants(suffix) or suffix not in unwanted:
+        if names_ending or search.wants(suffix, match) or suffix not in unwanted:
             items += _list_file(fs, match, _full_address(fs, match, address), search)
         else:
             search.ignored[suffix] += 1
@@ -299,7 +325,7 @@ def _list_file(fs: AbstractFileSystem, path: str, address: str, search: _Search)
         return _list_rows(read_list(fs, path, search.where), fs, path, address, search)
     if suffix in _TABLE_SUFFIXES:
         return _list_rows(read_table(fs, path, search.where, search.kind), fs, path, address, search)
-    if not search.wants(suffix) and suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+    if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not (search.wants(suffix, full) or missing_plugin(suffix)):
         named = "a .tar or an image file" if search.kind == "image" else "a .tar or a video file"
         raise search.error(address, f"expected a .csv, a .txt, a .parquet or {named}, got {suffix!r}")
     return [search.item(full)]
@@ -327,7 +353,7 @@ def _as_frames(item: Item) -> Item:
 
 
 def _relative_to(fs: AbstractFileSystem, path: str, address: str, name: str) -> str:
-    """The address of a file that a list or table at `path` names, relative to its folder unless it says otherwise."""
+    """Resolve the address of a file that a list or table at `path` names, relative to its folder by default."""
     if "://" in name:
         return name
     if isinstance(fs, LocalFileSystem):
@@ -338,7 +364,7 @@ def _relative_to(fs: AbstractFileSystem, path: str, address: str, name: str) -> 
 
 
 def _full_address(fs: AbstractFileSystem, path: str, address: str) -> str:
-    """The address of a file that was found by way of another address."""
+    """Name the address of a file that was found by way of another address."""
     if isinstance(fs, LocalFileSystem):
         return path
     _, separator, outer = address.partition("::")  # as in zip://inner.mp4::s3://bucket/outer.zip

@@ -108,7 +108,7 @@ def _read_csv(fs: AbstractFileSystem, path: str, where: str) -> _Rows:
 
 
 def _type_of(values: list[str | None]) -> Callable[[str], Any]:
-    """The type that all values of a column have: whole numbers, numbers, truth values, or else text."""
+    """Find the type that all values of a column have: whole numbers, numbers, truth values, or else text."""
     given = [value for value in values if value]
     if all(_INTEGER.fullmatch(value) for value in given):
         return int

@@ -43,7 +43,7 @@ class Timeline:
         return self.last - self.first
 
     def before(self, index: int, container: InputContainer, stream: VideoStream) -> float:
-        """A time to begin at, so that the frame of an index comes first: halfway to the one before it."""
+        """Choose a time to begin at, so that the frame of an index comes first: halfway to the one before it."""
         if index <= 0:
             return 0.0
         if self.listed is None:
@@ -94,22 +94,22 @@ class ListedTimes(Sequence[float]):
 
 
 def frame_rate(stream: VideoStream) -> float:
-    """Average frames per second; 25 where the file does not say."""
+    """Read the average frames per second; 25 if the file does not say."""
     return float(stream.average_rate or stream.guessed_rate or _DEFAULT_RATE)
 
 
 def container_start(container: InputContainer) -> float:
-    """Seconds at which the container's earliest stream starts: the zero of all times here."""
+    """Read the seconds at which the container's earliest stream starts: the zero of all times here."""
     return (container.start_time or 0) / av.time_base
 
 
 def first_time(container: InputContainer, stream: VideoStream) -> float:
-    """Seconds since the container's start of the stream's first frame, by the header."""
+    """Compute the seconds from the container's start to the stream's first frame, by the header."""
     return float((stream.start_time or 0) * (stream.time_base or 0)) - container_start(container)
 
 
 def expect_frames(container: InputContainer, stream: VideoStream, part: Part) -> Timeline | None:
-    """What the header says about a part's frames, or None if it says too little; it may be wrong."""
+    """Read what the header says about a part's frames; None if that is too little. It may be wrong."""
     start, end = part
     times = ListedTimes(container, stream)
     if len(times):
@@ -131,7 +131,7 @@ def expect_frames(container: InputContainer, stream: VideoStream, part: Part) ->
 
 
 def _length(container: InputContainer, stream: VideoStream) -> float | None:
-    """Seconds from the video's first frame to the end of its last one."""
+    """Compute the seconds from the video's first frame to the end of its last one."""
     if stream.duration is not None:
         return float(stream.duration * (stream.time_base or 0))
     first = first_time(container, stream)

@@ -1,6 +1,7 @@
 """Reading of videos through PyAV as upright, square-pixel, full-range RGB; free of torch."""
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -12,7 +13,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from leanvae.media.container import best_video_stream, open_container
+from leanvae.media.container import best_video_stream, open_container, read_aperture
 from leanvae.media.convert import deinterlace, frame_to_rgb, resample
 from leanvae.media.errors import MediaError
 from leanvae.media.info import Frame, VideoInfo, video_info
@@ -39,6 +40,10 @@ with extra("video"):
 _MISDATED_AFTER_SEEKING = {"mpeg"}
 # AVI has decoding times alone. FFmpeg guesses from them when frames are shown, for some codecs a frame late.
 _WITHOUT_TIMES = {"avi"}
+# For codecs that reorder freely, it guesses times in the order of the data; their frames are counted instead.
+_WITHOUT_ORDER, _FREELY_ORDERED = {"avi", "asf", "mxf"}, {"h264", "hevc"}
+# Their decoders keep the setting that they were opened with, and would leave frames out to the end.
+_NEVER_SKIPPING = {"av1", "libdav1d", "libaom-av1"}
 # Their frames that are never shown have packets of their own, with the timestamp of the next one or just before it.
 _WITH_HIDDEN_FRAMES, _HIDDEN_WITHIN = {"vp8", "vp9", "libvpx", "libvpx-vp9"}, 0.0015
 _SLOW = 1.0  # seconds to reach a window, after which it is said what helps
@@ -185,11 +190,11 @@ class VideoReader:
         return Timeline(count, first, last) if count else Timeline(0, start, start)
 
     def expect(self, part: Part = WHOLE) -> Timeline | None:
-        """What the header alone says about a part's frames, or None if it says too little; it may be wrong."""
+        """Read what the header alone says about a part's frames; None if that is too little. It may be wrong."""
         return expect_frames(self._opened(), self._stream, part)
 
     def before(self, timeline: Timeline, index: int) -> float:
-        """A time to begin at, so that a timeline's frame of this index comes first."""
+        """Choose a time to begin at, so that a timeline's frame of this index comes first."""
         return timeline.before(index, self._opened(), self._stream)
 
     def _opened(self) -> InputContainer:
@@ -206,11 +211,19 @@ class VideoReader:
             stream.thread_type = "AUTO"
             stream.thread_count = self._threads
             self._stream = stream
+            self._aperture = read_aperture(self._file, self._container, stream)
             self._header_size = (stream.codec_context.width, stream.codec_context.height)
             self._time_base = stream.time_base or Fraction(1, 1000)
             self._tick = float(self._time_base)
             self._origin = container_start(self._container)
-            self._late = 0.0
+            context = stream.codec_context
+            self._is_counted = (
+                self._container.format.name in _WITHOUT_ORDER
+                and context.codec.canonical_name in _FREELY_ORDERED
+                and bool(context.has_b_frames)
+            )
+            is_late = self._container.format.name in _WITHOUT_TIMES and not self._is_counted
+            self._late: float | None = None if is_late else 0.0
             self._unread: Iterator[VideoFrame] | None = self._decode(self._container.demux(stream), from_start=True)
 
     @contextmanager
@@ -222,7 +235,7 @@ class VideoReader:
             raise MediaError(self._name, f"cannot be decoded: {error.strerror}") from error
 
     def _convert(self, frame: VideoFrame, time: float) -> Frame:
-        image = frame_to_rgb(self._name, frame, self._hdr)
+        image = frame_to_rgb(self._name, frame, self._hdr, self._aperture)
         pts = frame.pts
         if pts is not None and frame.time_base and frame.time_base != self._time_base:  # of the deinterlacer
             pts = round(pts * frame.time_base / self._time_base)
@@ -277,7 +290,7 @@ class VideoReader:
         time, first, began = -1 / self.rate, None, clock()
         for frame in frames or self._from_beginning():
             # Where the file gives no times, frames are counted.
-            time = time + 1 / self.rate if frame.time is None else frame.time - self._origin - self._late
+            time = time + 1 / self.rate if frame.time is None else frame.time - self._origin - (self._late or 0.0)
             first = time if first is None else first
             if start > 0 and time >= start - TIME_SLACK and began is not None:
                 if clock() - began > _SLOW:
@@ -320,15 +333,18 @@ class VideoReader:
         return self._opened().demux(self._stream)
 
     def _time_of(self, packet: Packet) -> float | None:
-        """Seconds since the container's start at which a packet's frame is shown; None where the file does not say."""
+        """Compute when a packet's frame is shown, in seconds since the container's start; None if unknown."""
         stamp = packet.dts if packet.pts is None or self._opened().format.name in _WITHOUT_TIMES else packet.pts
         return None if stamp is None else stamp * self._tick - self._origin
 
     def _packets_before(self, start: float) -> Iterator[Packet] | None:
         """Seek to a key frame at or before `start`; None where none is found, or it is at the beginning."""
         container = self._opened()
-        if container.format.name in _MISDATED_AFTER_SEEKING:
+        if container.format.name in _MISDATED_AFTER_SEEKING or self._is_counted:
             return None
+        if self._late is None:
+            container.seek(0, stream=self._stream)
+            self._late = self._lateness(next(container.demux(self._stream)))
         # Containers without an index are searched by time alone, and may land behind the key frame.
         for margin in (0.0, 2.0, 10.0):
             if start - margin <= 0:
@@ -350,11 +366,16 @@ class VideoReader:
     def _checked(self, packets: Iterable[Packet], from_start: bool, skipped_to: float) -> Iterator[VideoFrame]:
         context = self._stream.codec_context
         context.skip_frame, is_skipping = "DEFAULT", False
+        if context.codec.name in _NEVER_SKIPPING:
+            skipped_to = -math.inf
         count = 0
+        stamps: deque[int | None] = deque()  # in the order of the data, for frames that are counted
         for packet in packets:
             show_life()
-            if not count and self._opened().format.name in _WITHOUT_TIMES and packet.is_keyframe:
-                self._late = ((packet.pts or 0) - (packet.dts or 0)) * self._tick
+            if self._late is None:
+                self._late = self._lateness(packet)
+            if self._is_counted and packet.size:
+                stamps.append(packet.dts)
             if is_skipping != (packet.pts is not None and packet.pts * self._tick < skipped_to + self._origin):
                 is_skipping = not is_skipping
                 context.skip_frame = "NONREF" if is_skipping else "DEFAULT"
@@ -366,7 +387,13 @@ class VideoReader:
                 if (frame.width, frame.height) != self._size:
                     self._check_size(frame, count if from_start else None)
                 count += 1
+                if stamps:
+                    frame.pts = stamps.popleft()
                 yield frame
+
+    def _lateness(self, packet: Packet) -> float:
+        """Compute the seconds by which FFmpeg dates frames of a file without times too late, by its first packet."""
+        return ((packet.pts or 0) - (packet.dts or 0)) * self._tick
 
     def _check_size(self, frame: VideoFrame, number: int | None) -> None:
         """Refuse a frame whose size is not that of the file's first one."""
@@ -376,7 +403,8 @@ class VideoReader:
                 self._size = size
             else:  # one inside the file, and not of the size that the header states
                 self._size = self._first_size()
-            self._info = self._info or video_info(self._name, self._opened(), self._stream, frame, self._square)
+            if self._info is None:
+                self._info = video_info(self._name, self._opened(), self._stream, frame, self._square, self._aperture)
         if size != self._size and self._size is not None:
             if number is None:
                 number = round(((frame.time or 0.0) - self._origin) * self.rate)

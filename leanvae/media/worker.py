@@ -62,7 +62,7 @@ def attempt(function: Callable[..., Iterable[T]], *args: Any) -> Iterator[T | Fi
 
 
 def name_in(args: tuple[Any, ...]) -> str:
-    """The name of the item that work is about."""
+    """Name the item that work is about."""
     flat = [part for arg in args for part in (arg if isinstance(arg, tuple) else (arg,))]
     return next((part.name for part in flat if isinstance(part, Item)), "")
 

@@ -109,7 +109,7 @@ class VideoWriter:
         return self
 
     def write(self, image: NDArray[np.uint8], pts: int | None = None) -> None:
-        """Adds a frame.
+        """Add a frame.
 
         Args:
             image: (H, W, 3) uint8, full-range RGB, upright.
@@ -155,7 +155,7 @@ class VideoWriter:
             self._finish()
 
     def _finish(self) -> None:
-        """Writes what is held back, and the rest of the sound."""
+        """Write what is held back, and the rest of the sound."""
         if self._held is None:
             raise ValueError(f"{self._path}: no frame was written")
         self._encode_held(next_pts=(self._held.pts or 0) + self._frame_length())
@@ -167,11 +167,11 @@ class VideoWriter:
             self.notes.append(f"{self._moved} timestamps did not increase and were moved")
 
     def _frame_length(self) -> int:
-        """Length of an average frame in units of the time base."""
+        """Compute the length of an average frame in units of the time base."""
         return max(1, round(1 / (self._rate * self._time_base)))
 
     def _encode_held(self, next_pts: int) -> None:
-        """Encodes the frame that waited for its length to be known, and the sound until its end."""
+        """Encode the frame that waited for its length to be known, and the sound until its end."""
         if self._held is None:
             return
         self._held.duration = next_pts - (self._held.pts or 0)
@@ -182,7 +182,7 @@ class VideoWriter:
 
 
 def _movie_timescale(time_base: Fraction) -> int:
-    """Units per second in which mp4 stores where its tracks start; the default of 1000 would round them."""
+    """Compute the units per second in which mp4 stores where its tracks start; the default of 1000 would round them."""
     timescale = time_base.denominator
     while timescale < _SMALLEST_TIMESCALE:
         timescale *= 2
@@ -192,7 +192,7 @@ def _movie_timescale(time_base: Fraction) -> int:
 def to_yuv(
     image: NDArray[np.uint8], pix_fmt: str = "yuv420p", interpolation: Interpolation = _INTERPOLATION
 ) -> VideoFrame:
-    """Converts (H, W, 3) full-range RGB to limited-range BT.709, tagged so.
+    """Convert (H, W, 3) full-range RGB to limited-range BT.709, tagged so.
 
     Args:
         image: the picture; yuv420p needs even sides.
@@ -216,7 +216,7 @@ def to_yuv(
 
 
 def write_png(path: str | Path, image: NDArray[np.uint8]) -> None:
-    """Writes an (H, W, 3) uint8 RGB image as PNG, atomically.
+    """Write an (H, W, 3) uint8 RGB image as PNG, atomically.
 
     Raises:
         ValueError: the image has another shape or type.

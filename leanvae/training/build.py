@@ -129,15 +129,12 @@ def find_start(config: TrainConfig, schedule: Schedule) -> LinearStart | None:
         return None
 
     def measure() -> LinearStart:
-        statistics, count = ClipStatistics(model), 0
+        statistics = ClipStatistics(model)
         with Progress("statistics of the start", "sample", training.start_samples, stays=False) as progress:
             for sample in read_first(schedule, config.data, training.start_samples):
                 frames = from_bytes(sample.frames if sample.frames.ndim == 4 else sample.frames[None])
                 statistics.add(2 * frames.movedim(0, 1)[None] - 1)
-                count += 1
                 progress.add()
-        if not count:
-            raise InvalidInput(f"training.start: none of the first {training.start_samples} samples can be used")
         return linear_start(statistics)
 
     start = on_main(measure)

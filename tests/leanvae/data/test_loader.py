@@ -23,11 +23,12 @@ import torch
 from leanvae.data import loader as loader_module
 from leanvae.data.buckets import Shape
 from leanvae.data.config import ClipDataConfig, ImageDataConfig
-from leanvae.data.loader import Loader, read_held_out
+from leanvae.data.loader import Loader, read_first, read_held_out
 from leanvae.data.order import phases_of
 from leanvae.data.quarantine import QuarantineRecord, TooManyBadClips
 from leanvae.data.samples import read_sample
 from leanvae.data.schedule import Schedule, list_training_items
+from litevae.errors import InvalidInput
 
 NUM_STEPS = 6
 BATCH = 4
@@ -421,6 +422,13 @@ def test_read_held_out_reads_images(one_pool, folder, caplog):
     assert "two.tar/text.png: held out, but not used: not an image" in caplog.text
 
 
+def test_first_samples_say_why_none_of_them_can_be_used(one_pool, folder, clip_config):
+    assert len(list(read_first(schedule(clip_config), clip_config, 6))) >= 3
+    config = ClipDataConfig(sources=[f"{folder}/two/text.mp4"], num_frames=5, **COMMON)
+    with pytest.raises(InvalidInput, match=r"none of the first 2 samples can be used: .*text\.mp4: cannot be decoded"):
+        list(read_first(schedule(config), config, 2))
+
+
 def test_a_changed_tar_makes_its_records_void(one_pool, folder, tmp_path):
     shard = tmp_path / "one.tar"
     shard.write_bytes((folder / "one.tar").read_bytes())
@@ -450,6 +458,7 @@ def test_a_program_that_leaves_the_loader_open_still_ends(config, tmp_path, endi
             from leanvae.data.buckets import Shape
             from leanvae.data.order import phases_of
             from leanvae.data.schedule import Schedule, list_training_items
+from litevae.errors import InvalidInput
 
             config = ClipDataConfig.model_validate_json({config.model_dump_json()!r})
             record = Path({str(tmp_path)!r}) / "quarantine.rank0.jsonl"

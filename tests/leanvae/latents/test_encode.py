@@ -343,6 +343,16 @@ def test_gpu_decoders_take_the_place_of_the_cpu(write_clip, tmp_path, monkeypatc
         assert piece.times == other.times
 
 
+def test_mixed_frame_rates_are_warned_of(write_clip, make_job, tmp_path, caplog):
+    (tmp_path / "clips").mkdir()
+    write_clip(tmp_path / "clips" / "slow.mp4", num_frames=5, rate=24)
+    write_clip(tmp_path / "clips" / "fast.mp4", num_frames=5, rate=60)
+    encode_clips([str(tmp_path / "clips" / "slow.mp4")], tmp_path / "store", make_job())
+    assert "frames a second" not in caplog.text
+    encode_clips([str(tmp_path / "clips")], tmp_path / "store", make_job())
+    assert "the clips have from 24 to 60 frames a second" in caplog.text
+
+
 def test_names_that_are_not_utf8_cost_nobody_else(write_clip, make_job, checkpoint, tmp_path):
     folder = tmp_path / "clips"
     folder.mkdir()

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from leanvae import load_vae
+from leanvae.cli.main import main
 
 pytestmark = pytest.mark.slow
 
@@ -50,3 +52,15 @@ def test_relative_checkpoints_are_found_and_errors_come_through(checkpoint, clip
     summary = json.loads(lines[0])
     assert (summary["clips"], summary["unfinished"]) == (5, 0)
     assert "the latents are not finite" in run.stderr.splitlines()[-1]
+
+
+def test_a_cluster_that_cannot_be_joined_is_named_in_one_line(checkpoint, clips, tmp_path, monkeypatch, caplog, capsys):
+    def refuse(**_):
+        raise ConnectionError("Failed to connect to 127.0.0.1:1") from RuntimeError("Traceback\nInvalidAuthToken: none")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    flags = ["--checkpoint", str(checkpoint), "--input", str(clips), "--output", str(tmp_path / "store")]
+    assert main([*flags, "--frames", "5", "--engine", "ray"], command="encode_clips") == 2
+    shown = caplog.text + capsys.readouterr().err
+    assert "RAY_ADDRESS: Failed to connect to 127.0.0.1:1: InvalidAuthToken: none" in shown
+    assert "Traceback" not in shown

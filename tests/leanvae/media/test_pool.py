@@ -33,6 +33,9 @@ ODD = """
             return
         if how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
+        if how == "half sent":
+            np.ascontiguousarray = lambda frames: time.sleep(60)  # what stands between the parts of a message
+            yield Piece(0, np.zeros(8))
         while how == "hanging":
             try:
                 time.sleep(1)
@@ -119,6 +122,7 @@ def test_results_stream_in_the_order_of_their_work(odd):
         ("crashing", "the decoder process died (exit code -11)"),
         pytest.param("stopped", "decoding hangs: nothing came for 0.5 s", marks=pytest.mark.slow),
         ("hanging", "decoding hangs: nothing came for 0.5 s"),
+        ("half sent", "decoding hangs: nothing came for 0.5 s"),
     ],
 )
 def test_a_file_is_blamed_at_the_second_time(odd, tmp_path, how, reason):

@@ -1,6 +1,7 @@
 """Sources list their clips and images in a fixed order, and say what is wrong, passed over or cannot be read."""
 
 import gzip
+import importlib.util
 import logging
 import os
 import shutil
@@ -15,11 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from leanvae.media.builtin import find_photographs
-from leanvae.media.errors import SourceError
+from leanvae.media.errors import MediaError, SourceError
+from leanvae.media.image import read_image
 from leanvae.media.item import Item, read_item
 from leanvae.media.sources import expand_braces, has_braces, list_items
+from leanvae.media.writer import write_png
 
 
 @pytest.fixture
@@ -198,6 +202,29 @@ def test_files_that_are_named_are_taken_whatever_their_ending(folder):
         ["a.y4m", "a.y4m", "noextension"]
     )
     assert names(listed(f"{folder}/*"), folder) == ["a.MOV", "a.y4m", "b.mp4", "noextension"]
+
+
+def test_animated_webp_files_are_clips_and_still_ones_images(tmp_path):
+    pictures = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (10, 90)]
+    pictures[0].save(tmp_path / "moving.webp", save_all=True, append_images=pictures[1:], duration=40)
+    pictures[0].save(tmp_path / "still.webp")
+    assert names(listed(tmp_path), tmp_path) == ["moving.webp"]
+    assert names(listed(tmp_path / "moving.webp"), tmp_path) == ["moving.webp"]
+    assert [item.kind for item in listed(tmp_path, kind=None)] == ["clip", "image"]
+    assert names(listed(tmp_path, kind="image"), tmp_path) == ["moving.webp", "still.webp"]
+    with pytest.raises(SourceError, match="expected"):
+        listed(tmp_path / "still.webp")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pillow_heif") is not None, reason="pillow-heif is installed")
+def test_images_whose_plugin_is_missing_are_counted_with_the_package(tmp_path, caplog):
+    write_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "b.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    assert names(listed(tmp_path, kind="image"), tmp_path) == ["a.png"]
+    assert caplog.messages == ["data.sources: passed over 1 .heic (pip install pillow-heif)"]
+    (named,) = listed(tmp_path / "b.heic", kind="image")
+    with pytest.raises(MediaError, match=r"b\.heic: its format needs a package: pip install pillow-heif"):
+        read_image(named)
 
 
 @pytest.fixture
