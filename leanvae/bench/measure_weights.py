@@ -43,6 +43,8 @@ from litevae.pixels import from_bytes, to_bytes
 
 NUM_FRAMES, SIDE = 17, 256
 
+Codec = Callable[[NDArray[np.uint8], int], tuple[int, NDArray[np.uint8]]]  # frames and quality; bytes and frames
+
 
 def read_listed_clips(path: Path, folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the clips of a list, `(1, 3, 17, 256, 256)` in [0, 1], with a name each.
@@ -86,7 +88,9 @@ def jpeg(frames: NDArray[np.uint8], quality: int) -> tuple[int, NDArray[np.uint8
     files = [BytesIO() for _ in frames]
     for frame, file in zip(frames, files, strict=True):
         Image.fromarray(frame).save(file, "JPEG", quality=quality, subsampling=0, optimize=True)
-    return sum(len(file.getvalue()) for file in files), np.stack([np.asarray(Image.open(file)) for file in files])
+    return sum(len(file.getvalue()) for file in files), np.stack(
+        [np.array(Image.open(file), np.uint8) for file in files]
+    )
 
 
 def h264(frames: NDArray[np.uint8], quality: int) -> tuple[int, NDArray[np.uint8]]:
@@ -100,11 +104,13 @@ def h264(frames: NDArray[np.uint8], quality: int) -> tuple[int, NDArray[np.uint8
         size = sum(packet.size for packet in packets)
         container.mux(packets)
     file.seek(0)
-    with av.open(file) as container:
-        return size, np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    with av.open(file, "r") as container:
+        return size, np.stack([np.asarray(frame.to_ndarray(format="rgb24"), np.uint8) for frame in container.decode()])
 
 
-def psnr_at(size: float, clip: Tensor, codec: Callable[[NDArray[np.uint8], int], tuple[int, NDArray[np.uint8]]]) -> float:
+def psnr_at(
+    size: float, clip: Tensor, codec: Callable[[NDArray[np.uint8], int], tuple[int, NDArray[np.uint8]]]
+) -> float:
     """Return the PSNR in dB of a clip `(1, 3, T, H, W)` in [0, 1] by the best codec of up to `size` bytes."""
     frames = to_bytes(clip[0].movedim(1, 0))
     low, high = 0, 96 if codec is jpeg else 51
