@@ -45,6 +45,7 @@ CONTEXT_KERNELS: tuple[dict[tuple[int, int, int], float], ...] = (
     {(0, 1, 1): 1.0, (2, 1, 1): -1.0},
     {(2, 1, 1): -1.0, (2, 0, 1): 0.25, (2, 1, 0): 0.25, (2, 1, 2): 0.25, (2, 2, 1): 0.25},
 )
+_LEAST_VARIANCE = 1e-9  # of a component; rounding pixels to bytes adds more. Channels without content stay 0
 _LONGEST_COVARIANCE = 1024  # elements of a patch vector; of longer ones some vectors are kept instead
 _MOST_KEPT = 2048
 
@@ -311,7 +312,7 @@ def linear_start(statistics: ClipStatistics) -> LinearStart:
         lost[kind.name] = 10 * math.log10(max(error, 1e-30) / max(least, 1e-30))
         for stream, part in kind.parts().items():
             maps |= _maps_of_stream(config, kind, stream, part, embeddings[stream], projections[stream])
-    scale = torch.where(variance > 1e-12 * variance.max(), variance, 1.0).sqrt()
+    scale = torch.where(variance > _LEAST_VARIANCE, variance, 1.0).sqrt()
     to_latent, from_latent = _spread(down / scale[:, None], widths, bases), _spread((up * scale).T, widths, bases).T
     if config.bottleneck == "ista":
         maps |= {"bottleneck.phi": to_latent, "bottleneck.initial": from_latent}

@@ -162,6 +162,15 @@ def test_neighbours_can_be_used_by_the_projection_alone():
     assert psnr(fitted, targets) > psnr(output[:, :, 1:], clips[:, :, 1:]) + 0.3
 
 
+@torch.no_grad()
+def test_clips_without_content_have_latents_of_0():
+    clips = torch.full((2, 3, 5, 16, 16), 0.3) + torch.tensor([0.0, 0.1, -0.2]).view(1, 3, 1, 1, 1)
+    model, _ = started(clips, latent_channels=16)
+    output, latent = reconstruct(model, clips)
+    assert psnr(output, clips) > 80
+    assert latent.abs().max() < 0.1  # not what rounding leaves, brought to variance 1
+
+
 def test_models_without_a_linear_skeleton_are_refused():
     with pytest.raises(ValueError, match="patch_norm"):
         started(smooth_clips(count=2), patch_norm=True)
