@@ -458,7 +458,6 @@ def test_a_program_that_leaves_the_loader_open_still_ends(config, tmp_path, endi
             from leanvae.data.buckets import Shape
             from leanvae.data.order import phases_of
             from leanvae.data.schedule import Schedule, list_training_items
-from litevae.errors import InvalidInput
 
             config = ClipDataConfig.model_validate_json({config.model_dump_json()!r})
             record = Path({str(tmp_path)!r}) / "quarantine.rank0.jsonl"
