@@ -52,7 +52,7 @@ def build_vae(config: LeanVAEConfig | LiteVAEConfig) -> LeanVAE | LiteVAE:
 def load_vae(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LeanVAE | LiteVAE:
-    """Loads an autoencoder, ready for inference.
+    """Load an autoencoder, ready for inference.
 
     Args:
         path: a folder with `config.json` and `model.safetensors` (a training checkpoint is one), a folder that
@@ -116,7 +116,7 @@ def _read_diffusers(path: Path) -> tuple[LiteVAEConfig, dict[str, Tensor]]:
 
 
 def _read_published(path: Path) -> tuple[LeanVAEConfig, dict[str, Tensor]]:
-    """Reads `{"args" | "hyper_parameters": ..., "state_dict": ...}` and renames the weights to ours."""
+    """Read `{"args" | "hyper_parameters": ..., "state_dict": ...}` and rename the weights to ours."""
     try:
         # Training checkpoints keep their arguments in a Namespace; no other class is let in.
         with torch.serialization.safe_globals([argparse.Namespace]):

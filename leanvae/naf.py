@@ -95,14 +95,14 @@ class FeedForward(nn.Module):
         expand, contract = linear_map(self.expand), linear_map(self.contract)
 
         def feedforward(tokens: Tensor) -> Tensor:
-            normed = self._normalise(tokens)
+            normed = self._normalize(tokens)
             value, gate = expand(normed).chunk(2, dim=-1)
             y = contract(geglu(value, gate))
             return tokens + y if residual else y
 
         return tokenwise(feedforward, x)
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor) -> Tensor:
         return x if self.norm is None else layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
 
 

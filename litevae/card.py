@@ -41,7 +41,7 @@ vae = load_vae("{title}")  # the path of this folder, or its name on the Hugging
 
 
 def write_card(folder: str | Path, vae: nn.Module, config: AutoencoderConfig) -> None:
-    """Writes a card for a folder of weights, with a heading for each fact that its author has to add.
+    """Write a card for a folder of weights, with a heading for each fact that its author has to add.
 
     A card that is there already stays as it is, except that `parameters` and `sha256` in its front matter are brought
     up to date.
@@ -73,7 +73,7 @@ def write_card(folder: str | Path, vae: nn.Module, config: AutoencoderConfig) ->
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
-    """Gives the front matter of a folder's card; empty if there is no card, or none that can be read."""
+    """Return the front matter of a folder's card; empty if there is no card, or none that can be read."""
     file = Path(folder, CARD_FILE)
     if not file.is_file():
         return {}

@@ -88,7 +88,7 @@ class PatchDiscriminator(nn.Module):
     """PatchGAN: `(N, C, H, W)` to a logit for each patch, `(N, 1, H / 2**num_layers - 2, W / 2**num_layers - 2)`.
 
     Source: Isola et al., "Image-to-image translation with conditional adversarial networks" (2017), Section 6.1.2, with
-    group instead of batch normalisation.
+    group instead of batch normalization.
     """
 
     def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 3) -> None:
@@ -178,7 +178,7 @@ class UNetDiscriminator(nn.Module):
 
     Source: Schoenfeld et al., "A U-Net based discriminator for generative adversarial networks" (2020),
     Section 3.1: an encoder and a decoder of residual blocks with skips by concatenation, one logit from the
-    bottleneck and one from each output pixel. Group normalisation replaces spectral and batch normalisation; a mean
+    bottleneck and one from each output pixel. Group normalization replaces spectral and batch normalization; a mean
     replaces the sum over the bottleneck, so that logits do not grow with the image.
     """
 
@@ -271,7 +271,7 @@ def _scaled_leaky_relu(x: Tensor) -> Tensor:
 
 
 class _StyleBlock(nn.Module):
-    """Residual block without normalisation that ends at half the size, rounded down."""
+    """Residual block without normalization that ends at half the size, rounded down."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

@@ -88,7 +88,7 @@ class FeatureDistance(_FrozenDistance):
         """Freeze the network.
 
         Args:
-            network: VGG19 up to conv5_4 with its weights, for images normalised by ImageNet's mean and standard
+            network: VGG19 up to conv5_4 with its weights, for images normalized by ImageNet's mean and standard
                 deviation.
         """
         super().__init__(network)

@@ -17,7 +17,7 @@ def modulated_weight(weight: Tensor, scale: Tensor, gain: Tensor, eps: float = 1
 
         w'[o, i, k] = g * s[i] * w[o, i, k] / sqrt(sum over i, k of (s[i] * w[o, i, k])^2 + eps)
 
-    Equation 3 has no gain; the paper's listing has one, a single number per layer. It acts after the normalisation,
+    Equation 3 has no gain; the paper's listing has one, a single number per layer. It acts after the normalization,
     which would otherwise cancel it.
 
     Args:

@@ -96,7 +96,7 @@ class NAFNetBlock(Recomputable):
 
 
 def _at_positions(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Normalise the channels of each position of `(B, C, H, W)`."""
+    """Normalize the channels of each position of `(B, C, H, W)`."""
     return norm(x.movedim(1, -1)).movedim(-1, 1)
 
 

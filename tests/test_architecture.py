@@ -214,7 +214,7 @@ def test_nothing_is_read_unsafely(path):
         "import numpy as np\nnp.load(f, allow_pickle=True)",
     ],
 )
-def test_unsafe_reads_are_recognised(code):
+def test_unsafe_reads_are_recognized(code):
     assert len(unsafe_reads(ast.parse(code))) == 1
 
 

@@ -122,7 +122,7 @@ def analyse_models(
 
     Images are cropped to their central square and shrunk by area to each resolution. They are never enlarged; smaller
     images are left out of a resolution and counted. Quality is measured on the decoded mean of the posterior, clamped
-    to [0, 1] and not quantised. Latents for MMD are samples of the posterior, as diffusion models get them. It writes
+    to [0, 1] and not quantized. Latents for MMD are samples of the posterior, as diffusion models get them. It writes
 
     - `analysis.json`: every number;
     - `mmd.csv`: squared MMD of the latents (of at most 2048 images) to a standard Gaussian (Table 6), mean and

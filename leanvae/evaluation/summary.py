@@ -120,13 +120,13 @@ def _latents(evaluated: Evaluated, model: str) -> dict[str, Any] | None:
     def distance(latents: Tensor) -> float | None:
         return mmd(latents, gaussian, samples.shape[1] ** 0.5).item() if len(latents) > 1 else None
 
-    normalised = (samples - mean) / std.clamp_min(torch.finfo(std.dtype).tiny)
+    normalized = (samples - mean) / std.clamp_min(torch.finfo(std.dtype).tiny)
     return {
         "channels": len(mean),
         "mean": mean.tolist(),
         "std": std.tolist(),
         "mmd": distance(samples),
-        "mmd_normalised": distance(normalised) if std.min() > 0 else None,
+        "mmd_normalised": distance(normalized) if std.min() > 0 else None,
     }
 
 

@@ -155,7 +155,7 @@ def _linears(maps: nn.ModuleDict) -> list[tuple[str, nn.Linear]]:
 
 
 def fold_norm(weight: Tensor, norm: nn.LayerNorm) -> LinearMap:
-    """Return the map of tokens normalised without scale and shift that equals `weight` after `norm`.
+    """Return the map of tokens normalized without scale and shift that equals `weight` after `norm`.
 
     Args:
         weight: `(O, I)`.

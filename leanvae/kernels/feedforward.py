@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 4  # tokens that a program normalises at a time
+_ROWS = 4  # tokens that a program normalizes at a time
 _PROGRAMS = 512  # partial sums of the scale's and shift's gradients
 _BLOCK = 1024
 
@@ -73,7 +73,7 @@ def _norm_backward(
 
 @torch.library.custom_op("leanvae::layer_norm", mutates_args=())
 def _layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the normalised tokens, and each token's mean and inverse deviation in float32."""
+    """Return the normalized tokens, and each token's mean and inverse deviation in float32."""
     x = x.contiguous()
     num, width = x.numel() // x.shape[-1], x.shape[-1]
     out, mean, rstd = torch.empty_like(x), _statistic(x), _statistic(x)

@@ -27,7 +27,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Compute each frame's peak signal-to-noise ratio, 10 log10(1 / mean squared error over its pixels and colours).
 
     Args:
-        x: images `(N, C, H, W)` or clips `(B, C, T, H, W)` in [0, 1], not quantised.
+        x: images `(N, C, H, W)` or clips `(B, C, T, H, W)` in [0, 1], not quantized.
         y: what `x` is compared with, of the same shape.
 
     Returns:
@@ -47,7 +47,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     window lies inside the frame count.
 
     Args:
-        x: images `(N, C, H, W)` or clips `(B, C, T, H, W)` in [0, 1], not quantised.
+        x: images `(N, C, H, W)` or clips `(B, C, T, H, W)` in [0, 1], not quantized.
         y: what `x` is compared with, of the same shape.
 
     Returns:
@@ -114,7 +114,7 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     last scale, which changes the fourth decimal.
 
     Args:
-        x: images `(N, C, H, W)` or clips `(B, C, T, H, W)` in [0, 1], not quantised.
+        x: images `(N, C, H, W)` or clips `(B, C, T, H, W)` in [0, 1], not quantized.
         y: what `x` is compared with, of the same shape.
 
     Returns:

@@ -243,7 +243,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(vae, monkeypatch):
         vae.encode(noise(1, 3, 5, 16, 16), chunk=4)
 
 
-def test_a_real_failure_to_allocate_is_recognised():
+def test_a_real_failure_to_allocate_is_recognized():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
