@@ -59,7 +59,7 @@ class LossConfig(StrictConfig):
     Attributes:
         l1: mean absolute error of pixels.
         l2: mean squared error of pixels, to which PSNR answers.
-        borders: mean squared step of the error across the borders of patches, which shows as blocks.
+        borders: mean absolute step of the error across the borders of patches, which shows as blocks.
         lpips: LPIPS; of a clip's first frame and one group of frames.
         vgg: features of VGG19 before the activation (ESRGAN; LiteVAE, Table 14), of the same frames.
         low_bands: mean absolute error of the low Haar bands (for any wavelet of the model), image frame plus video
