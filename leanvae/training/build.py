@@ -26,7 +26,8 @@ from leanvae.training.deepspeed import DeepSpeedEngine
 from leanvae.training.engine import Engine, PlainEngine
 from leanvae.training.initial import check_freeze, freeze, load_initial
 from leanvae.training.losses import Perceptual
-from leanvae.training.start import ClipStatistics, LinearStart, linear_start, start_model
+from leanvae.training.patch_statistics import ClipStatistics
+from leanvae.training.start import LinearStart, linear_start, start_model
 from leanvae.training.state import items_digest
 from leanvae.training.step import TrainingStep
 from litevae.discriminators import build_discriminator

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from leanvae import LeanVAE, LeanVAEConfig
-from leanvae.training import start as start_module
-from leanvae.training.start import ClipStatistics, LinearStart, linear_start, open_context, start_model
+from leanvae.training import patch_statistics
+from leanvae.training.patch_statistics import ClipStatistics
+from leanvae.training.start import LinearStart, linear_start, open_context, start_model
 
 SMALL = {"low_channels": 32, "high_channels": 96, "num_stream_layers": 1, "num_fusion_layers": 1, "ista_layers": 1}
 KINDS = {"image": slice(0, 1), "video": slice(1, None)}
@@ -132,8 +133,8 @@ def test_streams_narrower_than_the_latent_say_what_they_lose():
 def test_long_patch_vectors_are_sampled_and_not_summed(monkeypatch):
     clips = smooth_clips(count=64)
     _, exact = started(clips, latent_channels=8)
-    monkeypatch.setattr(start_module, "_LONGEST_COVARIANCE", 100)
-    monkeypatch.setattr(start_module, "_MOST_KEPT", 600)
+    monkeypatch.setattr(patch_statistics, "_LONGEST_COVARIANCE", 100)
+    monkeypatch.setattr(patch_statistics, "_MOST_KEPT", 600)
     model, sampled = started(clips, latent_channels=8)
     output, _ = reconstruct(model, clips)
     assert psnr(output, clips) > psnr(truncated_klt(clips, 8), clips) - 0.3
