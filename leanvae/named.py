@@ -17,7 +17,7 @@ _HUB_NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(/(?P<file>[^@]+\.ckpt))?(@(?
 
 
 def packaged_names() -> list[str]:
-    """Lists the weights that the package brings."""
+    """List the weights that the package brings."""
     return sorted(file.parent.name for file in PACKAGED.glob(f"*/{CONFIG_FILE}"))
 
 
@@ -27,7 +27,7 @@ def may_name_weights(name: str) -> bool:
 
 
 def find_weights(source: str | Path) -> Path:
-    """Finds the file or folder that holds weights; what is on the hub only is downloaded into its library's cache.
+    """Find the file or folder that holds weights; download what is on the hub alone into its library's cache.
 
     Args:
         source: in this order, the path of what exists, a name of `packaged_names`, or `OWNER/NAME`,
@@ -55,7 +55,7 @@ def find_weights(source: str | Path) -> Path:
 
 
 def _download_folder(repo: str, revision: str | None) -> Path:
-    """Downloads a model's folder, as we or diffusers save it, and nothing else of the repository."""
+    """Download a model's folder, as we or diffusers save it, and nothing else of the repository."""
     config = download(repo, CONFIG_FILE, revision)
     folder = config.parent
     try:
@@ -68,6 +68,6 @@ def _download_folder(repo: str, revision: str | None) -> Path:
 
 
 def weights_line(source: str | Path) -> str:
-    """Says which weights a name stands for, and what they are good for if their card has a `description`."""
+    """Say which weights a name stands for, and what they are good for if their card has a `description`."""
     description = read_card(find_weights(source)).get("description")
     return f"weights: {source}" + (f": {description}" if description else "")

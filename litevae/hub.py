@@ -14,7 +14,7 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def download(repo: str, file: str, revision: str | None = None) -> Path:
-    """Downloads a file, or finds it in the library's cache.
+    """Download a file, or find it in the library's cache.
 
     Args:
         repo: `OWNER/NAME`.
@@ -36,7 +36,7 @@ def download(repo: str, file: str, revision: str | None = None) -> Path:
 def push(
     save: Callable[[Path], None], repo: str, private: bool | None = None, token: str | None = None, **options: Any
 ) -> str:
-    """Saves a model to a folder and uploads that as one commit; the repository is made if missing.
+    """Save a model to a folder and upload that as one commit; the repository is made if missing.
 
     A model card that the repository has already is kept, with its figures brought up to date.
 
@@ -77,7 +77,7 @@ def push(
 
 @contextmanager
 def _in_words(repo: str, revision: str | None, file: str = "") -> Iterator[None]:
-    """Replaces the library's errors by ours, which name the repository, the revision, the file and what to do."""
+    """Replace the library's errors by ours, which name the repository, the revision, the file and what to do."""
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT
@@ -116,7 +116,7 @@ def _in_words(repo: str, revision: str | None, file: str = "") -> Iterator[None]
 
 
 def _checkpoints(repo: str, revision: str | None) -> str:
-    """Says which checkpoint files a repository has; empty if it has none or does not tell."""
+    """Say which checkpoint files a repository has; empty if it has none or does not tell."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 

@@ -185,7 +185,7 @@ class LiteVAE(Preparable):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> str:
-        """Uploads what `save_pretrained` writes to the Hugging Face hub, in one commit, and returns its address.
+        """Upload what `save_pretrained` writes to the Hugging Face hub, in one commit, and return its address.
 
         The repository is made if missing. A model card that it has already is kept, with its figures brought up to
         date.

@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_checkpoint(parser: "argparse._ActionsContainer", what: str = "") -> None:
-    """Adds `--checkpoint`, with weights of the package as the default."""
+    """Add `--checkpoint`, with weights of the package as the default."""
     parser.add_argument(
         "--checkpoint",
         default=DEFAULT_CHECKPOINT,

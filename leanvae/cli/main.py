@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
 
 
 def _print_error(error: Exception) -> None:
-    """Prints an error in one line, unless another rank prints the same one."""
+    """Print an error in one line, unless another rank prints the same one."""
     if RAISED_ON_MAIN in getattr(error, "__notes__", ()):
         return
     if os.environ.get("LOCAL_RANK", "0") != "0":
